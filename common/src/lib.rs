@@ -1,1 +1,7 @@
+//! Pure types shared by every part of Warren: ids, keys, addresses, wire messages, netmap, policy, posture.
+//!
+//! Nothing here does I/O, reads a clock or makes randomness: time and generators come in as arguments.
+#![forbid(unsafe_code)]
 
+pub mod filter;
+pub mod policy;

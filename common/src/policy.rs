@@ -1,0 +1,1 @@
+//! The policy file: language, compiler and offline tools.
