@@ -4,4 +4,8 @@
 #![forbid(unsafe_code)]
 
 pub mod filter;
+pub mod ids;
+pub mod keys;
+pub mod noise;
 pub mod policy;
+pub mod time;
