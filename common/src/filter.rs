@@ -37,16 +37,12 @@ pub struct IpRange {
 
 impl IpRange {
     /// All of IPv4.
-    pub const ALL_V4: Self = Self {
-        first: IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-        last: IpAddr::V4(Ipv4Addr::BROADCAST),
-    };
+    pub const ALL_V4: Self =
+        Self { first: IpAddr::V4(Ipv4Addr::UNSPECIFIED), last: IpAddr::V4(Ipv4Addr::BROADCAST) };
     /// All of IPv6.
     pub const ALL_V6: Self = Self {
         first: IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-        last: IpAddr::V6(Ipv6Addr::new(
-            0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff,
-        )),
+        last: IpAddr::V6(Ipv6Addr::new(0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff, 0xffff)),
     };
 
     /// A range from `first` to `last`, both included. `None` if the families differ or `first > last`.
@@ -80,19 +76,13 @@ impl IpRange {
 
 impl From<IpAddr> for IpRange {
     fn from(addr: IpAddr) -> Self {
-        Self {
-            first: addr,
-            last: addr,
-        }
+        Self { first: addr, last: addr }
     }
 }
 
 impl From<ipnet::IpNet> for IpRange {
     fn from(net: ipnet::IpNet) -> Self {
-        Self {
-            first: net.network(),
-            last: net.broadcast(),
-        }
+        Self { first: net.network(), last: net.broadcast() }
     }
 }
 
@@ -123,10 +113,7 @@ pub struct PortRange {
 
 impl PortRange {
     /// Every port.
-    pub const ALL: Self = Self {
-        first: 0,
-        last: u16::MAX,
-    };
+    pub const ALL: Self = Self { first: 0, last: u16::MAX };
 
     /// True if `port` is inside.
     pub const fn contains(&self, port: u16) -> bool {
@@ -206,11 +193,7 @@ impl FilterRule {
     /// The obviously right matcher, the oracle for every faster one: does the rule cover this packet?
     /// `dst_port` is ignored for protocols without ports. Says nothing about action, time or staging.
     pub fn covers(&self, src: IpAddr, dst: IpAddr, proto: u8, dst_port: u16) -> bool {
-        let protos: &[u8] = if self.protos.is_empty() {
-            &DEFAULT_PROTOS
-        } else {
-            &self.protos
-        };
+        let protos: &[u8] = if self.protos.is_empty() { &DEFAULT_PROTOS } else { &self.protos };
         protos.contains(&proto)
             && self.src.iter().any(|r| r.contains(src))
             && self

@@ -167,17 +167,12 @@ mod tests {
         let new = DeviceId::generate(1_001, &mut rng);
         assert!(old < new && old.to_string() < new.to_string());
         assert_eq!(old.to_string().parse(), Ok(old));
-        assert_eq!(
-            DeviceId::from_bytes([0xff; 16]).to_string(),
-            "dev_7zzzzzzzzzzzzzzzzzzzzzzzzz"
-        );
+        assert_eq!(DeviceId::from_bytes([0xff; 16]).to_string(), "dev_7zzzzzzzzzzzzzzzzzzzzzzzzz");
     }
 
     #[test]
     fn wrong_prefix_and_body_are_named() {
-        let error = "usr_00000000000000000000000000"
-            .parse::<DeviceId>()
-            .unwrap_err();
+        let error = "usr_00000000000000000000000000".parse::<DeviceId>().unwrap_err();
         assert!(matches!(error, ParseIdError::Prefix { prefix: "dev_", .. }));
         for body in [
             "",
@@ -187,10 +182,7 @@ mod tests {
             "é000000000000000000000000",
         ] {
             assert!(
-                matches!(
-                    format!("dev_{body}").parse::<DeviceId>(),
-                    Err(ParseIdError::Body { .. })
-                ),
+                matches!(format!("dev_{body}").parse::<DeviceId>(), Err(ParseIdError::Body { .. })),
                 "{body}"
             );
         }

@@ -89,9 +89,7 @@ macro_rules! public_key {
 }
 
 fn decode_key(text: &str, prefix: &str) -> Option<[u8; KEY_LEN]> {
-    let mut decoded = BASE64URL_NOPAD
-        .decode(text.strip_prefix(prefix)?.as_bytes())
-        .ok()?;
+    let mut decoded = BASE64URL_NOPAD.decode(text.strip_prefix(prefix)?.as_bytes()).ok()?;
     let key = decoded.as_slice().try_into().ok();
     decoded.zeroize();
     key
@@ -143,9 +141,7 @@ macro_rules! x25519_pair {
             pub fn diffie_hellman(&self, theirs: &$public) -> Option<SharedSecret> {
                 let secret = x25519_dalek::StaticSecret::from(self.0);
                 let shared = secret.diffie_hellman(&x25519_dalek::PublicKey::from(theirs.0));
-                shared
-                    .was_contributory()
-                    .then(|| SharedSecret(shared.to_bytes()))
+                shared.was_contributory().then(|| SharedSecret(shared.to_bytes()))
             }
         }
     };
@@ -232,18 +228,12 @@ macro_rules! ed25519_pair {
         impl $secret {
             /// The public half.
             pub fn public(&self) -> $public {
-                $public(
-                    ed25519_dalek::SigningKey::from_bytes(&self.0)
-                        .verifying_key()
-                        .to_bytes(),
-                )
+                $public(ed25519_dalek::SigningKey::from_bytes(&self.0).verifying_key().to_bytes())
             }
 
             /// Signs `bytes` (as they will be sent) for `domain`.
             pub fn sign(&self, domain: SignatureDomain, bytes: &[u8]) -> [u8; SIGNATURE_LEN] {
-                ed25519_dalek::SigningKey::from_bytes(&self.0)
-                    .sign(&domain.message(bytes))
-                    .to_bytes()
+                ed25519_dalek::SigningKey::from_bytes(&self.0).sign(&domain.message(bytes)).to_bytes()
             }
         }
 
@@ -257,8 +247,7 @@ macro_rules! ed25519_pair {
                 ) else {
                     return false;
                 };
-                key.verify_strict(&domain.message(bytes), &signature)
-                    .is_ok()
+                key.verify_strict(&domain.message(bytes), &signature).is_ok()
             }
         }
     };
@@ -297,41 +286,20 @@ mod tests {
 
     #[test]
     fn agreement_is_symmetric_and_refuses_low_order_points() {
-        let (a, b) = (
-            ProbeSecretKey::generate(&mut rng()),
-            ProbeSecretKey::from_bytes([9; 32]),
-        );
-        let (ab, ba) = (
-            a.diffie_hellman(&b.public()).unwrap(),
-            b.diffie_hellman(&a.public()).unwrap(),
-        );
+        let (a, b) = (ProbeSecretKey::generate(&mut rng()), ProbeSecretKey::from_bytes([9; 32]));
+        let (ab, ba) = (a.diffie_hellman(&b.public()).unwrap(), b.diffie_hellman(&a.public()).unwrap());
         assert_eq!(ab.expose(), ba.expose());
-        assert!(
-            a.diffie_hellman(&ProbePublicKey::from_bytes([0; 32]))
-                .is_none()
-        );
+        assert!(a.diffie_hellman(&ProbePublicKey::from_bytes([0; 32])).is_none());
     }
 
     #[test]
     fn a_signature_is_good_for_its_domain_and_bytes_only() {
         let key = NetmapSecretKey::generate(&mut rng());
         let signature = key.sign(SignatureDomain::Netmap, b"hello");
-        assert!(
-            key.public()
-                .verify(SignatureDomain::Netmap, b"hello", &signature)
-        );
-        assert!(
-            !key.public()
-                .verify(SignatureDomain::RelayToken, b"hello", &signature)
-        );
-        assert!(
-            !key.public()
-                .verify(SignatureDomain::Netmap, b"hellp", &signature)
-        );
-        assert!(
-            !key.public()
-                .verify(SignatureDomain::Netmap, b"hello", &signature[..63])
-        );
+        assert!(key.public().verify(SignatureDomain::Netmap, b"hello", &signature));
+        assert!(!key.public().verify(SignatureDomain::RelayToken, b"hello", &signature));
+        assert!(!key.public().verify(SignatureDomain::Netmap, b"hellp", &signature));
+        assert!(!key.public().verify(SignatureDomain::Netmap, b"hello", &signature[..63]));
     }
 
     #[test]

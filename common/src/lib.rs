@@ -3,9 +3,12 @@
 //! Nothing here does I/O, reads a clock or makes randomness: time and generators come in as arguments.
 #![forbid(unsafe_code)]
 
+pub mod auth_key;
 pub mod filter;
 pub mod ids;
 pub mod keys;
+pub mod netmap;
 pub mod noise;
 pub mod policy;
 pub mod time;
+pub mod wire;

@@ -59,17 +59,7 @@ impl Sub<Duration> for Instant {
 
 /// Wall-clock time in microseconds since the Unix epoch; may jump.
 #[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    PartialOrd,
-    Ord,
-    Hash,
-    serde::Serialize,
-    serde::Deserialize,
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
 )]
 #[serde(transparent)]
 pub struct UnixTime(i64);
@@ -97,11 +87,7 @@ impl UnixTime {
 
     /// Whole milliseconds since the epoch, for ids; zero before 1970.
     pub const fn as_millis(self) -> u64 {
-        if self.0 < 0 {
-            0
-        } else {
-            (self.0 / 1_000) as u64
-        }
+        if self.0 < 0 { 0 } else { (self.0 / 1_000) as u64 }
     }
 
     /// The time from `earlier` to `self`, zero if `earlier` is later.
@@ -112,8 +98,7 @@ impl UnixTime {
 
     /// This time as RFC 3339 text in UTC with seconds.
     pub fn to_rfc3339(self) -> String {
-        jiff::Timestamp::from_second(self.as_secs())
-            .map_or_else(|_| self.0.to_string(), |t| t.to_string())
+        jiff::Timestamp::from_second(self.as_secs()).map_or_else(|_| self.0.to_string(), |t| t.to_string())
     }
 }
 
@@ -121,10 +106,7 @@ impl Add<Duration> for UnixTime {
     type Output = Self;
 
     fn add(self, duration: Duration) -> Self {
-        Self(
-            self.0
-                .saturating_add(i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)),
-        )
+        Self(self.0.saturating_add(i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)))
     }
 }
 
@@ -132,10 +114,7 @@ impl Sub<Duration> for UnixTime {
     type Output = Self;
 
     fn sub(self, duration: Duration) -> Self {
-        Self(
-            self.0
-                .saturating_sub(i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)),
-        )
+        Self(self.0.saturating_sub(i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)))
     }
 }
 
@@ -152,9 +131,6 @@ impl Add<Duration> for Now {
     type Output = Self;
 
     fn add(self, duration: Duration) -> Self {
-        Self {
-            boot: self.boot + duration,
-            unix: self.unix + duration,
-        }
+        Self { boot: self.boot + duration, unix: self.unix + duration }
     }
 }

@@ -1,0 +1,163 @@
+use std::net::Ipv4Addr;
+
+use proptest::collection::{btree_map, btree_set, vec};
+use proptest::prelude::*;
+
+use super::*;
+use crate::filter::{FilterDst, PortRange, RuleId, UnixInterval};
+use crate::wire::control::{DeltaMsg, NetmapMsg};
+
+fn addr() -> impl Strategy<Value = IpAddr> {
+    prop_oneof![any::<[u8; 4]>().prop_map(IpAddr::from), any::<[u8; 16]>().prop_map(IpAddr::from)]
+}
+
+fn range() -> impl Strategy<Value = IpRange> {
+    (any::<u32>(), any::<u32>()).prop_map(|(a, b)| {
+        IpRange::new(Ipv4Addr::from(a.min(b)).into(), Ipv4Addr::from(a.max(b)).into()).unwrap()
+    })
+}
+
+fn rule() -> impl Strategy<Value = FilterRule> {
+    let window = (any::<i64>(), any::<i64>()).prop_map(|(from, until)| UnixInterval { from, until });
+    let dst = (range(), any::<u16>())
+        .prop_map(|(net, p)| FilterDst { net, ports: PortRange { first: p, last: p } });
+    (
+        0..40u64,
+        any::<bool>(),
+        any::<bool>(),
+        vec(range(), 0..3),
+        vec(dst, 0..3),
+        proptest::option::of(vec(window, 0..2)),
+    )
+        .prop_map(|(id, deny, staged, src, dst, active)| FilterRule {
+            id: RuleId(id),
+            origin: format!("grants[{id}]"),
+            action: if deny { Action::Deny } else { Action::Allow },
+            staged,
+            src,
+            dst,
+            protos: vec![6],
+            active,
+        })
+}
+
+fn peer(n: u8) -> impl Strategy<Value = Peer> {
+    (0..3u8, vec(addr(), 0..3), proptest::option::of("[a-z]{1,8}"), any::<bool>()).prop_map(
+        move |(key, addrs, name, home)| Peer {
+            id: DeviceId::from_bytes([n; 16]),
+            wg: WgPublicKey::from_bytes([key; 32]),
+            probe: ProbePublicKey::from_bytes([key; 32]),
+            addrs,
+            routes: vec!["10.0.0.0/8".parse().unwrap()],
+            user: name.clone(),
+            name,
+            tags: vec!["tag:x".into()],
+            home_relay: home.then(|| RelayId::from_bytes([1; 16])),
+            key_signature: None,
+        },
+    )
+}
+
+fn relay(n: u8) -> impl Strategy<Value = Relay> {
+    any::<u8>().prop_map(move |cert| Relay {
+        id: RelayId::from_bytes([n; 16]),
+        name: "r".into(),
+        addrs: vec!["203.0.113.1:443".parse().unwrap(), "[2001:db8::1]:443".parse().unwrap()],
+        stun: vec![],
+        cert_sha256: [cert; 32],
+    })
+}
+
+prop_compose! {
+    fn netmap()(
+        name in "[a-z]{1,8}",
+        addrs in vec(addr(), 0..3),
+        peers in btree_map(0..8u8, Just(()), 0..8).prop_flat_map(|m| m.into_keys().map(peer).collect::<Vec<_>>()),
+        ingress in btree_set(rule(), 0..6),
+        egress in btree_set(rule(), 0..6),
+        relays in btree_map(0..3u8, Just(()), 0..3).prop_flat_map(|m| m.into_keys().map(relay).collect::<Vec<_>>()),
+    ) -> Netmap {
+        Netmap {
+            network: Network {
+                id: NetworkId::from_bytes([9; 16]),
+                name: name.clone(),
+                ipv4: "100.64.0.0/10".parse().unwrap(),
+                ipv6: "fd00::/48".parse().unwrap(),
+            },
+            device: SelfDevice { id: DeviceId::from_bytes([7; 16]), name, addrs, user: None, tags: vec![] },
+            peers: peers.into_iter().map(|p| (p.id, p)).collect(),
+            ingress,
+            egress,
+            relays: relays.into_iter().map(|r| (r.id, r)).collect(),
+        }
+    }
+}
+
+/// The smallest netmap, for golden values.
+fn golden() -> Netmap {
+    Netmap {
+        network: Network {
+            id: NetworkId::from_bytes([1; 16]),
+            name: "net".into(),
+            ipv4: "100.64.0.0/10".parse().unwrap(),
+            ipv6: "fd00::/48".parse().unwrap(),
+        },
+        device: SelfDevice {
+            id: DeviceId::from_bytes([2; 16]),
+            name: "a".into(),
+            addrs: vec!["100.64.0.1".parse().unwrap()],
+            user: Some("u@example.com".into()),
+            tags: vec![],
+        },
+        peers: BTreeMap::new(),
+        ingress: BTreeSet::new(),
+        egress: BTreeSet::new(),
+        relays: BTreeMap::new(),
+    }
+}
+
+proptest! {
+    #[test]
+    fn applying_the_difference_gives_the_new_netmap(old in netmap(), new in netmap()) {
+        let delta = Netmap::diff(&old, &new);
+        let delta = Delta::try_from(DeltaMsg::from(&delta)).unwrap();
+        let mut got = old;
+        got.apply(delta);
+        prop_assert_eq!(got.hash(), new.hash());
+        prop_assert_eq!(got, new);
+    }
+
+    #[test]
+    fn the_step_between_only_takes_away(old in netmap(), new in netmap()) {
+        let step = Netmap::without_removed(&old, &new);
+        let opened = |rules: &BTreeSet<FilterRule>, before: &BTreeSet<FilterRule>| {
+            rules.iter().any(|r| r.action == Action::Allow && !before.contains(r))
+        };
+        prop_assert!(!opened(&step.ingress, &old.ingress) && !opened(&step.egress, &old.egress));
+        prop_assert!(step.peers.iter().all(|(id, p)| old.peers.get(id) == Some(p)));
+        // Nothing that the new netmap lacks is still allowed.
+        prop_assert!(step.ingress.iter().all(|r| r.action == Action::Deny || new.ingress.contains(r)));
+        prop_assert!(step.peers.keys().all(|id| new.peers.contains_key(id)));
+        let mut got = step.clone();
+        got.apply(Netmap::diff(&step, &new));
+        prop_assert_eq!(got, new);
+    }
+
+    #[test]
+    fn the_wire_form_round_trips(map in netmap()) {
+        let back = Netmap::try_from(NetmapMsg::from(&map)).unwrap();
+        prop_assert_eq!(back.hash(), map.hash());
+        prop_assert_eq!(back, map);
+    }
+
+    #[test]
+    fn different_netmaps_have_different_hashes(a in netmap(), b in netmap()) {
+        prop_assert_eq!(a == b, a.hash() == b.hash());
+    }
+}
+
+#[test]
+fn the_hash_is_golden() {
+    let hash = data_encoding::HEXLOWER.encode(&golden().hash());
+    assert_eq!(hash, "a3b9f65c90bb806f7d1c0b7cd50928a3155a1f20769bdbc6e37def8c788be2bd");
+}
