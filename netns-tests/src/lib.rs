@@ -1,1 +1,3 @@
+//! What tests the whole: a simulator (virtual internet, virtual time) and a lab (network namespaces, real packets).
 
+pub mod sim;

@@ -1,0 +1,398 @@
+//! The virtual internet: hosts, private networks behind translators (nested if wanted), latency, jitter and loss.
+//!
+//! Sending translates outwards at once; the packet then travels, and is translated inwards when it arrives, so that a
+//! mapping which expires on the way is expired.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use rand_chacha::ChaCha20Rng;
+use rand_core::{RngCore, SeedableRng};
+use warren_common::time::Instant;
+
+use super::nat::{Nat, NatBehaviour};
+
+/// Names a host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct HostId(pub usize);
+
+/// Names a translator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NatId(pub usize);
+
+/// A network in which addresses mean something: the public internet, or the inside of a translator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Realm {
+    /// The public internet.
+    Public,
+    /// Behind this translator.
+    Behind(NatId),
+}
+
+/// How a host's packets fare.
+#[derive(Clone, Copy, Debug)]
+pub struct Link {
+    /// One-way delay to the core of the internet.
+    pub latency: Duration,
+    /// Most extra delay, drawn evenly: reorders.
+    pub jitter: Duration,
+    /// Loss in parts per thousand.
+    pub loss_permille: u32,
+    /// False while the host has no network or blocks UDP.
+    pub udp: bool,
+}
+
+impl Default for Link {
+    fn default() -> Self {
+        Self { latency: Duration::from_millis(10), jitter: Duration::ZERO, loss_permille: 0, udp: true }
+    }
+}
+
+/// A datagram that has arrived.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Arrival {
+    /// At which host.
+    pub host: HostId,
+    /// The host's port.
+    pub port: u16,
+    /// The source, as the host sees it.
+    pub from: SocketAddr,
+    /// The contents.
+    pub payload: Vec<u8>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Owner {
+    Host(HostId),
+    Nat(NatId),
+}
+
+#[derive(Debug)]
+struct Host {
+    realm: Realm,
+    addr: IpAddr,
+    link: Link,
+}
+
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct InFlight {
+    due: Instant,
+    seq: u64,
+    realm: Realm,
+    from: SocketAddr,
+    to: SocketAddr,
+    payload: Vec<u8>,
+}
+
+/// Most datagrams in flight; more are lost, as in a full router.
+pub const MAX_IN_FLIGHT: usize = 1 << 20;
+
+/// The network between the hosts.
+#[derive(Debug)]
+pub struct Internet {
+    hosts: Vec<Host>,
+    nats: Vec<(Realm, Nat)>,
+    owners: BTreeMap<(Realm, IpAddr), Owner>,
+    in_flight: BinaryHeap<Reverse<InFlight>>,
+    seq: u64,
+    rng: ChaCha20Rng,
+    /// Datagrams that no host got: lost on a link, filtered, or without a destination.
+    pub lost: u64,
+}
+
+impl Internet {
+    /// An empty internet; `seed` decides loss, jitter and ports.
+    pub fn new(seed: u64) -> Self {
+        Self {
+            hosts: Vec::new(),
+            nats: Vec::new(),
+            owners: BTreeMap::new(),
+            in_flight: BinaryHeap::new(),
+            seq: 0,
+            rng: ChaCha20Rng::seed_from_u64(seed),
+            lost: 0,
+        }
+    }
+
+    /// Adds a translator with an outside address in `realm`.
+    pub fn add_nat(&mut self, realm: Realm, outside: IpAddr, behaviour: NatBehaviour) -> NatId {
+        let id = NatId(self.nats.len());
+        self.nats.push((realm, Nat::new(behaviour, outside)));
+        self.owners.insert((realm, outside), Owner::Nat(id));
+        id
+    }
+
+    /// Adds a host with an address in `realm`.
+    pub fn add_host(&mut self, realm: Realm, addr: IpAddr, link: Link) -> HostId {
+        let id = HostId(self.hosts.len());
+        self.hosts.push(Host { realm, addr, link });
+        self.owners.insert((realm, addr), Owner::Host(id));
+        id
+    }
+
+    /// The host's own address.
+    pub fn addr(&self, host: HostId) -> IpAddr {
+        self.hosts[host.0].addr
+    }
+
+    /// The network the host is in.
+    pub fn realm(&self, host: HostId) -> Realm {
+        self.hosts[host.0].realm
+    }
+
+    /// The host's link, to change it.
+    pub fn link_mut(&mut self, host: HostId) -> &mut Link {
+        &mut self.hosts[host.0].link
+    }
+
+    /// Whether UDP works for the host.
+    pub fn has_udp(&self, host: HostId) -> bool {
+        self.hosts[host.0].link.udp
+    }
+
+    /// Moves a host to another network, as roaming does.
+    pub fn move_host(&mut self, host: HostId, realm: Realm, addr: IpAddr) {
+        let old = &self.hosts[host.0];
+        self.owners.remove(&(old.realm, old.addr));
+        (self.hosts[host.0].realm, self.hosts[host.0].addr) = (realm, addr);
+        self.owners.insert((realm, addr), Owner::Host(host));
+    }
+
+    /// Restarts a translator with another outside address.
+    pub fn renumber_nat(&mut self, nat: NatId, outside: IpAddr) {
+        let (realm, translator) = &mut self.nats[nat.0];
+        self.owners.remove(&(*realm, translator.outside()));
+        translator.renumber(outside);
+        self.owners.insert((*realm, outside), Owner::Nat(nat));
+    }
+
+    /// Sends a datagram from `host`'s `port`.
+    pub fn send(&mut self, now: Instant, host: HostId, port: u16, to: SocketAddr, payload: &[u8]) {
+        let sender = &self.hosts[host.0];
+        let link = sender.link;
+        if !link.udp
+            || self.draw(1_000) < u64::from(link.loss_permille)
+            || self.in_flight.len() >= MAX_IN_FLIGHT
+        {
+            self.lost += 1;
+            return;
+        }
+        let sender = &self.hosts[host.0];
+        let from = SocketAddr::new(sender.addr, port);
+        let Some((realm, from)) = self.outwards(now, sender.realm, from, to) else {
+            self.lost += 1;
+            return;
+        };
+        let jitter = self.draw(u64::try_from(link.jitter.as_nanos()).unwrap_or(u64::MAX).saturating_add(1));
+        let due = now + link.latency + Duration::from_nanos(jitter);
+        self.seq += 1;
+        self.in_flight.push(Reverse(InFlight {
+            due,
+            seq: self.seq,
+            realm,
+            from,
+            to,
+            payload: payload.to_vec(),
+        }));
+    }
+
+    /// When the next datagram arrives.
+    pub fn next_arrival(&self) -> Option<Instant> {
+        self.in_flight.peek().map(|Reverse(packet)| packet.due)
+    }
+
+    /// The next datagram that has arrived by `now`.
+    pub fn poll_arrival(&mut self, now: Instant) -> Option<Arrival> {
+        while self.next_arrival().is_some_and(|due| due <= now) {
+            let Reverse(packet) = self.in_flight.pop()?;
+            match self.inwards(packet.due, packet.realm, packet.from, packet.to) {
+                Some((host, port)) if self.hosts[host.0].link.udp => {
+                    return Some(Arrival { host, port, from: packet.from, payload: packet.payload });
+                }
+                _ => self.lost += 1,
+            }
+        }
+        None
+    }
+
+    /// Walks out through translators until `to` belongs to somebody in the realm.
+    fn outwards(
+        &mut self,
+        now: Instant,
+        mut realm: Realm,
+        mut from: SocketAddr,
+        to: SocketAddr,
+    ) -> Option<(Realm, SocketAddr)> {
+        while !self.owners.contains_key(&(realm, to.ip())) {
+            let Realm::Behind(id) = realm else { return None };
+            let (outer, nat) = &mut self.nats[id.0];
+            let hairpins = nat.behaviour.hairpin;
+            from = nat.outbound(now, from, to, &mut self.rng);
+            if to.ip() == nat.outside() && !hairpins {
+                return None;
+            }
+            realm = *outer;
+        }
+        Some((realm, from))
+    }
+
+    /// Walks in through translators to the host.
+    fn inwards(
+        &self,
+        now: Instant,
+        mut realm: Realm,
+        from: SocketAddr,
+        mut to: SocketAddr,
+    ) -> Option<(HostId, u16)> {
+        loop {
+            match self.owners.get(&(realm, to.ip()))? {
+                Owner::Host(host) => return Some((*host, to.port())),
+                Owner::Nat(id) => {
+                    to = self.nats[id.0].1.inbound(now, from, to.port())?;
+                    realm = Realm::Behind(*id);
+                }
+            }
+        }
+    }
+
+    fn draw(&mut self, below: u64) -> u64 {
+        if below <= 1 { 0 } else { self.rng.next_u64() % below }
+    }
+
+    /// The oracle: can `a` and `b` ever exchange datagrams directly, if each tells the other its own address, the one
+    /// that `stun` sees, and keeps answering whatever arrives? Plays that exchange on a copy of the translators,
+    /// without time, loss or any of the product's code.
+    pub fn direct_path_exists(&self, a: HostId, b: HostId, stun: SocketAddr) -> bool {
+        const PORT: u16 = 40_000;
+        const ROUNDS: usize = 6;
+        if !self.hosts[a.0].link.udp || !self.hosts[b.0].link.udp {
+            return false;
+        }
+        let mut probe = Self::new(1);
+        probe.nats =
+            self.nats.iter().map(|(realm, nat)| (*realm, Nat::new(nat.behaviour, nat.outside()))).collect();
+        probe.owners.clone_from(&self.owners);
+        probe.hosts =
+            self.hosts.iter().map(|h| Host { realm: h.realm, addr: h.addr, link: Link::default() }).collect();
+        let ends = [a, b];
+        let mut known: [Vec<SocketAddr>; 2] = Default::default();
+        let mut heard = [false; 2];
+        for (i, host) in ends.iter().enumerate() {
+            let own = SocketAddr::new(probe.addr(*host), PORT);
+            let reflexive =
+                probe.outwards(Instant::ZERO, probe.realm(*host), own, stun).map(|(_, from)| from);
+            known[1 - i] = [Some(own), reflexive].into_iter().flatten().collect();
+        }
+        for _ in 0..ROUNDS {
+            for i in [0, 1] {
+                let own = SocketAddr::new(probe.addr(ends[i]), PORT);
+                for to in known[i].clone() {
+                    let Some((realm, from)) = probe.outwards(Instant::ZERO, probe.realm(ends[i]), own, to)
+                    else {
+                        continue;
+                    };
+                    let arrived = probe.inwards(Instant::ZERO, realm, from, to);
+                    if arrived == Some((ends[1 - i], PORT)) {
+                        heard[1 - i] = true;
+                        if !known[1 - i].contains(&from) {
+                            known[1 - i].push(from);
+                        }
+                    }
+                }
+            }
+        }
+        heard == [true, true]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sim::nat::Degree;
+
+    const STUN: &str = "198.51.100.1:3478";
+
+    fn behaviour(mapping: Degree, filtering: Degree) -> NatBehaviour {
+        NatBehaviour { mapping, filtering, timeout: Duration::from_secs(60), hairpin: false }
+    }
+
+    fn world(nats: [Option<NatBehaviour>; 2]) -> (Internet, [HostId; 2]) {
+        let mut net = Internet::new(3);
+        net.add_host(Realm::Public, "198.51.100.1".parse().unwrap(), Link::default());
+        let hosts = [0u8, 1].map(|i| match nats[usize::from(i)] {
+            None => net.add_host(Realm::Public, [203, 0, 113, 10 + i].into(), Link::default()),
+            Some(b) => {
+                let nat = net.add_nat(Realm::Public, [203, 0, 113, 100 + i].into(), b);
+                net.add_host(Realm::Behind(nat), [192, 168, 1, 2].into(), Link::default())
+            }
+        });
+        (net, hosts)
+    }
+
+    /// What theory says about hole punching, for the pairs everybody knows.
+    #[test]
+    fn the_oracle_agrees_with_theory() {
+        use Degree::{AddressAndPortDependent as Apd, AddressDependent as Ad, EndpointIndependent as Ei};
+        let (cone, addr, port, sym) =
+            (behaviour(Ei, Ei), behaviour(Ei, Ad), behaviour(Ei, Apd), behaviour(Apd, Apd));
+        for (a, b, direct) in [
+            (None, None, true),
+            (None, Some(sym), true),
+            (Some(cone), Some(sym), true),
+            (Some(addr), Some(sym), true),
+            (Some(port), Some(port), true),
+            (Some(port), Some(sym), false),
+            (Some(sym), Some(sym), false),
+        ] {
+            let (net, [x, y]) = world([a, b]);
+            assert_eq!(net.direct_path_exists(x, y, STUN.parse().unwrap()), direct, "{a:?} {b:?}");
+            assert_eq!(net.direct_path_exists(y, x, STUN.parse().unwrap()), direct, "{b:?} {a:?}");
+        }
+    }
+
+    #[test]
+    fn datagrams_cross_two_translators_and_back() {
+        let b = behaviour(Degree::EndpointIndependent, Degree::AddressAndPortDependent);
+        let mut net = Internet::new(1);
+        let server = net.add_host(Realm::Public, "198.51.100.1".parse().unwrap(), Link::default());
+        let carrier = net.add_nat(Realm::Public, "203.0.113.1".parse().unwrap(), b);
+        let home = net.add_nat(Realm::Behind(carrier), "100.64.0.2".parse().unwrap(), b);
+        let host = net.add_host(Realm::Behind(home), "192.168.1.2".parse().unwrap(), Link::default());
+        net.send(Instant::ZERO, host, 5000, STUN.parse().unwrap(), b"hi");
+        let at = net.next_arrival().unwrap();
+        let got = net.poll_arrival(at).unwrap();
+        assert_eq!(
+            (got.host, got.from.ip(), got.payload.as_slice()),
+            (server, "203.0.113.1".parse().unwrap(), &b"hi"[..])
+        );
+        net.send(at, server, 3478, got.from, b"yo");
+        let at = net.next_arrival().unwrap();
+        let back = net.poll_arrival(at).unwrap();
+        assert_eq!((back.host, back.port, back.from), (host, 5000, STUN.parse().unwrap()));
+        // Nobody else gets in.
+        net.send(at, server, 3479, got.from, b"no");
+        assert_eq!(net.poll_arrival(Instant::FAR_FUTURE), None);
+        assert_eq!(net.lost, 1);
+    }
+
+    #[test]
+    fn neighbours_meet_on_their_lan_and_hairpin_only_where_it_works() {
+        for hairpin in [false, true] {
+            let mut b = behaviour(Degree::EndpointIndependent, Degree::EndpointIndependent);
+            b.hairpin = hairpin;
+            let mut net = Internet::new(1);
+            net.add_host(Realm::Public, "198.51.100.1".parse().unwrap(), Link::default());
+            let nat = net.add_nat(Realm::Public, "203.0.113.1".parse().unwrap(), b);
+            let x = net.add_host(Realm::Behind(nat), "192.168.1.2".parse().unwrap(), Link::default());
+            let y = net.add_host(Realm::Behind(nat), "192.168.1.3".parse().unwrap(), Link::default());
+            net.send(Instant::ZERO, x, 1, "192.168.1.3:2".parse().unwrap(), b"lan");
+            assert_eq!(net.poll_arrival(Instant::FAR_FUTURE).map(|a| a.host), Some(y));
+            net.send(Instant::ZERO, y, 2, STUN.parse().unwrap(), b"open");
+            net.poll_arrival(Instant::FAR_FUTURE).unwrap();
+            net.send(Instant::ZERO, x, 1, "203.0.113.1:2".parse().unwrap(), b"hairpin");
+            assert_eq!(net.poll_arrival(Instant::FAR_FUTURE).is_some(), hairpin);
+        }
+    }
+}
