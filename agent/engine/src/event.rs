@@ -1,0 +1,107 @@
+//! What an engine tells its shell, and why it wants to be woken.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use serde::Serialize;
+use warren_common::filter::RuleId;
+use warren_common::ids::{DeviceId, RelayId};
+
+/// How packets reach a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "lowercase", tag = "kind")]
+pub enum Path {
+    /// Straight, by UDP.
+    Direct {
+        /// The peer's address.
+        endpoint: SocketAddr,
+    },
+    /// Through a relay.
+    Relay {
+        /// The relay.
+        relay: RelayId,
+    },
+    /// Not at all, for now.
+    None,
+}
+
+/// Names a ping from `Engine::start_ping` to its result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PingToken(pub u64);
+
+/// Something the shell should know or do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Send `sealed` to `device` over the control session's signal channel: no relay carries it now.
+    Signal {
+        /// The peer it is for.
+        device: DeviceId,
+        /// A sealed probe message, at most 1 200 bytes.
+        sealed: Vec<u8>,
+    },
+    /// A peer listens on this relay and there is something for it: connect, and keep the connection while traffic
+    /// flows.
+    RelayWanted {
+        /// The relay.
+        relay: RelayId,
+    },
+    /// This is the best relay to listen on: connect to it for good, and report it as the home relay.
+    HomeRelay {
+        /// The relay; `None` if the netmap has none.
+        relay: Option<RelayId>,
+    },
+    /// Packets to a peer take another way now.
+    PathChanged {
+        /// The peer.
+        device: DeviceId,
+        /// The way.
+        path: Path,
+    },
+    /// A WireGuard handshake with a peer is done.
+    SessionEstablished {
+        /// The peer.
+        device: DeviceId,
+    },
+    /// A flow ended because policy no longer allows it.
+    FlowEnded {
+        /// The peer at the other end, if it is still known.
+        device: Option<DeviceId>,
+        /// The rule that had allowed it.
+        rule: RuleId,
+    },
+    /// The lease of everything granted is over: nothing passes until an update renews it.
+    LeaseEnded,
+    /// A ping came back, or didn't.
+    PingResult {
+        /// Which ping.
+        token: PingToken,
+        /// The way it went.
+        path: Path,
+        /// The round-trip time; `None` if no answer came inside the window.
+        rtt: Option<Duration>,
+    },
+}
+
+/// Why an engine wants to be woken, first the most urgent. Each wake-up is counted under its reason.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WakeReason {
+    /// A WireGuard timer: handshake retry, rekey, passive keep-alive, erasure of keys.
+    WireGuard,
+    /// A path to a peer in use: probe round, distress check, keep-alive, or its going idle.
+    Path,
+    /// A STUN request to repeat or to give up.
+    Stun,
+    /// A ping to give up.
+    Ping,
+    /// A filter rule's time window opens or closes, or flows to forget.
+    Filter,
+    /// The lease ends.
+    Lease,
+}
+
+impl WakeReason {
+    /// Every reason, in order.
+    pub const ALL: [Self; 6] =
+        [Self::WireGuard, Self::Path, Self::Stun, Self::Ping, Self::Filter, Self::Lease];
+}

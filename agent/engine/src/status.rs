@@ -1,0 +1,189 @@
+//! Answers to questions: what an engine knows, as data for `warren status`, `why`, `whois` and metrics.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+
+use serde::Serialize;
+use warren_common::ids::{DeviceId, NetworkId, RelayId};
+use warren_common::time::UnixTime;
+
+use crate::event::{Path, WakeReason};
+
+/// Everything at one moment.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Status {
+    /// The network; absent before the first netmap.
+    pub network: Option<NetworkStatus>,
+    /// This device; absent before the first netmap.
+    #[serde(rename = "self")]
+    pub device: Option<SelfStatus>,
+    /// The coordinator's epoch and the netmap's revision, 0 for none.
+    pub epoch: u64,
+    /// See `epoch`.
+    pub revision: u64,
+    /// The lease of everything granted.
+    pub lease: LeaseStatus,
+    /// Peers, by id.
+    pub peers: Vec<PeerStatus>,
+    /// What is known of the network around us.
+    pub net: NetStatus,
+    /// Packets dropped, by reason.
+    pub drops: BTreeMap<&'static str, u64>,
+    /// Timer wake-ups that found something due, by reason.
+    pub wakes: BTreeMap<WakeReason, u64>,
+}
+
+/// The network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct NetworkStatus {
+    /// Its id.
+    pub id: NetworkId,
+    /// Its name.
+    pub name: String,
+}
+
+/// This device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SelfStatus {
+    /// Its id.
+    pub id: DeviceId,
+    /// Its name.
+    pub name: String,
+    /// Its overlay addresses.
+    pub ips: Vec<IpAddr>,
+    /// Its user, unless it is a workload.
+    pub user: Option<String>,
+    /// Its tags.
+    pub tags: Vec<String>,
+}
+
+/// Whether grants hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase", tag = "state")]
+pub enum LeaseStatus {
+    /// No netmap was ever accepted.
+    None,
+    /// They hold.
+    Valid {
+        /// For how long, in milliseconds.
+        remaining_ms: u64,
+    },
+    /// They don't: nothing passes.
+    Ended,
+}
+
+/// One peer.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct PeerStatus {
+    /// Its id.
+    pub id: DeviceId,
+    /// Its name, if this device may know it.
+    pub name: Option<String>,
+    /// Its overlay addresses.
+    pub ips: Vec<IpAddr>,
+    /// Its user.
+    pub user: Option<String>,
+    /// Its tags.
+    pub tags: Vec<String>,
+    /// Connected to the coordinator, as far as known.
+    pub online: bool,
+    /// How packets reach it.
+    pub path: PathStatus,
+    /// Plaintext bytes received from it.
+    pub rx_bytes: u64,
+    /// Plaintext bytes sent to it.
+    pub tx_bytes: u64,
+    /// When the last handshake with it was done.
+    pub last_handshake: Option<UnixTime>,
+}
+
+/// How packets reach a peer, in the words of `warren status --json`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct PathStatus {
+    /// `direct`, `relay` or `none`.
+    pub kind: &'static str,
+    /// The peer's address, if direct.
+    pub endpoint: Option<SocketAddr>,
+    /// The relay's name, if relayed.
+    pub relay: Option<String>,
+    /// Round-trip time of the last probe over it, in milliseconds.
+    pub rtt_ms: Option<f64>,
+}
+
+/// The network around us, for `warren netcheck`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct NetStatus {
+    /// True if any STUN server has answered since the last network change.
+    pub udp: bool,
+    /// Our IPv4 address as STUN servers see it.
+    pub ipv4: Option<SocketAddr>,
+    /// Our IPv6 address as STUN servers see it.
+    pub ipv6: Option<SocketAddr>,
+    /// How the NAT in front of us maps (RFC 4787 section 4.1), from IPv4 if there is any; `None` if two answers to
+    /// compare are missing.
+    pub mapping: Option<Mapping>,
+    /// Relays with the round-trip time to their STUN service, by id.
+    pub relays: Vec<RelayStatus>,
+}
+
+/// How a NAT maps (RFC 4787 section 4.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mapping {
+    /// There is no NAT: the mapped address is our own.
+    None,
+    /// The same whatever the destination.
+    EndpointIndependent,
+    /// Another one for each destination address.
+    AddressDependent,
+    /// Another one for each destination address and port.
+    AddressAndPortDependent,
+}
+
+/// One relay.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct RelayStatus {
+    /// Its id.
+    pub id: RelayId,
+    /// Its name.
+    pub name: String,
+    /// True if the shell is connected to it.
+    pub connected: bool,
+    /// True if it is the one we listen on.
+    pub home: bool,
+    /// Round-trip time to its STUN service, in milliseconds.
+    pub rtt_ms: Option<f64>,
+}
+
+/// Whose an address is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Whois {
+    /// The device.
+    pub id: DeviceId,
+    /// Its name, if this device may know it.
+    pub name: Option<String>,
+    /// Its user.
+    pub user: Option<String>,
+    /// Its tags.
+    pub tags: Vec<String>,
+    /// True if the address is our own.
+    #[serde(rename = "self")]
+    pub is_self: bool,
+    /// True if the address is the device's own; false if it is in a subnet behind it.
+    pub exact: bool,
+}
+
+/// Answer to `warren why`: what becomes of a new connection from here, and on what grounds.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Why {
+    /// True if this device would send the packet. The other end decides for itself as well.
+    pub allowed: bool,
+    /// A stable word for what decided.
+    pub reason: &'static str,
+    /// What decided, for people, with the rule's place in the policy where there is one.
+    pub text: String,
+    /// The peer that owns the destination.
+    pub peer: Option<Whois>,
+    /// How packets reach it.
+    pub path: Option<Path>,
+}
