@@ -4,6 +4,7 @@
 //! probes are fixed layouts of their own. Whatever is signed is signed over the bytes as sent.
 
 pub mod control;
+pub mod probe;
 pub mod relay;
 pub mod relay_control;
 pub mod session;
