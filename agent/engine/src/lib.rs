@@ -8,5 +8,9 @@
 #![forbid(unsafe_code)]
 
 pub mod event;
+pub mod filter;
+pub mod flow;
 pub mod io;
+pub mod matcher;
+pub mod packet;
 pub mod status;

@@ -1,0 +1,698 @@
+//! Each rule of the design's section on flows, in both families.
+
+use std::net::IpAddr;
+
+use warren_common::filter::{
+    Action, FilterDst, IpRange, PROTO_ICMP, PROTO_ICMPV6, PROTO_TCP, PROTO_UDP, PortRange,
+};
+use warren_common::time::UnixTime;
+
+use super::*;
+use crate::flow::{FlowState, TCP_ESTABLISHED, TCP_TRANSITORY};
+use crate::packet::{Addrs, ParseError, TCP_ACK, TCP_FIN, TCP_SYN, build};
+
+const PEER: u32 = 7;
+const START: i64 = 1_800_000_000;
+
+fn at(secs: u64) -> Now {
+    Now {
+        boot: Instant::from_nanos(1_000_000_000 * (secs + 1_000)),
+        unix: UnixTime::from_secs(START) + Duration::from_secs(secs),
+    }
+}
+
+/// Which family a test runs in: the local host and one peer.
+#[derive(Clone, Copy, Debug)]
+struct Net {
+    local: IpAddr,
+    remote: IpAddr,
+    icmp: u8,
+}
+
+fn families() -> [Net; 2] {
+    [
+        Net { local: [100, 64, 0, 1].into(), remote: [100, 64, 0, 2].into(), icmp: PROTO_ICMP },
+        Net {
+            local: [0xfd00, 0, 0, 0, 0, 0, 0, 1].into(),
+            remote: [0xfd00, 0, 0, 0, 0, 0, 0, 2].into(),
+            icmp: PROTO_ICMPV6,
+        },
+    ]
+}
+
+impl Net {
+    fn out(&self) -> Addrs {
+        Addrs::new(self.local, self.remote).unwrap()
+    }
+
+    fn tcp(&self, direction: Direction, ports: (u16, u16), flags: u8, seq: u32, ack: u32) -> Vec<u8> {
+        let (local_port, remote_port) = ports;
+        let (addrs, src_port, dst_port) = match direction {
+            Direction::Egress => (self.out(), local_port, remote_port),
+            Direction::Ingress => (self.out().reversed(), remote_port, local_port),
+        };
+        let ack = (flags & TCP_ACK != 0).then_some(ack);
+        build::Segment { addrs, src_port, dst_port, seq, ack, flags }.to_bytes()
+    }
+
+    fn udp(&self, direction: Direction, ports: (u16, u16)) -> Vec<u8> {
+        let (local_port, remote_port) = ports;
+        match direction {
+            Direction::Egress => {
+                build::stub(self.out(), PROTO_UDP, Selector::Ports { src: local_port, dst: remote_port })
+            }
+            Direction::Ingress => build::stub(
+                self.out().reversed(),
+                PROTO_UDP,
+                Selector::Ports { src: remote_port, dst: local_port },
+            ),
+        }
+    }
+
+    fn echo(&self, direction: Direction, request: bool, id: u16) -> Vec<u8> {
+        let addrs = match direction {
+            Direction::Egress => self.out(),
+            Direction::Ingress => self.out().reversed(),
+        };
+        build::stub(addrs, self.icmp, Selector::Echo { request, id })
+    }
+
+    /// From the local host to one port of the peer.
+    fn rule_out(&self, id: u64, port: u16) -> FilterRule {
+        rule(id, self.local, self.remote, port)
+    }
+
+    /// From the peer to one port of the local host.
+    fn rule_in(&self, id: u64, port: u16) -> FilterRule {
+        rule(id, self.remote, self.local, port)
+    }
+}
+
+fn rule(id: u64, src: IpAddr, dst: IpAddr, port: u16) -> FilterRule {
+    FilterRule {
+        id: RuleId(id),
+        origin: format!("grants[{id}]"),
+        action: Action::Allow,
+        staged: false,
+        src: vec![IpRange::from(src)],
+        dst: vec![FilterDst { net: IpRange::from(dst), ports: PortRange { first: port, last: port } }],
+        protos: Vec::new(),
+        active: None,
+    }
+}
+
+fn filter(ingress: Vec<FilterRule>, egress: Vec<FilterRule>) -> Filter {
+    let mut filter = Filter::new([1, 2]);
+    assert!(filter.set_rules(ingress, egress, 1, at(0)).is_empty());
+    filter
+}
+
+const OUT: Direction = Direction::Egress;
+const IN: Direction = Direction::Ingress;
+
+/// Makes short work of a packet's verdict: `None` is a pass.
+fn judge(filter: &mut Filter, direction: Direction, secs: u64, bytes: &[u8]) -> Option<DropReason> {
+    let verdict = match direction {
+        Direction::Egress => filter.egress(at(secs), bytes, PEER),
+        Direction::Ingress => filter.ingress(at(secs), bytes, PEER),
+    };
+    match verdict {
+        Verdict::Pass => None,
+        Verdict::Drop(reason) => Some(reason),
+    }
+}
+
+/// A handshake opened by the local host: it has sent up to 101, the peer up to 501.
+fn connect(filter: &mut Filter, net: &Net, ports: (u16, u16), secs: u64) {
+    for (direction, flags, seq, ack) in
+        [(OUT, TCP_SYN, 100, 0), (IN, TCP_SYN | TCP_ACK, 500, 101), (OUT, TCP_ACK, 101, 501)]
+    {
+        let segment = net.tcp(direction, ports, flags, seq, ack);
+        assert_eq!(judge(filter, direction, secs, &segment), None, "{direction:?}");
+    }
+}
+
+fn only_flow(filter: &Filter) -> Flow {
+    let mut flows = filter.flows().flows();
+    let flow = *flows.next().unwrap();
+    assert!(flows.next().is_none());
+    flow
+}
+
+fn parsed(bytes: &[u8]) -> (Packet<'_>, Option<TcpHeader>) {
+    let packet = Packet::parse(bytes).unwrap();
+    match packet.transport {
+        Transport::Tcp(tcp) => (packet, Some(tcp)),
+        _ => (packet, None),
+    }
+}
+
+#[test]
+fn denies_everything_without_rules() {
+    for net in families() {
+        let mut filter = Filter::new([1, 2]);
+        for direction in [OUT, IN] {
+            let packets = [
+                net.tcp(direction, (40_000, 443), TCP_SYN, 1, 0),
+                net.udp(direction, (40_000, 443)),
+                net.echo(direction, true, 1),
+            ];
+            for bytes in packets {
+                assert_eq!(judge(&mut filter, direction, 0, &bytes), Some(DropReason::NoRule));
+            }
+            assert_eq!(filter.counters(direction).dropped(&DropReason::NoRule), 3);
+        }
+        assert!(filter.flows().is_empty());
+    }
+}
+
+#[test]
+fn replies_pass_by_the_flow_alone() {
+    for net in families() {
+        let mut filter = filter(vec![], vec![net.rule_out(1, 53)]);
+        let answer = net.udp(IN, (40_000, 53));
+        assert_eq!(judge(&mut filter, IN, 0, &answer), Some(DropReason::NoRule));
+        assert_eq!(judge(&mut filter, OUT, 0, &net.udp(OUT, (40_000, 53))), None);
+        assert_eq!(judge(&mut filter, IN, 1, &answer), None);
+        assert_eq!(only_flow(&filter).state, FlowState::Answered);
+        for other in [(40_001, 53), (40_000, 54)] {
+            assert!(judge(&mut filter, IN, 1, &net.udp(IN, other)).is_some());
+        }
+        assert_eq!(judge(&mut filter, OUT, 1, &net.udp(OUT, (40_000, 54))), Some(DropReason::NoRule));
+    }
+}
+
+#[test]
+fn what_peers_may_open_is_answered_but_not_opened() {
+    for net in families() {
+        let mut filter = filter(vec![net.rule_in(1, 22)], vec![]);
+        assert!(judge(&mut filter, OUT, 0, &net.tcp(OUT, (22, 40_000), TCP_SYN, 1, 0)).is_some());
+        assert_eq!(judge(&mut filter, IN, 0, &net.tcp(IN, (22, 40_000), TCP_SYN, 1, 0)), None);
+        let answer = net.tcp(OUT, (22, 40_000), TCP_SYN | TCP_ACK, 9, 2);
+        assert_eq!(judge(&mut filter, OUT, 0, &answer), None);
+        assert_eq!(only_flow(&filter).state, FlowState::SynReceived);
+    }
+}
+
+#[test]
+fn tcp_goes_through_its_states() {
+    for net in families() {
+        let ports = (40_000, 443);
+        let mut filter = filter(vec![], vec![net.rule_out(1, 443)]);
+        let steps = [
+            (OUT, TCP_SYN, 100, 0, FlowState::SynSent),
+            (OUT, TCP_SYN, 100, 0, FlowState::SynSent),
+            (IN, TCP_SYN | TCP_ACK, 500, 101, FlowState::SynReceived),
+            (OUT, TCP_ACK, 101, 501, FlowState::Established),
+            (OUT, TCP_FIN | TCP_ACK, 101, 501, FlowState::HalfClosed),
+            (IN, TCP_ACK, 501, 102, FlowState::HalfClosed),
+            (IN, TCP_FIN | TCP_ACK, 501, 102, FlowState::TimeWait),
+            (OUT, TCP_ACK, 102, 502, FlowState::TimeWait),
+            // The ports again: a new connection.
+            (OUT, TCP_SYN, 9_000, 0, FlowState::SynSent),
+            (IN, TCP_RST | TCP_ACK, 0, 9_001, FlowState::Closed),
+        ];
+        for (step, (direction, flags, seq, ack, state)) in steps.into_iter().enumerate() {
+            let segment = net.tcp(direction, ports, flags, seq, ack);
+            assert_eq!(judge(&mut filter, direction, 0, &segment), None, "step {step}");
+            assert_eq!(only_flow(&filter).state, state, "step {step}");
+        }
+    }
+}
+
+#[test]
+fn a_made_up_reset_does_not_close_the_flow() {
+    for net in families() {
+        let ports = (40_000, 443);
+        let mut filter = filter(vec![], vec![net.rule_out(1, 443)]);
+        connect(&mut filter, &net, ports, 0);
+        assert_eq!(judge(&mut filter, IN, 0, &net.tcp(IN, ports, TCP_RST, 77, 0)), None);
+        assert_eq!(only_flow(&filter).state, FlowState::Established);
+        assert_eq!(judge(&mut filter, IN, 0, &net.tcp(IN, ports, TCP_RST, 501, 0)), None);
+        assert_eq!(only_flow(&filter).state, FlowState::Closed);
+    }
+}
+
+#[test]
+fn a_peer_cannot_open_along_a_flow() {
+    for net in families() {
+        let ports = (40_000, 443);
+        let mut filter = filter(vec![], vec![net.rule_out(1, 443)]);
+        connect(&mut filter, &net, ports, 0);
+        let syn = net.tcp(IN, ports, TCP_SYN, 1, 0);
+        assert_eq!(judge(&mut filter, IN, 0, &syn), Some(DropReason::NoRule));
+        // Nor once the flow is over.
+        assert_eq!(judge(&mut filter, IN, 0, &net.tcp(IN, ports, TCP_RST, 501, 0)), None);
+        assert_eq!(judge(&mut filter, IN, 0, &syn), Some(DropReason::NoRule));
+    }
+}
+
+#[test]
+fn timeouts_are_as_documented() {
+    for net in families() {
+        let udp = (40_000, 53);
+        let tcp = (40_000, 443);
+        let rules = vec![net.rule_out(1, 53), net.rule_out(2, 443)];
+        let lasts = |open: &dyn Fn(&mut Filter), answer: Vec<u8>, timeout: Duration| {
+            let secs = timeout.as_secs();
+            for (after, passes) in [(secs - 1, true), (secs, false)] {
+                let mut filter = filter(vec![], rules.clone());
+                open(&mut filter);
+                assert_eq!(judge(&mut filter, IN, after, &answer).is_none(), passes, "{after} s");
+            }
+        };
+        let send_udp = |filter: &mut Filter| {
+            assert_eq!(judge(filter, OUT, 0, &net.udp(OUT, udp)), None);
+        };
+        lasts(&send_udp, net.udp(IN, udp), crate::flow::DATAGRAM_UNANSWERED);
+        let exchange_udp = |filter: &mut Filter| {
+            send_udp(filter);
+            assert_eq!(judge(filter, IN, 0, &net.udp(IN, udp)), None);
+        };
+        lasts(&exchange_udp, net.udp(IN, udp), crate::flow::DATAGRAM_ANSWERED);
+        let ping = |filter: &mut Filter| {
+            assert_eq!(judge(filter, OUT, 0, &net.echo(OUT, true, 5)), None);
+        };
+        lasts(&ping, net.echo(IN, false, 5), crate::flow::ICMP_QUERY);
+        let knock = |filter: &mut Filter| {
+            assert_eq!(judge(filter, OUT, 0, &net.tcp(OUT, tcp, TCP_SYN, 1, 0)), None);
+        };
+        lasts(&knock, net.tcp(IN, tcp, TCP_SYN | TCP_ACK, 1, 2), TCP_TRANSITORY);
+        let establish = |filter: &mut Filter| connect(filter, &net, tcp, 0);
+        lasts(&establish, net.tcp(IN, tcp, TCP_ACK, 501, 101), TCP_ESTABLISHED);
+        let reset = |filter: &mut Filter| {
+            connect(filter, &net, tcp, 0);
+            assert_eq!(judge(filter, IN, 0, &net.tcp(IN, tcp, TCP_RST, 501, 0)), None);
+        };
+        lasts(&reset, net.tcp(IN, tcp, TCP_ACK, 501, 101), crate::flow::TCP_CLOSED);
+    }
+}
+
+#[test]
+fn echo_is_told_apart_by_who_asks() {
+    for net in families() {
+        let mut filter = filter(vec![], vec![net.rule_out(1, 0)]);
+        assert_eq!(judge(&mut filter, IN, 0, &net.echo(IN, false, 5)), Some(DropReason::NoFlow));
+        assert_eq!(judge(&mut filter, OUT, 0, &net.echo(OUT, true, 5)), None);
+        assert_eq!(judge(&mut filter, IN, 0, &net.echo(IN, false, 5)), None);
+        assert_eq!(judge(&mut filter, IN, 0, &net.echo(IN, false, 6)), Some(DropReason::NoFlow));
+        // The same identifier, asked by the other side.
+        assert_eq!(judge(&mut filter, IN, 0, &net.echo(IN, true, 5)), Some(DropReason::NoRule));
+        assert_eq!(judge(&mut filter, OUT, 0, &net.echo(OUT, false, 5)), Some(DropReason::NoFlow));
+    }
+}
+
+#[test]
+fn icmp_errors_pass_only_about_a_flow() {
+    for net in families() {
+        let mut filter = filter(vec![net.rule_in(2, 69)], vec![net.rule_out(1, 53)]);
+        let sent = net.udp(OUT, (40_000, 53));
+        let error = build::prohibited(net.out().reversed(), &sent);
+        let unrelated = Some(DropReason::UnrelatedIcmpError);
+        assert_eq!(judge(&mut filter, IN, 0, &error), unrelated);
+        assert_eq!(judge(&mut filter, OUT, 0, &sent), None);
+        assert_eq!(judge(&mut filter, IN, 0, &error), None);
+        // About another packet; about one that went the other way; from another peer; to another host.
+        let other = build::prohibited(net.out().reversed(), &net.udp(OUT, (40_001, 53)));
+        assert_eq!(judge(&mut filter, IN, 0, &other), unrelated);
+        let turned = build::prohibited(net.out().reversed(), &net.udp(IN, (40_000, 53)));
+        assert_eq!(judge(&mut filter, IN, 0, &turned), unrelated);
+        assert_eq!(filter.ingress(at(0), &error, PEER + 1), Verdict::Drop(DropReason::UnrelatedIcmpError));
+        let stranger = Addrs::new(net.remote, net.remote).unwrap();
+        let astray = build::prohibited(stranger, &sent);
+        assert_eq!(judge(&mut filter, IN, 0, &astray), unrelated);
+        // Outwards: port unreachable about what a peer sent.
+        let asked = net.udp(IN, (69, 40_000));
+        let refusal = build::prohibited(net.out(), &asked);
+        assert_eq!(judge(&mut filter, OUT, 0, &refusal), unrelated);
+        assert_eq!(judge(&mut filter, IN, 0, &asked), None);
+        assert_eq!(judge(&mut filter, OUT, 0, &refusal), None);
+    }
+}
+
+#[test]
+fn icmp_that_steers_hosts_never_passes() {
+    for net in families() {
+        let all = |mut rule: FilterRule| {
+            rule.protos = vec![net.icmp];
+            rule
+        };
+        let rules = (vec![all(net.rule_in(1, 0))], vec![all(net.rule_out(2, 0))]);
+        let mut filter = filter(rules.0, rules.1);
+        let kinds: &[u8] = if net.icmp == PROTO_ICMP { &[5] } else { &[133, 134, 135, 136, 137] };
+        for kind in kinds {
+            let selector = Selector::Icmp { kind: *kind };
+            let inwards = build::stub(net.out().reversed(), net.icmp, selector);
+            assert_eq!(judge(&mut filter, IN, 0, &inwards), Some(DropReason::ForbiddenIcmp));
+            let outwards = build::stub(net.out(), net.icmp, selector);
+            assert_eq!(judge(&mut filter, OUT, 0, &outwards), Some(DropReason::ForbiddenIcmp));
+        }
+    }
+}
+
+#[test]
+fn after_a_restart_the_permitted_direction_makes_the_flow_again() {
+    for net in families() {
+        let ports = (40_000, 443);
+        let mut filter = filter(vec![], vec![net.rule_out(1, 443)]);
+        let data = net.tcp(IN, ports, TCP_ACK, 501, 101);
+        assert_eq!(judge(&mut filter, IN, 0, &data), Some(DropReason::NoFlow));
+        // Its receiver is asked, with a number just before the one it expects.
+        let Some(Output::Local(ask)) = filter.poll_output() else { panic!("no request for proof") };
+        let (packet, tcp) = parsed(&ask);
+        let tcp = tcp.unwrap();
+        assert_eq!(packet.addrs, net.out().reversed());
+        assert_eq!((tcp.seq, tcp.ack, tcp.flags, tcp.payload_len), (500, 101, TCP_ACK, 0));
+        // A host without that connection resets: neither a flow nor a packet on the wire.
+        let reset = net.tcp(OUT, ports, TCP_RST, 101, 0);
+        assert_eq!(judge(&mut filter, OUT, 0, &reset), Some(DropReason::NoFlow));
+        assert_eq!(filter.poll_output(), None);
+        // One with it acknowledges, and then the transfer goes on.
+        assert_eq!(judge(&mut filter, OUT, 0, &net.tcp(OUT, ports, TCP_ACK, 101, 501)), None);
+        assert_eq!(only_flow(&filter).state, FlowState::Relearnt);
+        assert_eq!(judge(&mut filter, IN, 0, &data), None);
+        assert_eq!(only_flow(&filter).state, FlowState::Established);
+    }
+}
+
+#[test]
+fn after_a_restart_of_the_serving_side_the_client_is_asked() {
+    for net in families() {
+        let ports = (22, 40_000);
+        let mut filter = filter(vec![net.rule_in(1, 22)], vec![]);
+        let data = net.tcp(OUT, ports, TCP_ACK, 901, 301);
+        assert_eq!(judge(&mut filter, OUT, 0, &data), Some(DropReason::NoFlow));
+        let Some(Output::Peer { peer: PEER, packet }) = filter.poll_output() else {
+            panic!("no request for proof")
+        };
+        let tcp = parsed(&packet).1.unwrap();
+        assert_eq!((tcp.seq, tcp.ack, tcp.flags, tcp.payload_len), (900, 301, TCP_ACK, 0));
+        assert_eq!(judge(&mut filter, IN, 0, &net.tcp(IN, ports, TCP_ACK, 301, 901)), None);
+        assert_eq!(judge(&mut filter, OUT, 0, &data), None);
+    }
+}
+
+#[test]
+fn an_unmatched_segment_in_no_permitted_direction_is_dropped_silently() {
+    for net in families() {
+        let mut filter = filter(vec![net.rule_in(1, 22)], vec![net.rule_out(2, 443)]);
+        for flags in [TCP_ACK, TCP_FIN | TCP_ACK, TCP_RST, TCP_SYN | TCP_ACK] {
+            for direction in [OUT, IN] {
+                let segment = net.tcp(direction, (40_000, 80), flags, 5, 6);
+                assert_eq!(judge(&mut filter, direction, 0, &segment), Some(DropReason::NoFlow));
+            }
+        }
+        assert_eq!(filter.poll_output(), None);
+        assert!(filter.flows().is_empty());
+    }
+}
+
+#[test]
+fn refused_connections_fail_at_once_for_the_local_application_only() {
+    for net in families() {
+        let mut filter = filter(vec![], vec![]);
+        let syn = net.tcp(OUT, (40_000, 443), TCP_SYN, 100, 0);
+        assert_eq!(judge(&mut filter, OUT, 0, &syn), Some(DropReason::NoRule));
+        let Some(Output::Local(reset)) = filter.poll_output() else { panic!("no reset") };
+        let (packet, tcp) = parsed(&reset);
+        let tcp = tcp.unwrap();
+        assert_eq!(packet.addrs, net.out().reversed());
+        assert_eq!((tcp.src_port, tcp.dst_port), (443, 40_000));
+        assert_eq!((tcp.flags, tcp.seq, tcp.ack), (TCP_RST | TCP_ACK, 0, 101));
+        for bytes in [net.udp(OUT, (40_000, 53)), net.echo(OUT, true, 3)] {
+            assert_eq!(judge(&mut filter, OUT, 0, &bytes), Some(DropReason::NoRule));
+            let Some(Output::Local(error)) = filter.poll_output() else { panic!("no error") };
+            let quoted = parsed(&error).0.quoted().unwrap();
+            assert_eq!(quoted.addrs, net.out());
+        }
+        for bytes in [net.tcp(IN, (22, 9), TCP_SYN, 1, 0), net.udp(IN, (22, 9)), net.echo(IN, true, 3)] {
+            assert!(judge(&mut filter, IN, 0, &bytes).is_some());
+            assert_eq!(filter.poll_output(), None);
+        }
+    }
+}
+
+#[test]
+fn refusals_are_bounded() {
+    let net = families()[0];
+    let mut filter = filter(vec![], vec![]);
+    for port in 0..2_000u16 {
+        let syn = net.tcp(OUT, (40_000, port), TCP_SYN, 100, 0);
+        assert_eq!(filter.egress(at(0), &syn, u32::from(port)), Verdict::Drop(DropReason::NoRule));
+    }
+    let made = std::iter::from_fn(|| filter.poll_output()).count();
+    assert_eq!(made, MAX_OUTPUTS);
+    let mut filter = Filter::new([1, 2]);
+    let made: usize = (0..100u64)
+        .map(|_| {
+            judge(&mut filter, OUT, 0, &net.udp(OUT, (1, 2)));
+            std::iter::from_fn(|| filter.poll_output()).count()
+        })
+        .sum();
+    assert_eq!(made, 64, "one peer's burst");
+}
+
+#[test]
+fn a_flow_that_policy_no_longer_allows_ends_at_once() {
+    for net in families() {
+        let ports = (40_000, 443);
+        let mut filter = filter(vec![], vec![net.rule_out(1, 443), net.rule_out(2, 53)]);
+        connect(&mut filter, &net, ports, 0);
+        assert_eq!(judge(&mut filter, OUT, 0, &net.udp(OUT, (5, 53))), None);
+        let ended = filter.set_rules(vec![], vec![net.rule_out(2, 53)], 2, at(1));
+        let [ended] = ended.as_slice() else { panic!("{ended:?}") };
+        assert_eq!((ended.flow.rule, ended.reason), (RuleId(1), EndReason::PolicyChanged));
+        // The exact numbers: the peer sent up to 501, the local host up to 101.
+        let notice = ended.notice().unwrap();
+        let (packet, tcp) = parsed(&notice);
+        let tcp = tcp.unwrap();
+        assert_eq!(packet.addrs, net.out().reversed());
+        assert_eq!((tcp.src_port, tcp.dst_port), (443, 40_000));
+        assert_eq!((tcp.flags, tcp.seq, tcp.ack), (TCP_RST | TCP_ACK, 501, 101));
+        // Nothing passes any more, and an application that goes on is reset with its own number.
+        let data = net.tcp(IN, ports, TCP_ACK, 501, 101);
+        assert_eq!(judge(&mut filter, IN, 1, &data), Some(DropReason::FlowEnded));
+        assert_eq!(filter.poll_output(), None);
+        let more = net.tcp(OUT, ports, TCP_ACK, 101, 777);
+        assert_eq!(judge(&mut filter, OUT, 1, &more), Some(DropReason::FlowEnded));
+        let Some(Output::Local(reset)) = filter.poll_output() else { panic!("no reset") };
+        let tcp = parsed(&reset).1.unwrap();
+        assert_eq!((tcp.flags, tcp.seq), (TCP_RST, 777));
+        // The other flow was checked and stays.
+        assert_eq!(judge(&mut filter, IN, 1, &net.udp(IN, (5, 53))), None);
+        let flow = filter.flows().flows().find(|flow| flow.key.proto() == PROTO_UDP);
+        assert_eq!(flow.unwrap().revision, 2);
+    }
+}
+
+#[test]
+fn the_reset_number_follows_the_data() {
+    for net in families() {
+        let ports = (40_000, 443);
+        let mut filter = filter(vec![], vec![net.rule_out(1, 443)]);
+        connect(&mut filter, &net, ports, 0);
+        let with_data = |seq: u32, len: usize| {
+            let mut bytes = net.tcp(IN, ports, TCP_ACK, seq, 101);
+            bytes.extend(vec![0; len]);
+            let len = bytes.len();
+            match net.local {
+                IpAddr::V4(_) => bytes[2..4].copy_from_slice(&(len as u16).to_be_bytes()),
+                IpAddr::V6(_) => bytes[4..6].copy_from_slice(&(len as u16 - 40).to_be_bytes()),
+            }
+            bytes
+        };
+        let expects = |filter: &Filter, seq| {
+            assert_eq!(only_flow(filter).reset_numbers().unwrap().seq, seq);
+        };
+        assert_eq!(judge(&mut filter, IN, 0, &with_data(501, 100)), None);
+        expects(&filter, 601);
+        assert_eq!(judge(&mut filter, IN, 0, &with_data(701, 100)), None);
+        expects(&filter, 601); // a gap
+        assert_eq!(judge(&mut filter, IN, 0, &with_data(551, 150)), None);
+        expects(&filter, 701); // filled, as far as known
+        assert_eq!(judge(&mut filter, OUT, 0, &net.tcp(OUT, ports, TCP_ACK, 101, 801)), None);
+        expects(&filter, 801); // the local TCP knows better
+        assert_eq!(judge(&mut filter, IN, 0, &with_data(501, 100)), None);
+        expects(&filter, 801); // sent again
+    }
+}
+
+#[test]
+fn a_connection_that_is_still_opening_is_reset_by_acknowledgement() {
+    for net in families() {
+        let mut filter = filter(vec![], vec![net.rule_out(1, 443)]);
+        assert_eq!(judge(&mut filter, OUT, 0, &net.tcp(OUT, (40_000, 443), TCP_SYN, 100, 0)), None);
+        let ended = filter.set_rules(vec![], vec![], 2, at(0));
+        let notice = ended[0].notice().unwrap();
+        let tcp = parsed(&notice).1.unwrap();
+        assert_eq!((tcp.flags, tcp.ack), (TCP_RST | TCP_ACK, 101));
+    }
+}
+
+#[test]
+fn other_protocols_are_told_by_an_icmp_error_about_their_flow() {
+    for net in families() {
+        let mut filter = filter(vec![], vec![net.rule_out(1, 53)]);
+        for bytes in [net.udp(OUT, (40_000, 53)), net.echo(OUT, true, 9)] {
+            assert_eq!(judge(&mut filter, OUT, 0, &bytes), None);
+            let ended = filter.set_rules(vec![], vec![], 2, at(0));
+            let notice = ended[0].notice().unwrap();
+            let (packet, _) = parsed(&notice);
+            assert_eq!(packet.dst(), net.local);
+            let original = parsed(&bytes).0;
+            let quoted = packet.quoted().unwrap();
+            assert_eq!((quoted.addrs, quoted.proto), (original.addrs, original.proto));
+            assert_eq!(quoted.selector, original.selector());
+            filter.set_rules(vec![], vec![net.rule_out(1, 53)], 3, at(0));
+        }
+    }
+}
+
+#[test]
+fn rules_given_back_let_the_flow_begin_anew() {
+    for net in families() {
+        let rules = vec![net.rule_out(1, 53)];
+        let mut filter = filter(vec![], rules.clone());
+        let query = net.udp(OUT, (40_000, 53));
+        assert_eq!(judge(&mut filter, OUT, 0, &query), None);
+        filter.set_rules(vec![], vec![], 2, at(1));
+        assert_eq!(judge(&mut filter, OUT, 1, &query), Some(DropReason::FlowEnded));
+        filter.set_rules(vec![], rules, 3, at(2));
+        let answer = net.udp(IN, (40_000, 53));
+        assert_eq!(judge(&mut filter, IN, 2, &answer), Some(DropReason::FlowEnded));
+        assert_eq!(judge(&mut filter, OUT, 2, &query), None);
+        assert_eq!(judge(&mut filter, IN, 2, &answer), None);
+    }
+}
+
+#[test]
+fn a_new_deny_rule_ends_flows() {
+    for net in families() {
+        let mut filter = filter(vec![net.rule_in(1, 22)], vec![]);
+        assert_eq!(judge(&mut filter, IN, 0, &net.udp(IN, (22, 5))), None);
+        let deny = FilterRule { action: Action::Deny, ..net.rule_in(9, 22) };
+        let ended = filter.set_rules(vec![net.rule_in(1, 22), deny], vec![], 2, at(0));
+        assert_eq!(ended.len(), 1);
+        let other = net.udp(IN, (22, 6));
+        assert_eq!(judge(&mut filter, IN, 0, &other), Some(DropReason::DeniedByRule(RuleId(9))));
+    }
+}
+
+#[test]
+fn a_window_that_closes_ends_flows_with_the_next_packet_or_timeout() {
+    for net in families() {
+        let window = UnixInterval { from: START + 10, until: START + 20 };
+        let rule = FilterRule { active: Some(vec![window]), ..net.rule_out(1, 53) };
+        let packet = net.udp(OUT, (40_000, 53));
+        for by_timeout in [false, true] {
+            let mut filter = filter(vec![], vec![rule.clone()]);
+            assert_eq!(filter.next_change(at(0)), Some(START + 10));
+            assert_eq!(filter.poll_timeout(at(0)), Some(at(10).boot));
+            assert_eq!(judge(&mut filter, OUT, 9, &packet), Some(DropReason::NoRule));
+            assert_eq!(judge(&mut filter, OUT, 10, &packet), None);
+            assert_eq!(filter.next_change(at(10)), Some(START + 20));
+            assert_eq!(judge(&mut filter, OUT, 19, &packet), None);
+            if !by_timeout {
+                let answer = net.udp(IN, (40_000, 53));
+                assert_eq!(judge(&mut filter, IN, 20, &answer), Some(DropReason::FlowEnded));
+                assert_eq!(filter.poll_timeout(at(20)), Some(at(20).boot));
+            }
+            let ended = filter.handle_timeout(at(20));
+            assert_eq!(ended.len(), 1);
+            assert_eq!(ended[0].reason, EndReason::WindowClosed);
+            assert_eq!(filter.next_change(at(20)), None);
+            // A wall clock set back re-opens the window, no more and no less.
+            assert_eq!(judge(&mut filter, OUT, 15, &packet), None);
+        }
+    }
+}
+
+#[test]
+fn the_end_of_the_lease_closes_everything() {
+    for net in families() {
+        let ports = (40_000, 443);
+        let mut filter = filter(vec![net.rule_in(2, 22)], vec![net.rule_out(1, 443)]);
+        connect(&mut filter, &net, ports, 0);
+        let ended = filter.close_all(EndReason::LeaseEnded, at(5));
+        assert_eq!((ended.len(), ended[0].reason), (1, EndReason::LeaseEnded));
+        let over = Some(DropReason::LeaseEnded);
+        assert_eq!(judge(&mut filter, IN, 5, &net.tcp(IN, ports, TCP_ACK, 501, 101)), over);
+        assert_eq!(judge(&mut filter, IN, 5, &net.tcp(IN, (22, 5), TCP_SYN, 1, 0)), over);
+        assert_eq!(filter.poll_output(), None);
+        assert_eq!(judge(&mut filter, OUT, 5, &net.tcp(OUT, (9, 9), TCP_ACK, 1, 1)), over);
+        assert_eq!(filter.poll_output(), None);
+        for (ports, flags) in [(ports, TCP_ACK), ((9, 443), TCP_SYN)] {
+            assert_eq!(judge(&mut filter, OUT, 5, &net.tcp(OUT, ports, flags, 101, 501)), over);
+            assert!(matches!(filter.poll_output(), Some(Output::Local(_))));
+        }
+        let why = filter.why(at(5), None, net.remote, PROTO_TCP, 443);
+        assert_eq!((why.egress.outcome, why.closed), (Outcome::Closed, Some(EndReason::LeaseEnded)));
+        filter.set_rules(vec![], vec![net.rule_out(1, 443)], 2, at(6));
+        connect(&mut filter, &net, ports, 6);
+    }
+}
+
+#[test]
+fn a_removed_peer_takes_its_flows_along() {
+    for net in families() {
+        let mut filter = filter(vec![], vec![net.rule_out(1, 53)]);
+        assert_eq!(judge(&mut filter, OUT, 0, &net.udp(OUT, (5, 53))), None);
+        assert_eq!(filter.egress(at(0), &net.udp(OUT, (6, 53)), PEER + 1), Verdict::Pass);
+        let ended = filter.remove_peer(PEER, at(0));
+        assert_eq!((ended.len(), ended[0].reason), (1, EndReason::PeerRemoved));
+        assert_eq!(filter.ingress(at(0), &net.udp(IN, (6, 53)), PEER + 1), Verdict::Pass);
+        assert!(judge(&mut filter, IN, 0, &net.udp(IN, (5, 53))).is_some());
+    }
+}
+
+#[test]
+fn another_peer_cannot_use_a_flow() {
+    for net in families() {
+        let mut filter = filter(vec![], vec![net.rule_out(1, 53)]);
+        assert_eq!(judge(&mut filter, OUT, 0, &net.udp(OUT, (5, 53))), None);
+        let answer = net.udp(IN, (5, 53));
+        assert_eq!(filter.ingress(at(0), &answer, PEER + 1), Verdict::Drop(DropReason::SpoofedSource));
+        assert_eq!(judge(&mut filter, IN, 0, &answer), None);
+    }
+}
+
+#[test]
+fn staged_rules_are_counted_and_change_nothing() {
+    for net in families() {
+        let staged = |rule: FilterRule| FilterRule { staged: true, ..rule };
+        let deny = FilterRule { action: Action::Deny, ..net.rule_out(8, 53) };
+        let rules = vec![net.rule_out(1, 53), staged(deny), staged(net.rule_out(9, 54))];
+        let mut filter = filter(vec![], rules.clone());
+        let hits = |filter: &Filter| filter.staged_hits().map(|(id, n)| (id.0, n)).collect::<Vec<_>>();
+        for _ in 0..3 {
+            assert_eq!(judge(&mut filter, OUT, 0, &net.udp(OUT, (5, 53))), None);
+            assert_eq!(judge(&mut filter, OUT, 0, &net.udp(OUT, (5, 54))), Some(DropReason::NoRule));
+        }
+        assert_eq!(hits(&filter), [(8, 1), (9, 3)]);
+        filter.set_rules(vec![], rules[..2].to_vec(), 2, at(0));
+        assert_eq!(hits(&filter), [(8, 1)]);
+    }
+}
+
+#[test]
+fn labels_are_the_serialised_codes() {
+    let reasons = [
+        DropReason::NoRule,
+        DropReason::DeniedByRule(RuleId(1)),
+        DropReason::LeaseEnded,
+        DropReason::Malformed(ParseError::NotIp),
+        DropReason::NotFirstFragment,
+        DropReason::UnrelatedIcmpError,
+        DropReason::ForbiddenIcmp,
+        DropReason::NoFlow,
+        DropReason::FlowEnded,
+        DropReason::FlowTableFull,
+        DropReason::SpoofedSource,
+        DropReason::NoPeer,
+    ];
+    assert_eq!(reasons.len(), DropReason::COUNT);
+    for (reason, label) in reasons.iter().zip(DropReason::LABELS) {
+        assert_eq!(reason.label(), label);
+        assert_eq!(serde_json::to_value(reason).unwrap()["code"], label);
+    }
+}
