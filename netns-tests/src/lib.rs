@@ -1,3 +1,4 @@
 //! What tests the whole: a simulator (virtual internet, virtual time) and a lab (network namespaces, real packets).
 
+pub mod lab;
 pub mod sim;

@@ -1,0 +1,369 @@
+//! Small traffic programs that tests and people run inside a lab's hosts. Each line of output is one
+//! JSON object; `mono_ms` is CLOCK_MONOTONIC, which all programs of one machine share.
+//!
+//! ```text
+//! lab-tool tcp-serve ADDR:PORT                      echoes every connection, tells what arrived and how it ended
+//! lab-tool tcp-stream ADDR:PORT [--total BYTES] [--rate BYTES_PER_S] [--stall SECONDS]
+//!                                                   sends a known pattern, checks its echo, tells how it ended
+//! lab-tool udp-echo ADDR:PORT                       echoes every datagram
+//! lab-tool udp-ping ADDR:PORT [--count N] [--from ADDR:PORT]
+//! lab-tool hold                                     makes a lab with one busy host and waits for ever
+//! ```
+//! Exit code: 0 when everything asked for was transferred, 1 when not, 2 for a wrong command line.
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{
+    IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket,
+};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::{Value, json};
+use warren_netns_tests::lab::{Lab, Stopwatch, monotonic_ms};
+
+/// How often a running transfer says where it is.
+const PROGRESS: Duration = Duration::from_millis(100);
+
+/// Time for a TCP handshake or a UDP answer before it counts as lost.
+const ANSWER_LIMIT: Duration = Duration::from_secs(5);
+
+/// One write of a stream.
+const CHUNK: usize = 16 * 1024;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let done = Options::parse(&args).and_then(|options| match options.verb.as_str() {
+        "tcp-serve" => tcp_serve(options.address()?),
+        "tcp-stream" => tcp_stream(&options),
+        "udp-echo" => udp_echo(options.address()?),
+        "udp-ping" => udp_ping(&options),
+        "hold" => hold(),
+        verb => Err(Usage(format!("unknown verb {verb:?}")).into()),
+    });
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            emit(&json!({"event": "error", "text": format!("{error:#}")}));
+            ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Usage(String);
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{}; the verbs are tcp-serve, tcp-stream, udp-echo, udp-ping, hold",
+            self.0
+        )
+    }
+}
+
+impl std::error::Error for Usage {}
+
+/// The command line: a verb, at most one address, `--key value` pairs.
+#[derive(Debug)]
+struct Options {
+    verb: String,
+    address: Option<SocketAddr>,
+    total: Option<u64>,
+    rate: Option<u64>,
+    stall: Duration,
+    count: u64,
+    from: Option<SocketAddr>,
+}
+
+impl Options {
+    fn parse(args: &[String]) -> Result<Self> {
+        let (verb, rest) = args.split_first().ok_or_else(|| Usage("no verb".into()))?;
+        let mut options = Self {
+            verb: verb.clone(),
+            address: None,
+            total: None,
+            rate: None,
+            stall: Duration::from_secs(10),
+            count: 1,
+            from: None,
+        };
+        let mut rest = rest.iter();
+        while let Some(word) = rest.next() {
+            let mut value = || {
+                rest.next()
+                    .ok_or_else(|| Usage(format!("{word} needs a value")))
+            };
+            let number = |text: &String| -> Result<u64> {
+                Ok(text
+                    .parse()
+                    .map_err(|_| Usage(format!("{text:?} is not a number")))?)
+            };
+            let address = |text: &String| -> Result<SocketAddr> {
+                Ok(text
+                    .parse()
+                    .map_err(|_| Usage(format!("{text:?} is not ADDR:PORT")))?)
+            };
+            match word.as_str() {
+                "--total" => options.total = Some(number(value()?)?),
+                "--rate" => options.rate = Some(number(value()?)?.max(1)),
+                "--stall" => options.stall = Duration::from_secs(number(value()?)?.max(1)),
+                "--count" => options.count = number(value()?)?,
+                "--from" => options.from = Some(address(value()?)?),
+                _ if options.address.is_none() => options.address = Some(address(word)?),
+                _ => bail!(Usage(format!("unexpected {word:?}"))),
+            }
+        }
+        Ok(options)
+    }
+
+    fn address(&self) -> Result<SocketAddr> {
+        Ok(self
+            .address
+            .ok_or_else(|| Usage("an ADDR:PORT is missing".into()))?)
+    }
+}
+
+fn tcp_serve(address: SocketAddr) -> Result<bool> {
+    let listener = TcpListener::bind(address).with_context(|| format!("listening on {address}"))?;
+    emit(&json!({"event": "listening", "address": listener.local_addr()?.to_string()}));
+    loop {
+        let (stream, peer) = listener.accept()?;
+        std::thread::spawn(move || serve_one(stream, peer));
+    }
+}
+
+fn serve_one(mut stream: TcpStream, peer: SocketAddr) {
+    let peer = peer.to_string();
+    emit(&json!({"event": "accepted", "peer": peer, "mono_ms": monotonic_ms()}));
+    let mut buffer = vec![0; CHUNK];
+    let mut bytes = 0_u64;
+    let mut last_byte_ms = monotonic_ms();
+    let mut since_progress = Stopwatch::start();
+    let how = loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => break "eof",
+            Ok(n) => {
+                bytes += n as u64;
+                last_byte_ms = monotonic_ms();
+                if since_progress.elapsed() >= PROGRESS {
+                    since_progress = Stopwatch::start();
+                    emit(
+                        &json!({"event": "received", "peer": peer, "bytes": bytes, "last_byte_ms": last_byte_ms}),
+                    );
+                }
+                if let Err(error) = stream.write_all(&buffer[..n]) {
+                    break how_it_ended(&error);
+                }
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => break how_it_ended(&error),
+        }
+    };
+    emit(
+        &json!({"event": "end", "peer": peer, "how": how, "bytes": bytes,
+        "last_byte_ms": last_byte_ms, "mono_ms": monotonic_ms()}),
+    );
+}
+
+fn tcp_stream(options: &Options) -> Result<bool> {
+    let address = options.address()?;
+    let total = options.total.unwrap_or(u64::MAX);
+    let stream = match TcpStream::connect_timeout(&address, ANSWER_LIMIT) {
+        Ok(stream) => stream,
+        Err(error) => {
+            emit(
+                &json!({"event": "end", "how": how_it_ended(&error), "bytes": 0, "text": error.to_string(),
+                "mono_ms": monotonic_ms()}),
+            );
+            return Ok(false);
+        }
+    };
+    emit(
+        &json!({"event": "connected", "local": stream.local_addr()?.to_string(), "mono_ms": monotonic_ms()}),
+    );
+    stream.set_read_timeout(Some(options.stall))?;
+    let sent = AtomicU64::new(0);
+    let outcome = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // A failed write shows in the reader as well, which tells how the connection ended.
+            let _ = send_pattern(&stream, total, options.rate, &sent);
+        });
+        let outcome = check_echo(&stream, total);
+        let _ = stream.shutdown(Shutdown::Both);
+        outcome
+    });
+    emit(
+        &json!({"event": "end", "how": outcome.how, "bytes": outcome.bytes, "sent": sent.into_inner(),
+        "last_byte_ms": outcome.last_byte_ms, "mono_ms": monotonic_ms()}),
+    );
+    Ok(outcome.how == "complete")
+}
+
+fn send_pattern(
+    mut stream: &TcpStream,
+    total: u64,
+    rate: Option<u64>,
+    sent: &AtomicU64,
+) -> std::io::Result<()> {
+    let watch = Stopwatch::start();
+    let mut at = 0;
+    let mut buffer = vec![0; CHUNK];
+    while at < total {
+        let mut n = usize::try_from(total - at).unwrap_or(CHUNK).min(CHUNK);
+        if let Some(rate) = rate {
+            // Ten steps a second, so that a slow stream is still a steady one.
+            n = n.min(usize::try_from(rate.div_ceil(10)).unwrap_or(CHUNK));
+            let due = Duration::from_secs_f64(at as f64 / rate as f64);
+            std::thread::sleep(due.saturating_sub(watch.elapsed()));
+        }
+        for (i, byte) in buffer[..n].iter_mut().enumerate() {
+            *byte = pattern(at + i as u64);
+        }
+        stream.write_all(&buffer[..n])?;
+        at += n as u64;
+        sent.store(at, Ordering::Relaxed);
+    }
+    stream.shutdown(Shutdown::Write)
+}
+
+struct Outcome {
+    how: &'static str,
+    bytes: u64,
+    last_byte_ms: u64,
+}
+
+fn check_echo(mut stream: &TcpStream, total: u64) -> Outcome {
+    let mut buffer = vec![0; CHUNK];
+    let mut bytes = 0_u64;
+    let mut last_byte_ms = monotonic_ms();
+    let mut since_progress = Stopwatch::start();
+    let how = loop {
+        match stream.read(&mut buffer) {
+            Ok(0) if bytes == total => break "complete",
+            Ok(0) => break "eof",
+            Ok(n) => {
+                let right = buffer[..n]
+                    .iter()
+                    .zip(bytes..)
+                    .all(|(byte, at)| *byte == pattern(at));
+                if !right {
+                    break "corrupt";
+                }
+                bytes += n as u64;
+                last_byte_ms = monotonic_ms();
+                if since_progress.elapsed() >= PROGRESS {
+                    since_progress = Stopwatch::start();
+                    emit(&json!({"event": "echoed", "bytes": bytes, "last_byte_ms": last_byte_ms}));
+                }
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => break "stalled",
+            Err(error) => break how_it_ended(&error),
+        }
+    };
+    Outcome {
+        how,
+        bytes,
+        last_byte_ms,
+    }
+}
+
+/// The byte at an offset of every stream: any shift, loss or repetition shows.
+fn pattern(at: u64) -> u8 {
+    let mixed = (at ^ (at >> 8)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    mixed.to_be_bytes()[0]
+}
+
+fn udp_echo(address: SocketAddr) -> Result<bool> {
+    let socket = UdpSocket::bind(address).with_context(|| format!("binding {address}"))?;
+    emit(&json!({"event": "listening", "address": socket.local_addr()?.to_string()}));
+    let mut buffer = vec![0; usize::from(u16::MAX)];
+    loop {
+        match socket.recv_from(&mut buffer) {
+            Ok((n, peer)) => {
+                emit(
+                    &json!({"event": "datagram", "peer": peer.to_string(), "bytes": n, "mono_ms": monotonic_ms()}),
+                );
+                let _ = socket.send_to(&buffer[..n], peer);
+            }
+            // An ICMP error for an earlier answer; the next datagram may be fine.
+            Err(error) => emit(&json!({"event": "socket-error", "how": how_it_ended(&error)})),
+        }
+    }
+}
+
+fn udp_ping(options: &Options) -> Result<bool> {
+    let to = options.address()?;
+    let any: IpAddr = match to {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let from = options.from.unwrap_or(SocketAddr::new(any, 0));
+    let socket = UdpSocket::bind(from).with_context(|| format!("binding {from}"))?;
+    // Connected, so that an ICMP error is reported as one.
+    socket.connect(to)?;
+    socket.set_read_timeout(Some(ANSWER_LIMIT))?;
+    let mut received = 0;
+    for seq in 0..options.count {
+        let watch = Stopwatch::start();
+        let sent = socket.send(&seq.to_be_bytes());
+        match sent.and_then(|_| await_echo(&socket, seq)) {
+            Ok(()) => {
+                received += 1;
+                emit(
+                    &json!({"event": "pong", "seq": seq, "rtt_us": watch.elapsed().as_micros() as u64}),
+                );
+            }
+            Err(error) => emit(&json!({"event": "lost", "seq": seq, "how": how_it_ended(&error)})),
+        }
+    }
+    emit(&json!({"event": "end", "sent": options.count, "received": received}));
+    Ok(received == options.count)
+}
+
+fn await_echo(socket: &UdpSocket, seq: u64) -> std::io::Result<()> {
+    let mut buffer = [0; 16];
+    loop {
+        let n = socket.recv(&mut buffer)?;
+        if buffer[..n] == seq.to_be_bytes() {
+            return Ok(());
+        }
+    }
+}
+
+/// For the test that kills a lab's owner.
+fn hold() -> Result<bool> {
+    let lab = Lab::new("hold")?;
+    let host = lab.host("S")?;
+    let mut command = host.command("sleep");
+    command.arg("86400");
+    let sleeper = host.spawn(command)?;
+    emit(&json!({"event": "holding", "lab": lab.name(), "pid": sleeper.pid()}));
+    loop {
+        std::thread::park();
+    }
+}
+
+/// One word for the end of a connection.
+fn how_it_ended(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::ConnectionRefused => "refused",
+        ErrorKind::ConnectionReset | ErrorKind::ConnectionAborted => "reset",
+        ErrorKind::BrokenPipe => "closed",
+        ErrorKind::TimedOut | ErrorKind::WouldBlock => "timeout",
+        ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable => "unreachable",
+        ErrorKind::PermissionDenied => "prohibited",
+        _ => "other",
+    }
+}
+
+/// Prints one line at once, also into a pipe or a file.
+fn emit(line: &Value) {
+    let mut out = std::io::stdout().lock();
+    // A reader that went away is no reason to stop the traffic.
+    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+}

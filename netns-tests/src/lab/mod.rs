@@ -1,0 +1,691 @@
+//! A laboratory of real kernels' network stacks: hosts, LANs, NAT routers and a small internet, each in
+//! its own network namespace.
+//!
+//! A [`Lab`] owns an *internet*: one [`Segment`] with 203.0.113.0/24 and 2001:db8::/64 that is connected
+//! to nothing else, so no packet of a lab can reach the machine that runs it. Segments hold [`Host`]s and
+//! [`Router`]s; a router has a LAN segment of its own, which again holds hosts and routers (a router
+//! behind a router is a double NAT). Several labs live beside each other: names are unique and no
+//! interface ever exists outside a namespace.
+//!
+//! A host runs programs ([`Host::spawn`], [`Host::run`]) or closures ([`Host::enter`], for sockets).
+//! Everything ends with the lab: when the last of its parts is dropped, also by a panic, its processes
+//! are killed and its namespaces removed. What an owner leaves behind that was killed itself, [`sweep`] removes, which every new
+//! lab calls first.
+//!
+//! A lab needs root (of the machine, or of a user namespace as in `unshare -Urnm`) and a few tools.
+//! Where these are missing [`test`] says so on one line that `cargo xtask test` counts.
+
+mod nat;
+mod netns;
+mod process;
+mod wait;
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use ipnet::{Ipv4Net, Ipv6Net};
+
+pub use nat::{Egress, NatKind, Refusal, Router, RouterSpec};
+pub use netns::{list, sweep};
+pub use process::Process;
+pub use wait::{Stopwatch, eventually, monotonic_ms};
+
+use netns::LabName;
+
+/// The documentation prefixes (RFC 5737, RFC 3849) that stand for the public internet.
+const INTERNET_V4: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(203, 0, 113, 0), 24);
+const INTERNET_V6: Ipv6Net =
+    Ipv6Net::new_assert(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0), 64);
+
+/// First host number given out in a segment; lower ones are for the gateway and for the test's own use.
+const FIRST_HOST: u32 = 10;
+
+/// Host number of a segment's gateway.
+const GATEWAY: u32 = 1;
+
+/// What a lab shells out to, with the Debian package that holds it.
+const TOOLS: [(&str, &str); 4] = [
+    ("ip", "iproute2"),
+    ("nft", "nftables"),
+    ("conntrack", "conntrack"),
+    ("ping", "iputils-ping"),
+];
+
+/// A private world of network namespaces; see the module's documentation.
+#[derive(Debug)]
+pub struct Lab {
+    shared: Arc<Shared>,
+    internet: Segment,
+}
+
+/// What hosts and segments share with their lab.
+#[derive(Debug)]
+struct Shared {
+    name: LabName,
+    title: String,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Every host's name, to refuse a second one of the same name.
+    hosts: Vec<String>,
+    /// LANs made so far: numbers their default subnets.
+    lans: u8,
+    /// Ports made so far: numbers the bridge ends of cables.
+    ports: u32,
+    /// Log files of spawned processes, oldest first.
+    logs: Vec<PathBuf>,
+    /// Whether dropping the lab leaves it alone.
+    keep: bool,
+}
+
+impl Lab {
+    /// Makes a lab with an empty internet. `title` names it in messages.
+    ///
+    /// # Errors
+    /// When the machine cannot hold a lab (not root, a tool or a kernel feature is missing).
+    pub fn new(title: &str) -> Result<Self> {
+        if let Some(why) = missing() {
+            bail!("cannot make a lab: {why}");
+        }
+        sweep(false);
+        let name = LabName::next()?;
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(name.dir())
+            .with_context(|| format!("creating {}", name.dir().display()))?;
+        let shared = Arc::new(Shared {
+            name,
+            title: title.to_owned(),
+            state: Mutex::default(),
+        });
+        let netns = shared.new_netns("internet")?;
+        let internet = Segment::new(&shared, netns, "br0", INTERNET_V4, Some(INTERNET_V6))?;
+        // IPv6 is routed, so that a router can have a public prefix behind it; IPv4 is one flat subnet.
+        netns::sysctl(&internet.inner.netns, &["net.ipv6.conf.all.forwarding=1"])?;
+        Ok(Self { shared, internet })
+    }
+
+    /// The public internet of this lab.
+    pub fn internet(&self) -> &Segment {
+        &self.internet
+    }
+
+    /// A dual-stack host with public addresses.
+    ///
+    /// # Errors
+    /// When the name is taken or a command fails.
+    pub fn host(&self, name: &str) -> Result<Host> {
+        self.internet.host(name)
+    }
+
+    /// A NAT router with a public address and an empty LAN.
+    ///
+    /// # Errors
+    /// When the name is taken or a command fails.
+    pub fn router(&self, name: &str, spec: RouterSpec) -> Result<Router> {
+        self.internet.router(name, spec)
+    }
+
+    /// The name that all namespaces of this lab start with.
+    pub fn name(&self) -> &str {
+        self.shared.name.as_str()
+    }
+
+    /// The lab's private directory; it goes with the lab.
+    pub fn dir(&self) -> PathBuf {
+        self.shared.name.dir()
+    }
+
+    /// Leaves everything in place when the lab is dropped and when its owner ends, to be looked at by
+    /// hand; [`sweep`]`(true)` removes it later.
+    ///
+    /// # Errors
+    /// When the marker file cannot be written.
+    pub fn keep(&self) -> Result<()> {
+        self.shared.name.keep()?;
+        self.shared.state().keep = true;
+        Ok(())
+    }
+}
+
+/// Runs the body of a test in a fresh lab. Where the machine cannot hold a lab, prints `skipped: <why>`,
+/// which `cargo xtask test` counts and shows, and succeeds. When the body fails, the ends of all
+/// programs' logs are printed.
+///
+/// # Errors
+/// What making the lab or the body returned.
+pub fn test(title: &str, body: impl FnOnce(&Lab) -> Result<()>) -> Result<()> {
+    if let Some(why) = missing() {
+        say(&format!("skipped: {why}"));
+        return Ok(());
+    }
+    let lab = Lab::new(title)?;
+    let result = body(&lab);
+    if result.is_err() {
+        lab.shared.show_logs();
+    }
+    result
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.show_logs();
+        }
+        if !self.state().keep {
+            self.name.remove();
+        }
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A new namespace with lo up, no duplicate address detection (it costs a second per address) and
+    /// bridges that do not pass their frames through nftables a second time.
+    fn new_netns(&self, host: &str) -> Result<String> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        ensure!(
+            !host.is_empty() && host.len() <= 16 && host.chars().all(plain),
+            "a host's name has 1 to 16 letters, digits or underscores, not {host:?}"
+        );
+        {
+            let mut state = self.state();
+            ensure!(
+                !state.hosts.iter().any(|known| known == host),
+                "lab {} has a host {host} already",
+                self.title
+            );
+            state.hosts.push(host.to_owned());
+        }
+        let netns = self.name.netns(host);
+        netns::add(&netns)?;
+        netns::sysctl(
+            &netns,
+            &[
+                "net.bridge.bridge-nf-call-iptables=0",
+                "net.bridge.bridge-nf-call-ip6tables=0",
+                "net.ipv6.conf.default.accept_dad=0",
+                "net.ipv6.conf.all.keep_addr_on_down=1",
+            ],
+        )?;
+        Ok(netns)
+    }
+
+    fn next_port(&self) -> String {
+        let mut state = self.state();
+        state.ports += 1;
+        format!("p{}", state.ports)
+    }
+
+    /// Prints the ends of all logs: called when a test fails.
+    fn show_logs(&self) {
+        /// Enough for a stack trace or the last round of a conversation.
+        const MAX_LINES: usize = 40;
+        for log in &self.state().logs {
+            let text = fs::read_to_string(log).unwrap_or_default();
+            let lines: Vec<&str> = text.lines().collect();
+            let tail = &lines[lines.len().saturating_sub(MAX_LINES)..];
+            say(&format!(
+                "--- {}: last {} of {} lines",
+                log.display(),
+                tail.len(),
+                lines.len()
+            ));
+            for line in tail {
+                say(line);
+            }
+        }
+    }
+}
+
+/// One broadcast domain: a bridge that hosts and routers are plugged into.
+#[derive(Clone, Debug)]
+pub struct Segment {
+    inner: Arc<SegmentInner>,
+}
+
+#[derive(Debug)]
+struct SegmentInner {
+    shared: Arc<Shared>,
+    netns: String,
+    bridge: String,
+    v4: Ipv4Net,
+    v6: Option<Ipv6Net>,
+    next_host: Mutex<u32>,
+}
+
+impl Segment {
+    /// Makes the bridge inside an existing namespace and gives it the gateway addresses.
+    fn new(
+        shared: &Arc<Shared>,
+        netns: String,
+        bridge: &str,
+        v4: Ipv4Net,
+        v6: Option<Ipv6Net>,
+    ) -> Result<Self> {
+        let inner = SegmentInner {
+            shared: Arc::clone(shared),
+            netns,
+            bridge: bridge.to_owned(),
+            v4,
+            v6,
+            next_host: Mutex::new(FIRST_HOST),
+        };
+        let segment = Self {
+            inner: Arc::new(inner),
+        };
+        let gateway = segment.v4_of(GATEWAY)?;
+        let mut lines = format!(
+            "link add {bridge} type bridge mcast_snooping 0\n\
+             addr add {gateway}/{} dev {bridge}\n",
+            v4.prefix_len()
+        );
+        if let (Some(net), Some(gateway)) = (v6, segment.v6_of(GATEWAY)) {
+            lines += &format!(
+                "addr add {gateway}/{} dev {bridge} nodad\n",
+                net.prefix_len()
+            );
+        }
+        lines += &format!("link set {bridge} up\n");
+        netns::batch(&segment.inner.netns, &lines)?;
+        Ok(segment)
+    }
+
+    /// A host with one address per family of the segment and a default route to its gateway.
+    ///
+    /// # Errors
+    /// When the name is taken or a command fails.
+    pub fn host(&self, name: &str) -> Result<Host> {
+        let host = Host::new(&self.inner.shared, name)?;
+        host.attach(self, "eth0")?;
+        Ok(host)
+    }
+
+    /// A host without any IPv4 address.
+    ///
+    /// # Errors
+    /// When the segment has no IPv6, the name is taken or a command fails.
+    pub fn host_v6_only(&self, name: &str) -> Result<Host> {
+        ensure!(self.inner.v6.is_some(), "the segment of {name} has no IPv6");
+        let host = self.host(name)?;
+        host.ip("addr flush dev eth0 to 0.0.0.0/0")?;
+        Ok(host)
+    }
+
+    /// A router whose outside is plugged in here.
+    ///
+    /// # Errors
+    /// When the name is taken, the options contradict each other or a command fails.
+    pub fn router(&self, name: &str, spec: RouterSpec) -> Result<Router> {
+        Router::new(self, name, spec)
+    }
+
+    /// The IPv4 subnet.
+    pub fn subnet(&self) -> Ipv4Net {
+        self.inner.v4
+    }
+
+    fn v4_of(&self, host: u32) -> Result<Ipv4Addr> {
+        let address = Ipv4Addr::from_bits(self.inner.v4.network().to_bits() + host);
+        ensure!(
+            self.inner.v4.contains(&address) && address != self.inner.v4.broadcast(),
+            "no address is left in {}",
+            self.inner.v4
+        );
+        Ok(address)
+    }
+
+    fn v6_of(&self, host: u32) -> Option<Ipv6Addr> {
+        let net = self.inner.v6?;
+        Some(Ipv6Addr::from_bits(
+            net.network().to_bits() + u128::from(host),
+        ))
+    }
+
+    fn next_host(&self) -> u32 {
+        let mut next = self
+            .inner
+            .next_host
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *next += 1;
+        *next - 1
+    }
+}
+
+/// One machine: a namespace, its interfaces and its programs.
+#[derive(Debug)]
+pub struct Host {
+    shared: Arc<Shared>,
+    name: String,
+    netns: String,
+    dir: PathBuf,
+    interfaces: Mutex<Vec<Interface>>,
+}
+
+/// One network card of a host.
+#[derive(Clone, Debug)]
+pub struct Interface {
+    /// The name inside the host.
+    pub name: String,
+    /// The IPv4 address.
+    pub v4: Ipv4Addr,
+    /// The IPv6 address, where the segment has IPv6.
+    pub v6: Option<Ipv6Addr>,
+    segment: Segment,
+    port: String,
+}
+
+impl Host {
+    fn new(shared: &Arc<Shared>, name: &str) -> Result<Self> {
+        let netns = shared.new_netns(name)?;
+        let dir = shared.name.dir().join(name);
+        fs::create_dir_all(dir.join("run"))?;
+        Ok(Self {
+            shared: Arc::clone(shared),
+            name: name.to_owned(),
+            netns,
+            dir,
+            interfaces: Mutex::default(),
+        })
+    }
+
+    /// The name given by the test.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The namespace's name, for `ip netns exec`.
+    pub fn netns(&self) -> &str {
+        &self.netns
+    }
+
+    /// A directory of this host's own, for state and logs; it goes with the lab. Programs of this host
+    /// see its `run` folder as `/run`, so that sockets and pid files of two hosts never meet.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The IPv4 address of the first interface.
+    ///
+    /// # Panics
+    /// Never for a host made by a segment: it has an interface.
+    pub fn v4(&self) -> Ipv4Addr {
+        self.interface(0).v4
+    }
+
+    /// The IPv6 address of the first interface, where its segment has IPv6.
+    pub fn v6(&self) -> Option<Ipv6Addr> {
+        self.interface(0).v6
+    }
+
+    /// The interface that was plugged in as number `n`.
+    fn interface(&self, n: usize) -> Interface {
+        self.interfaces()[n].clone()
+    }
+
+    fn interfaces(&self) -> MutexGuard<'_, Vec<Interface>> {
+        self.interfaces
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn named(&self, name: &str) -> Result<Interface> {
+        self.interfaces()
+            .iter()
+            .find(|interface| interface.name == name)
+            .cloned()
+            .with_context(|| format!("host {} has no interface {name}", self.name))
+    }
+
+    /// Plugs a new interface into a segment and gives it addresses. Only the first interface gets the
+    /// default route; [`Host::route_over`] moves it.
+    ///
+    /// # Errors
+    /// When the name is taken or a command fails.
+    pub fn attach(&self, segment: &Segment, name: &str) -> Result<Interface> {
+        let number = segment.next_host();
+        let interface = Interface {
+            name: name.to_owned(),
+            v4: segment.v4_of(number)?,
+            v6: segment.v6_of(number),
+            segment: segment.clone(),
+            port: self.shared.next_port(),
+        };
+        let inner = &segment.inner;
+        let (port, bridge) = (&interface.port, &inner.bridge);
+        netns::batch(
+            &inner.netns,
+            &format!(
+                "link add {port} type veth peer name {name} netns {}\n\
+                 link set {port} master {bridge} up\n",
+                self.netns
+            ),
+        )?;
+        let mut lines = format!(
+            "addr add {}/{} broadcast + dev {name}\n",
+            interface.v4,
+            inner.v4.prefix_len()
+        );
+        if let (Some(address), Some(net)) = (interface.v6, inner.v6) {
+            lines += &format!("addr add {address}/{} dev {name} nodad\n", net.prefix_len());
+        }
+        lines += &format!("link set {name} up\n");
+        netns::batch(&self.netns, &lines)?;
+        let first = self.interfaces().is_empty();
+        self.interfaces().push(interface.clone());
+        if first {
+            self.route_over(name)?;
+        }
+        Ok(interface)
+    }
+
+    /// Makes an interface the one that the default routes use.
+    ///
+    /// # Errors
+    /// When there is no such interface or a command fails.
+    pub fn route_over(&self, name: &str) -> Result<()> {
+        let segment = self.named(name)?.segment;
+        let gateway = segment.v4_of(GATEWAY)?;
+        let mut lines = format!("route replace default via {gateway} dev {name}\n");
+        if let Some(gateway) = segment.v6_of(GATEWAY) {
+            lines += &format!("route replace ::/0 via {gateway} dev {name}\n");
+        }
+        netns::batch(&self.netns, &lines)
+    }
+
+    /// Adds one more IPv4 address of the same segment to the first interface.
+    ///
+    /// # Errors
+    /// When the segment is full or the command fails.
+    pub fn add_v4(&self) -> Result<Ipv4Addr> {
+        let interface = self.interface(0);
+        let address = interface.segment.v4_of(interface.segment.next_host())?;
+        let len = interface.segment.subnet().prefix_len();
+        self.ip(&format!("addr add {address}/{len} dev {}", interface.name))?;
+        Ok(address)
+    }
+
+    /// Takes the interface down as an administrator does; its routes are gone until [`Host::link_up`].
+    ///
+    /// # Errors
+    /// When the command fails.
+    pub fn link_down(&self, name: &str) -> Result<()> {
+        self.ip(&format!("link set {name} down"))
+    }
+
+    /// Takes the interface up again and makes it the default route.
+    ///
+    /// # Errors
+    /// When the command fails.
+    pub fn link_up(&self, name: &str) -> Result<()> {
+        self.ip(&format!("link set {name} up"))?;
+        self.route_over(name)
+    }
+
+    /// Pulls the cable: the interface stays up, but loses its carrier.
+    ///
+    /// # Errors
+    /// When there is no such interface or the command fails.
+    pub fn unplug(&self, name: &str) -> Result<()> {
+        self.cable(name, "down")
+    }
+
+    /// Puts the cable back.
+    ///
+    /// # Errors
+    /// When there is no such interface or the command fails.
+    pub fn plug(&self, name: &str) -> Result<()> {
+        self.cable(name, "up")
+    }
+
+    fn cable(&self, name: &str, state: &str) -> Result<()> {
+        let interface = self.named(name)?;
+        netns::batch(
+            &interface.segment.inner.netns,
+            &format!("link set {} {state}\n", interface.port),
+        )
+    }
+
+    /// Routes `destination` through a neighbour as if that were a router. This is how a hostile
+    /// neighbour aims a packet with any destination address at another machine's network card.
+    ///
+    /// # Errors
+    /// When the command fails.
+    pub fn route_via(&self, destination: &str, neighbour: IpAddr) -> Result<()> {
+        self.ip(&format!("route replace {destination} via {neighbour}"))
+    }
+
+    /// Runs one `ip` command inside the host; words are split at spaces.
+    ///
+    /// # Errors
+    /// When the command fails, with what it printed.
+    pub fn ip(&self, words: &str) -> Result<()> {
+        netns::batch(&self.netns, &format!("{words}\n"))
+    }
+
+    /// Sets kernel parameters, each `KEY=VALUE`, inside the host.
+    ///
+    /// # Errors
+    /// When a parameter does not exist or refuses the value.
+    pub fn sysctl(&self, settings: &[&str]) -> Result<()> {
+        netns::sysctl(&self.netns, settings)
+    }
+
+    /// Loads nftables rules inside the host.
+    ///
+    /// # Errors
+    /// When the rules are refused, with what `nft` printed.
+    pub fn nft(&self, rules: &str) -> Result<()> {
+        netns::feed(self.command("nft").args(["-f", "-"]), rules)
+    }
+
+    /// Runs a closure on a thread inside the host. Sockets opened there belong to the host for life, so
+    /// they may be returned and used by the test directly.
+    ///
+    /// # Errors
+    /// When the namespace cannot be entered.
+    pub fn enter<T: Send>(&self, f: impl FnOnce() -> T + Send) -> Result<T> {
+        netns::enter(&self.netns, f)
+    }
+
+    /// A command that will run inside the host, with the host's own `/run`. Its process id is that of
+    /// the program itself. Prefer [`Host::spawn`] for what must end with the lab in good order.
+    pub fn command(&self, program: impl AsRef<Path>) -> Command {
+        let program = program.as_ref();
+        let found = program.to_str().and_then(netns::tool);
+        let mut command = netns::ip();
+        command
+            .env(netns::MARKER, self.shared.name.as_str())
+            .args(["netns", "exec", &self.netns])
+            .args(["sh", "-c", r#"mount --bind "$0" /run && exec "$@""#])
+            .arg(self.dir.join("run"))
+            .arg(found.as_deref().unwrap_or(program));
+        command
+    }
+
+    /// Runs a program to its end and returns what it printed.
+    ///
+    /// # Errors
+    /// When it cannot be started. A program that fails is not an error: see the status.
+    pub fn run(&self, program: impl AsRef<Path>, args: &[&str]) -> Result<Output> {
+        let mut command = self.command(program);
+        command.args(args);
+        command
+            .output()
+            .with_context(|| format!("running {command:?}"))
+    }
+
+    /// Starts a long-running program made by [`Host::command`]. Its output goes to a log file, whose end
+    /// is shown when the test fails.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn spawn(&self, command: Command) -> Result<Process> {
+        let number = self.shared.state().logs.len();
+        let process = Process::start(command, &self.dir, &self.name, number)?;
+        self.shared.state().logs.push(process.log_path().to_owned());
+        Ok(process)
+    }
+
+    /// Whether one ICMP echo comes back within a second.
+    ///
+    /// # Errors
+    /// When `ping` cannot be started.
+    pub fn pings(&self, to: IpAddr) -> Result<bool> {
+        let output = self.run("ping", &["-n", "-c", "1", "-W", "1", &to.to_string()])?;
+        Ok(output.status.success())
+    }
+}
+
+/// What keeps this machine from holding a lab, if anything.
+fn missing() -> Option<String> {
+    if !rustix::process::geteuid().is_root() {
+        return Some("network namespaces need root; run with sudo or under `unshare -Urnm`".into());
+    }
+    if !Path::new("/dev/net/tun").exists() {
+        return Some("/dev/net/tun does not exist".into());
+    }
+    TOOLS
+        .iter()
+        .find(|(tool, _)| netns::tool(tool).is_none())
+        .map(|(tool, package)| {
+            format!("`{tool}` is missing; `cargo xtask setup` installs it (Debian: {package})")
+        })
+}
+
+/// Finds a program of this workspace beside the running one.
+///
+/// # Errors
+/// When it has not been built, with the command that builds it.
+pub fn workspace_binary(name: &str) -> Result<PathBuf> {
+    let own = std::env::current_exe()?;
+    // Tests run from target/<profile>/deps, programs from target/<profile>.
+    own.ancestors()
+        .skip(1)
+        .take(2)
+        .map(|dir| dir.join(name))
+        .find(|file| file.is_file())
+        .with_context(|| {
+            format!("{name} is not built; run `cargo build --workspace --all-targets` first")
+        })
+}
+
+/// Prints to standard output, which is where the test harness and xtask look.
+#[expect(
+    clippy::print_stdout,
+    reason = "skips and failing processes' logs are for the reader of a test run"
+)]
+fn say(line: &str) {
+    println!("{line}");
+}
