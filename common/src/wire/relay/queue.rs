@@ -115,13 +115,13 @@ impl FrameQueue {
         Some(take(Class::Data)(frame))
     }
 
-    /// Drops everything but control frames; returns how many.
-    pub fn drop_payloads(&mut self) -> usize {
-        let dropped = self.handshakes.len() + self.data.len();
-        self.handshakes.clear();
-        self.data.clear();
-        self.data_bytes = 0;
-        dropped
+    /// Drops the handshake and data frames that `which` chooses; returns how many.
+    pub fn drop_payloads(&mut self, which: impl Fn(&[u8]) -> bool) -> usize {
+        let before = self.handshakes.len() + self.data.len();
+        self.handshakes.retain(|frame| !which(frame));
+        self.data.retain(|frame| !which(frame));
+        self.data_bytes = self.data.iter().map(|frame| frame.len() + OVERHEAD).sum();
+        before - self.handshakes.len() - self.data.len()
     }
 
     /// True if nothing waits.
@@ -153,7 +153,9 @@ mod tests {
         }
         assert_eq!(queue.pop().unwrap().bytes[0], 15);
         assert_eq!(queue.push(Class::Data, frame(0, 2_000)), Pushed::Full);
-        assert_eq!(queue.drop_payloads(), 9);
+        assert_eq!(queue.drop_payloads(|frame| frame[0] < 20), 4);
+        assert_eq!(queue.data_bytes(), 5 * (100 + OVERHEAD));
+        assert_eq!(queue.drop_payloads(|_| true), 5);
         assert!(queue.is_empty() && queue.data_bytes() == 0);
     }
 

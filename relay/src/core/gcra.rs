@@ -1,0 +1,46 @@
+//! A rate limit in one number: the generic cell rate algorithm.
+
+use std::time::Duration;
+
+use warren_common::time::Instant;
+
+/// When the budget would be used up if nothing more came; in the past: all of it is there.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Gcra {
+    empty_until: Instant,
+}
+
+impl Gcra {
+    /// Takes `cost` if the budget, which refills with time and holds at most `burst`, has it.
+    pub(super) fn allow(&mut self, now: Instant, cost: Duration, burst: Duration) -> bool {
+        let next = self.empty_until.max(now) + cost;
+        let allowed = next.since(now) <= burst;
+        if allowed {
+            self.empty_until = next;
+        }
+        allowed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_burst_then_the_rate() {
+        let (mut limit, cost, burst) =
+            (Gcra::default(), Duration::from_millis(10), Duration::from_millis(100));
+        let mut now = Instant::from_nanos(1_000_000_000);
+        assert_eq!((0..50).filter(|_| limit.allow(now, cost, burst)).count(), 10);
+        let mut allowed = 0;
+        for _ in 0..1_000 {
+            now += Duration::from_millis(1);
+            allowed += usize::from(limit.allow(now, cost, burst));
+        }
+        assert_eq!(allowed, 100);
+        assert!(
+            !limit.allow(now + Duration::from_secs(1), burst + cost, burst),
+            "more than the budget holds"
+        );
+    }
+}
