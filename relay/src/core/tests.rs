@@ -198,7 +198,7 @@ fn tokens_are_judged_by_signer_network_relay_and_time() {
         let (conn, challenge) = world.connect();
         world.auth(conn, challenge, &signed, &probe(1));
         assert_eq!(world.last_close(), Some(reason));
-        assert_eq!(world.relay.stats().counters.closed(reason) > 0, true);
+        assert!(world.relay.stats().counters.closed(reason) > 0);
     }
     let (conn, challenge) = world.connect();
     world.auth(conn, challenge, &good.sign(&coordinator()), &probe(1));
