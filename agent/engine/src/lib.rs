@@ -14,3 +14,4 @@ pub mod io;
 pub mod matcher;
 pub mod packet;
 pub mod status;
+pub mod wg;

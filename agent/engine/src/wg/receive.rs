@@ -1,0 +1,255 @@
+//! What a device does with datagrams. Cheap checks come first: shape, MAC1, load, and only then a key agreement.
+
+use std::fmt;
+
+use warren_common::keys::WgPublicKey;
+use warren_common::time::Now;
+
+use crate::io::Source;
+
+use super::device::{Device, Reply};
+use super::handshake::Responder;
+use super::limiter::Verdict;
+use super::mac::{Cookie, ReceiverKeys};
+use super::message::{
+    self, COOKIE_LEN, INITIATION_LEN, Message, RESPONSE_LEN, cookie_receiver, initiation_sender, ip_len,
+    response_receiver, response_sender,
+};
+use super::session::Session;
+use super::{
+    DropReason, Event, INITIATION_INTERVAL, REKEY_AFTER_TIME, RESPONDER_RENEWS_AFTER,
+    RESPONDER_RENEWS_AFTER_LATER, Received,
+};
+
+/// An authentic initiation on its way to the device that has its peer.
+pub struct Initiation {
+    responder: Responder,
+    sender: u32,
+    source: Source,
+}
+
+impl Initiation {
+    /// Who made it.
+    pub const fn peer_key(&self) -> WgPublicKey {
+        self.responder.peer
+    }
+}
+
+impl fmt::Debug for Initiation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Initiation")
+            .field("peer", &self.responder.peer)
+            .field("source", &self.source)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Device {
+    /// Takes a datagram that came from `source`; a data message is opened in place. Allocates nothing for data.
+    ///
+    /// # Errors
+    /// Why it was dropped. Nothing about the sender may be concluded then.
+    pub fn handle(&mut self, now: Now, source: Source, datagram: &mut [u8]) -> Result<Received, DropReason> {
+        match message::parse(datagram)? {
+            Message::Data { receiver, counter } => self.handle_data(now, receiver, counter, datagram),
+            Message::Initiation(message) => {
+                let initiation = self.check_initiation(now, source, message)?;
+                self.accept_initiation(now, initiation)
+            }
+            Message::Response(message) => self.handle_response(now, message),
+            Message::Cookie(message) => self.handle_cookie(now, message),
+        }
+    }
+
+    /// The first half of handling an initiation: who made it. Any shard can do it, since all have the same static key;
+    /// [`Self::accept_initiation`] on the shard that has the peer does the rest.
+    ///
+    /// # Errors
+    /// Why it was dropped. A cookie may be ready to be transmitted then.
+    pub fn read_initiation(
+        &mut self,
+        now: Now,
+        source: Source,
+        datagram: &[u8],
+    ) -> Result<Initiation, DropReason> {
+        match message::parse(datagram)? {
+            Message::Initiation(message) => self.check_initiation(now, source, message),
+            Message::Response(_) | Message::Cookie(_) | Message::Data { .. } => Err(DropReason::Malformed),
+        }
+    }
+
+    fn check_initiation(
+        &mut self,
+        now: Now,
+        source: Source,
+        message: &[u8; INITIATION_LEN],
+    ) -> Result<Initiation, DropReason> {
+        if !self.receiver_keys.verify_mac1(message) {
+            return Err(DropReason::BadMac1);
+        }
+        let proved = || self.cookies.verify_mac2(now.boot, source, message);
+        match self.limiter.admit(now.boot, source, proved) {
+            Verdict::Process => {}
+            Verdict::Refuse => return Err(DropReason::RateLimited),
+            Verdict::AskForCookie => {
+                if let Some(reply) = self.cookies.reply(
+                    now.boot,
+                    source,
+                    initiation_sender(message),
+                    message,
+                    &self.receiver_keys,
+                    &mut self.rng,
+                ) {
+                    self.counters.cookies_sent += 1;
+                    let message = reply;
+                    self.push_reply(Reply::Cookie { source, message });
+                }
+                return Err(DropReason::CookieSent);
+            }
+        }
+        let responder =
+            Responder::read(&self.keys, message, &mut self.rng).map_err(|_| DropReason::BadHandshake)?;
+        Ok(Initiation { responder, sender: initiation_sender(message), source })
+    }
+
+    /// The second half of handling an initiation: answers it. The session is used once its first message comes.
+    ///
+    /// # Errors
+    /// Why it was dropped.
+    pub fn accept_initiation(&mut self, now: Now, initiation: Initiation) -> Result<Received, DropReason> {
+        let Initiation { responder, sender, source } = initiation;
+        let slot = *self.by_key.get(&responder.peer).ok_or(DropReason::UnknownPeer)?;
+        let peer = self.handle_of(slot);
+        let ours = self.keys.public;
+        let local = {
+            let (state, _) = self.peer_and_indices(slot).ok_or(DropReason::UnknownPeer)?;
+            if responder.timestamp <= state.newest_timestamp {
+                return Err(DropReason::ReplayedInitiation);
+            }
+            if state.initiated.is_some_and(|at| now.boot.since(at) < INITIATION_INTERVAL) {
+                return Err(DropReason::InitiationTooSoon);
+            }
+            self.indices.insert(slot, &mut self.rng)
+        };
+        let (state, indices) = self.peer_and_indices(slot).ok_or(DropReason::UnknownPeer)?;
+        let timestamp = responder.timestamp;
+        let mut message = message::response(local, sender);
+        let Ok(keys) = responder.respond(&state.psk, &mut message) else {
+            indices.remove(local);
+            return Err(DropReason::BadHandshake);
+        };
+        state.newest_timestamp = timestamp;
+        state.initiated = Some(now.boot);
+        state.rx_bytes += INITIATION_LEN as u64;
+        state.tx_bytes += RESPONSE_LEN as u64;
+        let keepalive = state.persistent_keepalive;
+        let receiver_keys = ReceiverKeys::new(&state.public);
+        let renew_after =
+            if ours > state.public { RESPONDER_RENEWS_AFTER } else { RESPONDER_RENEWS_AFTER_LATER };
+        let active = state.activate();
+        let cookie = active.cookie.as_ref().and_then(|c| c.value(now.boot));
+        let mac1 = receiver_keys.sign(&mut message, cookie);
+        active.response_mac1 = Some((local, mac1));
+        let session = Session::new(local, sender, false, renew_after, keys, now.boot);
+        if let Some(old) = active.next.replace(Box::new(session)) {
+            indices.remove(old.local);
+        }
+        active.on_authentic_received(now.boot, keepalive);
+        active.on_authentic_sent(now.boot, keepalive);
+        self.push_reply(Reply::Response { peer, source, message });
+        self.settle(slot, now.boot);
+        Ok(Received::Initiation { peer })
+    }
+
+    fn handle_response(&mut self, now: Now, message: &[u8; RESPONSE_LEN]) -> Result<Received, DropReason> {
+        let receiver = response_receiver(message);
+        let slot = self.indices.get(receiver).ok_or(DropReason::UnknownIndex)?;
+        if !self.receiver_keys.verify_mac1(message) {
+            return Err(DropReason::BadMac1);
+        }
+        let peer = self.handle_of(slot);
+        let (state, indices) = self.peer_and_indices(slot).ok_or(DropReason::UnknownIndex)?;
+        let keepalive = state.persistent_keepalive;
+        let active = state.active.as_deref_mut().ok_or(DropReason::UnknownIndex)?;
+        let pending = active
+            .pending
+            .as_deref_mut()
+            .filter(|pending| pending.local == receiver)
+            .ok_or(DropReason::UnknownIndex)?;
+        pending.responses_left = pending.responses_left.checked_sub(1).ok_or(DropReason::TooManyResponses)?;
+        let keys = pending.noise.finish(message).map_err(|_| DropReason::BadHandshake)?;
+        active.pending = None; // its index lives on in the session
+        let sender = response_sender(message);
+        let session = Session::new(receiver, sender, true, REKEY_AFTER_TIME, keys, now.boot);
+        let renewed = active.usable(now.boot).is_some();
+        active.make_current(Box::new(session), indices);
+        active.on_established();
+        active.on_authentic_received(now.boot, keepalive);
+        // The first message tells the responder that we have the keys.
+        active.wants_keepalive = true;
+        state.rx_bytes += RESPONSE_LEN as u64;
+        state.last_handshake = Some(now.unix);
+        self.push_event(Event::SessionEstablished { peer, renewed });
+        self.settle(slot, now.boot);
+        Ok(Received::Response { peer })
+    }
+
+    fn handle_cookie(&mut self, now: Now, message: &[u8; COOKIE_LEN]) -> Result<Received, DropReason> {
+        let receiver = cookie_receiver(message);
+        let slot = self.indices.get(receiver).ok_or(DropReason::UnknownIndex)?;
+        let peer = self.handle_of(slot);
+        let (state, _) = self.peer_and_indices(slot).ok_or(DropReason::UnknownIndex)?;
+        let receiver_keys = ReceiverKeys::new(&state.public);
+        let active = state.active.as_deref_mut().ok_or(DropReason::UnknownIndex)?;
+        let mac1 = active
+            .pending
+            .as_ref()
+            .filter(|pending| pending.local == receiver)
+            .map(|pending| pending.mac1)
+            .or_else(|| {
+                let (local, mac1) = active.response_mac1?;
+                (local == receiver).then_some(mac1)
+            })
+            .ok_or(DropReason::BadCookie)?;
+        let value = receiver_keys.open_cookie(message, &mac1).ok_or(DropReason::BadCookie)?;
+        active.cookie = Some(Cookie::new(value, now.boot));
+        Ok(Received::Cookie { peer })
+    }
+
+    fn handle_data(
+        &mut self,
+        now: Now,
+        receiver: u32,
+        counter: u64,
+        datagram: &mut [u8],
+    ) -> Result<Received, DropReason> {
+        let slot = self.indices.get(receiver).ok_or(DropReason::UnknownIndex)?;
+        let peer = self.handle_of(slot);
+        let (state, indices) = self.peer_and_indices(slot).ok_or(DropReason::UnknownIndex)?;
+        let keepalive = state.persistent_keepalive;
+        let active = state.active.as_deref_mut().ok_or(DropReason::UnknownIndex)?;
+        let session =
+            active.sessions().find(|session| session.local == receiver).ok_or(DropReason::UnknownIndex)?;
+        let packet = session.open(counter, datagram, now.boot)?;
+        state.rx_bytes += datagram.len() as u64;
+        let is_keepalive = packet.is_empty();
+        let confirmed = active.next.take_if(|next| next.local == receiver);
+        if let Some(session) = confirmed {
+            let renewed = active.usable(now.boot).is_some();
+            active.drop_handshake(indices);
+            active.make_current(session, indices);
+            active.on_established();
+            active.on_data_received(now.boot, keepalive, is_keepalive);
+            state.last_handshake = Some(now.unix);
+            self.push_event(Event::SessionEstablished { peer, renewed });
+        } else {
+            active.on_data_received(now.boot, keepalive, is_keepalive);
+        }
+        self.settle(slot, now.boot);
+        if is_keepalive {
+            return Ok(Received::Keepalive { peer });
+        }
+        let len = ip_len(&datagram[packet.clone()]).ok_or(DropReason::NotIp)?;
+        Ok(Received::Data { peer, packet: packet.start..packet.start + len })
+    }
+}
