@@ -88,12 +88,10 @@ pub enum Event {
 pub enum WakeReason {
     /// A WireGuard timer: handshake retry, rekey, passive keep-alive, erasure of keys.
     WireGuard,
-    /// A path to a peer in use: probe round, distress check, keep-alive, or its going idle.
+    /// A path to a peer in use: probe round, distress check, keep-alive, a ping given up, or its going idle.
     Path,
     /// A STUN request to repeat or to give up.
     Stun,
-    /// A ping to give up.
-    Ping,
     /// A filter rule's time window opens or closes, or flows to forget.
     Filter,
     /// The lease ends.
@@ -102,6 +100,5 @@ pub enum WakeReason {
 
 impl WakeReason {
     /// Every reason, in order.
-    pub const ALL: [Self; 6] =
-        [Self::WireGuard, Self::Path, Self::Stun, Self::Ping, Self::Filter, Self::Lease];
+    pub const ALL: [Self; 5] = [Self::WireGuard, Self::Path, Self::Stun, Self::Filter, Self::Lease];
 }

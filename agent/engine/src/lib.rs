@@ -7,11 +7,17 @@
 //! code in virtual time.
 #![forbid(unsafe_code)]
 
+pub mod engine;
 pub mod event;
 pub mod filter;
 pub mod flow;
 pub mod io;
 pub mod matcher;
+pub mod netmap;
 pub mod packet;
+pub mod paths;
 pub mod status;
+pub mod stun;
 pub mod wg;
+
+mod routes;

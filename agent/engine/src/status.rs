@@ -28,7 +28,7 @@ pub struct Status {
     /// What is known of the network around us.
     pub net: NetStatus,
     /// Packets dropped, by reason.
-    pub drops: BTreeMap<&'static str, u64>,
+    pub drops: BTreeMap<String, u64>,
     /// Timer wake-ups that found something due, by reason.
     pub wakes: BTreeMap<WakeReason, u64>,
 }
@@ -173,17 +173,20 @@ pub struct Whois {
     pub exact: bool,
 }
 
-/// Answer to `warren why`: what becomes of a new connection from here, and on what grounds.
+/// Answer to `warren why`: what becomes of connections between here and there, and on what grounds.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Why {
-    /// True if this device would send the packet. The other end decides for itself as well.
+    /// True if this device would open the connection. The other end decides for itself as well.
     pub allowed: bool,
-    /// A stable word for what decided.
+    /// A stable word for what decided: `allowed`, `no-rule`, `denied-by-rule`, `no-peer`, `self`, `no-netmap`,
+    /// `lease-ended` or `closed`.
     pub reason: &'static str,
-    /// What decided, for people, with the rule's place in the policy where there is one.
+    /// The same for people, with the rule's place in the policy where there is one.
     pub text: String,
-    /// The peer that owns the destination.
+    /// The device that owns the destination.
     pub peer: Option<Whois>,
     /// How packets reach it.
     pub path: Option<Path>,
+    /// Rules, flows and recent drops, in detail and for both directions.
+    pub filter: crate::filter::Why,
 }

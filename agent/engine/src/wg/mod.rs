@@ -92,6 +92,13 @@ pub struct PeerHandle {
     generation: u32,
 }
 
+impl PeerHandle {
+    /// The peer's place: dense from 0, and free for another peer once this one is removed.
+    pub const fn slot(self) -> u32 {
+        self.slot
+    }
+}
+
 /// Why a peer can't be added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AddPeerError {

@@ -1,0 +1,402 @@
+//! The engine: netmap, WireGuard, paths and filter as one state machine.
+//!
+//! Call order: one input (`handle_*`, [`Engine::apply_update`], [`Engine::start_ping`]), then drain every output
+//! ([`Engine::poll_transmit`] until it returns false, [`Engine::poll_tun`] likewise, [`Engine::poll_event`] until
+//! `None`), then sleep until [`Engine::poll_timeout`] and call [`Engine::handle_timeout`]. The data path
+//! ([`Engine::handle_tun`], [`Engine::handle_datagram`]) writes straight into caller-owned buffers and allocates nothing
+//! once warm.
+//!
+//! Without a netmap, and when its lease is over, nothing passes: no packet, no handshake, no probe.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::net::IpAddr;
+use std::time::Duration;
+
+use rand_chacha::ChaCha20Rng;
+use rand_core::{RngCore as _, SeedableRng as _};
+use warren_common::filter::FilterRule;
+use warren_common::ids::{DeviceId, RelayId};
+use warren_common::keys::{ProbeSecretKey, WgSecretKey};
+use warren_common::netmap::MAX_PEERS;
+use warren_common::time::{Instant, Now, UnixTime};
+use warren_common::wire::control::Signed;
+use zeroize::Zeroize as _;
+
+use crate::event::{Event, PingToken, WakeReason};
+use crate::filter::{EndedFlow, Filter};
+use crate::io::{LocalSocket, Outbox, TunOut};
+use crate::netmap::{self, Held, Identity, PendingUpdate, RestoreError, SavedNetmap, UpdateRefused};
+use crate::paths::{Paths, PeerIdx};
+use crate::routes::Routes;
+use crate::stun::Stun;
+use crate::wg;
+
+mod data;
+mod install;
+mod query;
+
+/// Events waiting for [`Engine::poll_event`]; the oldest goes first.
+pub const MAX_EVENTS: usize = 8_192;
+/// Notices to local applications waiting for [`Engine::poll_tun`]: one for each flow of a full table is too much to
+/// deliver at once; the others are reset when they send next.
+pub const MAX_NOTICES: usize = 16_384;
+/// Age at which what STUN said is asked again before it is relied on: common NATs forget after 30 s.
+const STUN_FRESH: Duration = Duration::from_secs(25);
+/// How long the choice of a home relay waits for STUN answers when there are several relays.
+const HOME_RELAY_PATIENCE: Duration = Duration::from_secs(1);
+
+/// What an engine is made of.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Who we are.
+    pub identity: Identity,
+    /// Our WireGuard secret.
+    pub wg: WgSecretKey,
+    /// Our probe secret.
+    pub probe: ProbeSecretKey,
+    /// Feeds every generator inside: from the OS in the product, from its own seed in a simulator.
+    pub seed: [u8; 32],
+    /// Names this boot of the machine (Linux: `/proc/sys/kernel/random/boot_id`), for the lease.
+    pub boot_id: [u8; 16],
+    /// The TUN's MTU, in bytes: packets are padded up to it, none is longer.
+    pub mtu: u16,
+    /// [`Engine::handshake_floor`] as saved before the restart: keeps handshakes acceptable to peers even if the wall
+    /// clock went back. Zero if nothing was saved.
+    pub handshake_floor: UnixTime,
+}
+
+/// See the module.
+pub struct Engine {
+    identity: Identity,
+    boot_id: [u8; 16],
+    mtu: usize,
+    rng: ChaCha20Rng,
+    held: Option<Held>,
+    /// The revision whose rules the filter enforces; `None` while it is closed.
+    enforced: Option<(u64, u64)>,
+    rules: (BTreeSet<FilterRule>, BTreeSet<FilterRule>),
+    peers: Vec<Option<PeerState>>,
+    own: Vec<IpAddr>,
+    routes: Routes,
+    wg: wg::Device,
+    filter: Filter,
+    paths: Paths,
+    stun: Stun,
+    /// All relays of the netmap, so that a number names one.
+    relays: Vec<RelayId>,
+    home: Option<RelayId>,
+    /// When to choose a home relay even without an answer.
+    home_due: Option<Instant>,
+    online: BTreeSet<DeviceId>,
+    events: VecDeque<Event>,
+    notices: VecDeque<Vec<u8>>,
+    /// Packets the filter made for peers.
+    peer_packets: VecDeque<(PeerIdx, Vec<u8>)>,
+    next_ping: u64,
+    wakes: [u64; WakeReason::ALL.len()],
+    drops: data::Drops,
+}
+
+/// A peer that WireGuard and paths know.
+struct PeerState {
+    id: DeviceId,
+    handle: wg::PeerHandle,
+    rx_bytes: u64,
+    tx_bytes: u64,
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Engine").field("device", &self.identity.device).finish_non_exhaustive()
+    }
+}
+
+impl Engine {
+    /// An engine without a netmap: it denies everything.
+    pub fn new(mut config: Config) -> Self {
+        let mut rng = ChaCha20Rng::from_seed(config.seed);
+        config.seed.zeroize();
+        let mut seed = || {
+            let mut seed = [0; 32];
+            rng.fill_bytes(&mut seed);
+            seed
+        };
+        let (wg_seed, paths_seed) = (seed(), seed());
+        let mut wg = wg::Device::new(config.wg, wg_seed, 0);
+        wg.set_mtu(usize::from(config.mtu));
+        wg.raise_timestamp_floor(config.handshake_floor);
+        let filter = Filter::new([rng.next_u64(), rng.next_u64()]);
+        Self {
+            identity: config.identity,
+            boot_id: config.boot_id,
+            mtu: usize::from(config.mtu),
+            rng,
+            held: None,
+            enforced: None,
+            rules: Default::default(),
+            peers: Vec::new(),
+            own: Vec::new(),
+            routes: Routes::default(),
+            wg,
+            filter,
+            paths: Paths::new(config.probe, paths_seed),
+            stun: Stun::default(),
+            relays: Vec::new(),
+            home: None,
+            home_due: None,
+            online: BTreeSet::new(),
+            events: VecDeque::new(),
+            notices: VecDeque::new(),
+            peer_packets: VecDeque::new(),
+            next_ping: 0,
+            wakes: [0; WakeReason::ALL.len()],
+            drops: data::Drops::default(),
+        }
+    }
+
+    // Netmap.
+
+    /// Puts the netmap from before a restart in force, with what is left of its lease.
+    ///
+    /// # Errors
+    /// The file is damaged, too new, or of another network or device; the engine is unchanged then.
+    pub fn restore(&mut self, now: Now, saved: &SavedNetmap) -> Result<(), RestoreError> {
+        let held = Held::restore(saved, &self.identity, now, self.boot_id)?;
+        self.install(now, held);
+        Ok(())
+    }
+
+    /// Judges a netmap update. An accepted one is not in force yet: persist [`PendingUpdate::to_saved`] first, then
+    /// [`Engine::apply_update`].
+    ///
+    /// # Errors
+    /// Why it is refused; what is held stays in force.
+    pub fn check_update(&self, now: Now, update: &Signed) -> Result<PendingUpdate, UpdateRefused> {
+        netmap::check(&self.identity, self.held.as_ref(), self.boot_id, now, update)
+    }
+
+    /// Puts a checked update in force: flows that it no longer allows end first, then peers come and go. One that was
+    /// checked before another was applied is ignored; false then.
+    pub fn apply_update(&mut self, now: Now, update: PendingUpdate) -> bool {
+        let newest = self
+            .held
+            .as_ref()
+            .is_none_or(|held| (held.epoch, held.revision) <= (update.epoch(), update.revision()));
+        if newest {
+            self.install(now, update.held);
+        }
+        newest
+    }
+
+    /// What is held, with the lease as it is now: to be saved now and then (every few minutes, and at exit), so that
+    /// time that passes while the clock is wrong counts.
+    pub fn to_saved(&self, now: Now) -> Option<SavedNetmap> {
+        self.held.as_ref().map(|held| held.to_saved(now, self.boot_id))
+    }
+
+    /// What a session with the coordinator starts from: epoch, revision and hash of the netmap held.
+    pub fn held(&self) -> Option<(u64, u64, [u8; 32])> {
+        self.held.as_ref().map(|h| (h.epoch, h.revision, h.hash))
+    }
+
+    /// The netmap held, in force or not.
+    pub fn netmap(&self) -> Option<&warren_common::netmap::Netmap> {
+        self.held.as_ref().map(|h| &h.netmap)
+    }
+
+    /// A time after every time stamp in handshakes so far: save it with the keys (see [`Config::handshake_floor`]).
+    pub fn handshake_floor(&self) -> UnixTime {
+        self.wg.timestamp_floor()
+    }
+
+    // The world around.
+
+    /// Our sockets and the addresses they can be reached at: after start, and after each network change. Nothing
+    /// happens if they are the same as before.
+    pub fn handle_interfaces(&mut self, now: Now, local: &[LocalSocket]) {
+        if self.paths.set_local(now.boot, local) {
+            self.stun.forget();
+            self.start_stun(now);
+        }
+    }
+
+    /// A relay connection came up, or went down.
+    pub fn handle_relay_state(&mut self, now: Now, relay: RelayId, connected: bool) {
+        if self.paths.set_relay(now.boot, relay, connected) && !connected && self.home == Some(relay) {
+            self.start_stun(now); // is another one nearer now?
+        }
+        self.resend_handshakes(now);
+    }
+
+    /// The control session came up, or went down: whether [`Event::Signal`] gets anywhere.
+    pub fn handle_control_state(&mut self, now: Now, connected: bool) {
+        self.paths.set_signal(now.boot, connected);
+        if !connected {
+            self.online.clear();
+        }
+    }
+
+    /// Which peers are connected to the coordinator. Advisory: it grants nothing and is only shown.
+    pub fn handle_presence(&mut self, online: &[DeviceId], offline: &[DeviceId]) {
+        for id in offline {
+            self.online.remove(id);
+        }
+        // Also peers whose netmap is still under way; those that never come are dropped with the next one.
+        let room = MAX_PEERS.saturating_sub(self.online.len());
+        self.online.extend(online.iter().take(room));
+    }
+
+    /// Measures the round-trip time to a peer over the path in use by one authenticated probe; the answer is an
+    /// [`Event::PingResult`]. Makes the peer active, so that a path is looked for. `None` if there is no such peer, or
+    /// nothing is granted now.
+    pub fn start_ping(&mut self, now: Now, device: DeviceId) -> Option<PingToken> {
+        self.end_lease_if_over(now);
+        let idx = self.paths.find(device)?;
+        self.next_ping += 1;
+        let token = PingToken(self.next_ping);
+        self.before_use(now, idx);
+        self.paths.ping(now.boot, idx, token);
+        Some(token)
+    }
+
+    // Time.
+
+    /// When to call [`Engine::handle_timeout`], and why.
+    pub fn poll_timeout(&mut self, now: Now) -> Option<(Instant, WakeReason)> {
+        let lease = self.enforced.and(self.held.as_ref()).map(|held| held.lease_ends);
+        let stun = self.stun.poll_timeout().into_iter().chain(self.home_due).min();
+        let all = [
+            (self.wg.poll_timeout().map(|(at, _)| at), WakeReason::WireGuard),
+            (self.paths.poll_timeout(), WakeReason::Path),
+            (stun, WakeReason::Stun),
+            (self.filter.poll_timeout(now), WakeReason::Filter),
+            (lease, WakeReason::Lease),
+        ];
+        all.into_iter().filter_map(|(at, reason)| Some((at?, reason))).min()
+    }
+
+    /// Does everything that is due.
+    pub fn handle_timeout(&mut self, now: Now) {
+        if let Some((at, reason)) = self.poll_timeout(now)
+            && at <= now.boot
+        {
+            self.wakes[reason as usize] += 1;
+        }
+        self.end_lease_if_over(now);
+        self.wg.handle_timeout(now);
+        self.paths.handle_timeout(now.boot);
+        if self.stun.handle_timeout(now.boot) {
+            self.on_stun_news(now);
+        }
+        if self.home_due.is_some_and(|at| at <= now.boot) {
+            self.home_due = None;
+            self.choose_home(now, true);
+        }
+        let ended = self.filter.handle_timeout(now);
+        self.on_ended(ended);
+        self.resend_handshakes(now);
+    }
+
+    // Outputs.
+
+    /// Moves what is to be sent to `out`. True if there is more: drain `out` and call again.
+    pub fn poll_transmit(&mut self, now: Now, out: &mut Outbox) -> bool {
+        !(self.transmit_probes(now, out) && self.transmit_wireguard(now, out))
+    }
+
+    /// Moves resets and ICMP errors for local applications to `tun`. True if there is more: drain `tun` and call again.
+    pub fn poll_tun(&mut self, tun: &mut TunOut) -> bool {
+        self.take_filter_output();
+        while let Some(packet) = self.notices.front() {
+            if !tun.push(packet) {
+                return true;
+            }
+            self.notices.pop_front();
+        }
+        false
+    }
+
+    /// What happened.
+    pub fn poll_event(&mut self) -> Option<Event> {
+        while let Some(event) = self.wg.poll_event() {
+            let (wg::Event::SessionEstablished { peer, .. }
+            | wg::Event::SessionExpired { peer }
+            | wg::Event::HandshakeFailed { peer }) = event;
+            if let (wg::Event::SessionEstablished { .. }, Some(state)) = (event, self.peer_state(peer)) {
+                let device = state.id;
+                self.push_event(Event::SessionEstablished { device });
+            }
+        }
+        while let Some(event) = self.paths.poll_event() {
+            self.push_event(event);
+        }
+        self.events.pop_front()
+    }
+
+    // Inside.
+
+    fn push_event(&mut self, event: Event) {
+        if self.events.len() >= MAX_EVENTS {
+            self.events.pop_front();
+            self.drops.events += 1;
+        }
+        self.events.push_back(event);
+    }
+
+    /// Tells the local applications of ended flows, and the shell.
+    fn on_ended(&mut self, ended: Vec<EndedFlow>) {
+        for flow in ended {
+            if let Some(notice) = flow.notice() {
+                self.push_notice(notice);
+            }
+            let device = self.peers.get(flow.flow.peer as usize).and_then(Option::as_ref).map(|p| p.id);
+            self.push_event(Event::FlowEnded { device, rule: flow.flow.rule });
+        }
+    }
+
+    fn push_notice(&mut self, packet: Vec<u8>) {
+        if self.notices.len() >= MAX_NOTICES {
+            self.drops.notices += 1;
+        } else {
+            self.notices.push_back(packet);
+        }
+    }
+
+    /// The lease is checked against each packet's time, so that a late timer grants nothing.
+    fn end_lease_if_over(&mut self, now: Now) {
+        if self.enforced.is_some() && self.held.as_ref().is_some_and(|h| h.lease_ends <= now.boot) {
+            self.end_lease(now);
+        }
+    }
+
+    fn start_stun(&mut self, now: Now) {
+        self.stun.start(now.boot, self.paths.local());
+    }
+
+    /// What STUN said may be stale by the time it is needed for a peer that was idle.
+    fn before_use(&mut self, now: Now, idx: PeerIdx) {
+        if !self.paths.is_active(idx)
+            && self.stun.last_round().is_none_or(|at| now.boot.since(at) >= STUN_FRESH)
+        {
+            self.start_stun(now);
+        }
+    }
+
+    fn on_stun_news(&mut self, now: Now) {
+        self.paths.set_reflexive(now.boot, self.stun.mapped());
+        self.choose_home(now, !self.stun.is_asking());
+    }
+
+    /// A peer that can be reached now, or better than before, gets a handshake under way once more.
+    fn resend_handshakes(&mut self, now: Now) {
+        while let Some(idx) = self.paths.poll_ready() {
+            if let Some(state) = self.peers.get(idx as usize).and_then(Option::as_ref) {
+                self.wg.resend_handshake(state.handle, now);
+            }
+        }
+    }
+
+    fn peer_state(&self, handle: wg::PeerHandle) -> Option<&PeerState> {
+        self.peers.get(handle.slot() as usize)?.as_ref().filter(|state| state.handle == handle)
+    }
+}

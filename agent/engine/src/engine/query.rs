@@ -1,0 +1,190 @@
+//! Questions people ask.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use warren_common::netmap::Peer;
+use warren_common::time::Now;
+
+use super::Engine;
+use super::data::WG_REASONS;
+use crate::event::{Path, WakeReason};
+use crate::filter::Outcome;
+use crate::flow::Direction;
+use crate::status::{
+    LeaseStatus, NetStatus, NetworkStatus, PathStatus, PeerStatus, RelayStatus, SelfStatus, Status, Whois,
+    Why,
+};
+
+impl Engine {
+    /// Everything at one moment.
+    pub fn status(&self, now: Now) -> Status {
+        let netmap = self.held.as_ref().map(|h| &h.netmap);
+        Status {
+            network: netmap.map(|m| NetworkStatus { id: m.network.id, name: m.network.name.clone() }),
+            device: netmap.map(|m| SelfStatus {
+                id: m.device.id,
+                name: m.device.name.clone(),
+                ips: m.device.addrs.clone(),
+                user: m.device.user.clone(),
+                tags: m.device.tags.clone(),
+            }),
+            epoch: self.held.as_ref().map_or(0, |h| h.epoch),
+            revision: self.held.as_ref().map_or(0, |h| h.revision),
+            lease: self.held.as_ref().map_or(LeaseStatus::None, |h| h.lease_status(now)),
+            peers: netmap.map_or_else(Vec::new, |m| m.peers.values().map(|p| self.peer_status(p)).collect()),
+            net: self.net_status(),
+            drops: self.drop_counters().collect(),
+            wakes: WakeReason::ALL.iter().map(|reason| (*reason, self.wakes[*reason as usize])).collect(),
+        }
+    }
+
+    fn peer_status(&self, peer: &Peer) -> PeerStatus {
+        let idx = self.paths.find(peer.id);
+        let state = idx.and_then(|idx| self.peers.get(idx as usize)?.as_ref());
+        let (path, rtt) = idx.map_or((Path::None, None), |idx| self.paths.path(idx));
+        PeerStatus {
+            id: peer.id,
+            name: peer.name.clone(),
+            ips: peer.addrs.clone(),
+            user: peer.user.clone(),
+            tags: peer.tags.clone(),
+            online: self.online.contains(&peer.id),
+            path: self.path_status(path, rtt),
+            rx_bytes: state.map_or(0, |s| s.rx_bytes),
+            tx_bytes: state.map_or(0, |s| s.tx_bytes),
+            last_handshake: state.and_then(|s| self.wg.peer_stats(s.handle)?.last_handshake),
+        }
+    }
+
+    /// A path in the words of `warren status` and `warren ping`.
+    pub fn path_status(&self, path: Path, rtt: Option<Duration>) -> PathStatus {
+        let (kind, endpoint, relay) = match path {
+            Path::Direct { endpoint } => ("direct", Some(endpoint), None),
+            Path::Relay { relay } => {
+                let name = self.netmap().and_then(|m| m.relays.get(&relay)).map(|r| r.name.clone());
+                ("relay", None, Some(name.unwrap_or_else(|| relay.to_string())))
+            }
+            Path::None => ("none", None, None),
+        };
+        PathStatus { kind, endpoint, relay, rtt_ms: rtt.map(millis) }
+    }
+
+    fn net_status(&self) -> NetStatus {
+        let relays = self.netmap().map_or_else(Vec::new, |m| {
+            let status = |r: &warren_common::netmap::Relay| RelayStatus {
+                id: r.id,
+                name: r.name.clone(),
+                connected: self.paths.relay_connected(r.id),
+                home: self.home == Some(r.id),
+                rtt_ms: self.stun.rtt(r.id).map(millis),
+            };
+            m.relays.values().map(status).collect()
+        });
+        NetStatus {
+            udp: self.stun.mapped().next().is_some(),
+            ipv4: self.stun.mapped().find(|a| a.is_ipv4()),
+            ipv6: self.stun.mapped().find(|a| a.is_ipv6()),
+            mapping: self.stun.mapping(self.paths.local()),
+            relays,
+        }
+    }
+
+    /// Whose an overlay address is: a peer's, our own, or nobody's.
+    pub fn whois(&self, ip: IpAddr) -> Option<Whois> {
+        let netmap = self.netmap()?;
+        let device = &netmap.device;
+        if device.addrs.contains(&ip) {
+            return Some(Whois {
+                id: device.id,
+                name: Some(device.name.clone()),
+                user: device.user.clone(),
+                tags: device.tags.clone(),
+                is_self: true,
+                exact: true,
+            });
+        }
+        let owner = self.routes.lookup(ip)?;
+        let peer = netmap.peers.get(&self.peers.get(owner.peer as usize)?.as_ref()?.id)?;
+        Some(Whois {
+            id: peer.id,
+            name: peer.name.clone(),
+            user: peer.user.clone(),
+            tags: peer.tags.clone(),
+            is_self: false,
+            exact: owner.exact,
+        })
+    }
+
+    /// What becomes of connections between here and `dst` on `proto` and `port`, and on what grounds.
+    pub fn why(&self, now: Now, dst: IpAddr, proto: u8, port: u16) -> Why {
+        let src = self.own.iter().find(|a| a.is_ipv4() == dst.is_ipv4()).copied();
+        let filter = self.filter.why(now, src, dst, proto, port);
+        let peer = self.whois(dst);
+        let path = self.routes.lookup(dst).map(|owner| self.paths.path(owner.peer).0);
+        let origin = |rule: &Option<crate::filter::RuleRef>| {
+            rule.as_ref().map_or_else(|| "a rule".to_owned(), |r| format!("{} ({})", r.origin, r.id))
+        };
+        let lease = self.held.as_ref().map(|h| h.lease_status(now));
+        let (reason, text) = match (lease, &peer) {
+            (None, _) => ("no-netmap", "no netmap was received yet, so nothing is allowed".to_owned()),
+            (Some(LeaseStatus::Ended | LeaseStatus::None), _) => (
+                "lease-ended",
+                "the lease of everything granted has ended; it is renewed when the coordinator is reached"
+                    .to_owned(),
+            ),
+            (_, None) => ("no-peer", format!("no device that this one may know has the address {dst}")),
+            (_, Some(who)) if who.is_self => ("self", format!("{dst} is this device's own address")),
+            (_, Some(_)) => match filter.egress.outcome {
+                Outcome::Allowed => ("allowed", format!("allowed by {}", origin(&filter.egress.rule))),
+                Outcome::DeniedByRule => {
+                    ("denied-by-rule", format!("denied by {}", origin(&filter.egress.rule)))
+                }
+                Outcome::NoRule => ("no-rule", "no rule allows it".to_owned()),
+                Outcome::Closed => ("closed", "nothing is allowed at present".to_owned()),
+            },
+        };
+        Why { allowed: reason == "allowed", reason, text, peer, path, filter }
+    }
+
+    fn drop_counters(&self) -> impl Iterator<Item = (String, u64)> {
+        let d = &self.drops;
+        let p = self.paths.counters();
+        let own = [
+            ("no-path", d.no_path),
+            ("outbox-full", d.outbox_full),
+            ("tun-full", d.tun_full),
+            ("handshake-queue-full", d.queued + self.wg.counters().queued_packets_dropped),
+            ("longer-than-mtu", d.too_long),
+            ("bad-endpoint", d.bad_endpoint),
+            ("unknown-protocol", d.unknown_protocol),
+            ("unknown-sender", d.unknown_sender),
+            ("nothing-granted", d.not_granted),
+            ("stun-unexpected", d.stun_unexpected),
+            ("notices-full", d.notices),
+            ("events-full", d.events),
+            ("unusable-peer-key", d.bad_peers),
+            ("probe-unknown", p.probe_unknown),
+            ("probe-forged", p.probe_forged),
+            ("probe-limited", p.probe_limited),
+            ("probe-queue-full", p.probe_queue_full),
+            ("candidate-refused", p.candidate_refused),
+            ("pong-unexpected", p.pong_unexpected),
+        ];
+        let own = own.into_iter().map(|(name, count)| (name.to_owned(), count));
+        let wg =
+            WG_REASONS.iter().zip(d.wireguard).map(|(reason, count)| (format!("wireguard-{reason}"), count));
+        let filter = [(Direction::Egress, "egress"), (Direction::Ingress, "ingress")];
+        let filter = filter.into_iter().flat_map(|(direction, name)| {
+            self.filter
+                .counters(direction)
+                .drops()
+                .map(move |(reason, count)| (format!("{name}-{reason}"), count))
+        });
+        own.chain(wg).chain(filter)
+    }
+}
+
+fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1_000.0
+}

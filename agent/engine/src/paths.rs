@@ -1,0 +1,650 @@
+//! Paths: how packets reach each peer.
+//!
+//! **Bootstrap.** The first packet for a peer leaves through the peer's relay at once. Beside it the peer becomes
+//! *active* here: both sides tell each other their candidate addresses (sealed, through the relay, or through the
+//! coordinator while no relay carries it), and both ping all of the other's candidates at the same time, which opens
+//! port-restricted NATs on both sides.
+//!
+//! **Selection.** Probes only promote: a way is used for data once a pong came back over it, and among several the
+//! [`score`] decides. An authentic packet from an unknown address makes that address a candidate, no more.
+//!
+//! **Failure.** Only distress demotes. When data goes out on a direct way and nothing came in on it for
+//! [`TRUST`], the way is checked by pings; if none is answered in [`DISTRESS_AFTER`], packets take the relay again and
+//! probing starts over. While a peer is relayed and in use, probing goes on with growing pauses.
+//!
+//! **Rest.** [`IDLE_AFTER`] after its last data a peer stops being active: its keys, candidates and timers are dropped.
+//! An idle peer costs its entry in a table and nothing else.
+//!
+//! What a remote party can grow is bounded: addresses and pings per peer, probes per minute, answers, queued probes,
+//! and key agreements on behalf of peers that aren't active.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use arrayvec::ArrayVec;
+use ipnet::{Ipv4Net, Ipv6Net};
+use rand_chacha::ChaCha20Rng;
+use rand_core::SeedableRng as _;
+use warren_common::ids::{DeviceId, RelayId};
+use warren_common::keys::{ProbePublicKey, ProbeSecretKey};
+use warren_common::time::Instant;
+use warren_common::wire::probe::{
+    self, Candidate, CandidateKind, MAX_CANDIDATES, MAX_PROBE_LEN, Message, ProbeKeys, TAG_LEN,
+};
+
+use crate::event::{Event, Path, PingToken};
+use crate::io::{Destination, LocalSocket, Outbox, Source};
+
+mod active;
+mod score;
+
+use active::Active;
+
+/// Silence on a direct way after which sending on it starts a check: short, so that a dead path costs seconds; a
+/// one-way stream then pays one ping per two seconds.
+pub const TRUST: Duration = Duration::from_secs(2);
+/// How long a check waits for any sign of life before the way counts as dead: several pings, and a round trip around
+/// the world.
+pub const DISTRESS_AFTER: Duration = Duration::from_millis(2_500);
+/// Pause between the pings of a check.
+pub const CHECK_INTERVAL: Duration = Duration::from_millis(500);
+/// Silence after which a direct way in use is kept open by a ping: shorter than the 30 s after which common NATs forget
+/// (RFC 4787 asks for 2 minutes, few give them).
+pub const KEEPALIVE: Duration = Duration::from_secs(22);
+/// Time without data after which a peer is idle: as long as a WireGuard session lasts.
+pub const IDLE_AFTER: Duration = Duration::from_secs(180);
+/// Pauses between probe rounds while no direct way is known; the last one repeats.
+pub const ROUND_PAUSES: [Duration; 9] = [
+    Duration::from_millis(150),
+    Duration::from_millis(350),
+    Duration::from_millis(500),
+    Duration::from_secs(1),
+    Duration::from_secs(2),
+    Duration::from_secs(5),
+    Duration::from_secs(10),
+    Duration::from_secs(20),
+    Duration::from_secs(30),
+];
+/// Rounds that are run even after a direct way was found, so that a better one is found too.
+const ROUNDS_AFTER_PROMOTION: usize = 3;
+/// Pause between rounds that look for a better way while a direct one works.
+pub const UPGRADE_INTERVAL: Duration = Duration::from_secs(60);
+/// How long a ping may take; later answers don't count.
+pub const PING_TIMEOUT: Duration = Duration::from_secs(5);
+/// Addresses kept per peer: what it lists, times two sockets of ours.
+pub const MAX_REMOTES: usize = 2 * MAX_CANDIDATES;
+/// Pings under way per peer: one round over all addresses, twice.
+pub const MAX_INFLIGHT: usize = 2 * MAX_REMOTES;
+/// Probes per peer and minute that look for a path: the first rounds over a dozen addresses.
+pub const MAX_PROBES_PER_MINUTE: u32 = 120;
+/// Probes per peer and minute that check the path in use or announce addresses, beyond those.
+pub const MAX_CHECKS_PER_MINUTE: u32 = 180;
+/// Pongs per peer and minute: more than a peer that keeps to its own budget asks for.
+pub const MAX_PONGS_PER_MINUTE: u32 = 600;
+/// Probes waiting for `poll_transmit`, over all peers; more are dropped and counted. 400 KiB.
+pub const MAX_QUEUED: usize = 1_024;
+/// Pings for `warren ping` under way, per peer.
+pub const MAX_USER_PINGS: usize = 16;
+/// Key agreements per second on behalf of peers that aren't active: 2 % of a core, should a relay lie about senders.
+pub const MAX_DERIVATIONS_PER_SECOND: u32 = 200;
+/// Our own addresses as seen by peers: kept only until STUN knows better.
+pub const MAX_OBSERVED: usize = 2;
+/// Age at which an address that was never confirmed, or not for so long, is forgotten.
+pub const CANDIDATE_AGE: Duration = Duration::from_secs(15 * 60);
+/// Least time between two announcements of our addresses to one peer.
+const ANNOUNCE_INTERVAL: Duration = Duration::from_millis(200);
+/// How long a relay that a peer was heard on is preferred to its home relay.
+const RELAY_FRESH: Duration = Duration::from_secs(60);
+/// How long an authentic packet's source may be answered though no pong confirmed it: a handshake's round trip.
+const REPLY_FRESH: Duration = Duration::from_secs(10);
+
+/// Our own socket addresses: more interfaces than a host of containers shows the world.
+pub const MAX_LOCAL: usize = 64;
+/// Events waiting to be taken; the oldest goes first.
+pub const MAX_PATH_EVENTS: usize = 4_096;
+
+/// Which peer: its slot, small and reused.
+pub(crate) type PeerIdx = u32;
+
+/// One of our sockets and a peer's address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Way {
+    pub(crate) socket: u8,
+    pub(crate) remote: SocketAddr,
+}
+
+impl From<Way> for Destination {
+    fn from(way: Way) -> Self {
+        Self::Direct { socket: way.socket, remote: way.remote }
+    }
+}
+
+/// What an authentic packet carried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Carried {
+    /// Somebody's data: the peer is in use.
+    Data,
+    /// A handshake: data is about to follow.
+    Handshake,
+    /// A keep-alive.
+    Nothing,
+}
+
+/// Counters of what was dropped, for metrics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct PathCounters {
+    pub(crate) probe_unknown: u64,
+    pub(crate) probe_forged: u64,
+    pub(crate) probe_limited: u64,
+    pub(crate) probe_queue_full: u64,
+    pub(crate) candidate_refused: u64,
+    pub(crate) pong_unexpected: u64,
+}
+
+/// All peers' paths.
+pub(crate) struct Paths {
+    secret: ProbeSecretKey,
+    public: ProbePublicKey,
+    peers: Vec<Option<Entry>>,
+    by_device: BTreeMap<DeviceId, PeerIdx>,
+    active: BTreeSet<PeerIdx>,
+    tags: BTreeMap<[u8; TAG_LEN], PeerIdx>,
+    timers: BinaryHeap<Reverse<(Instant, PeerIdx)>>,
+    derivations: Rate,
+    shared: Shared,
+}
+
+/// What all peers' state machines use.
+pub(crate) struct Shared {
+    local: Vec<LocalSocket>,
+    reflexive: Vec<SocketAddr>,
+    observed: ArrayVec<SocketAddr, MAX_OBSERVED>,
+    own: ArrayVec<Candidate, MAX_CANDIDATES>,
+    overlay: Option<(Ipv4Net, Ipv6Net)>,
+    relays: BTreeSet<RelayId>,
+    signal: bool,
+    rng: ChaCha20Rng,
+    queue: VecDeque<(Destination, ArrayVec<u8, MAX_PROBE_LEN>)>,
+    events: VecDeque<Event>,
+    ready: VecDeque<PeerIdx>,
+    counters: PathCounters,
+}
+
+/// A peer: what the netmap says, and its state machine while it is in use.
+struct Entry {
+    device: DeviceId,
+    probe: ProbePublicKey,
+    home_relay: Option<RelayId>,
+    /// When it wants to be woken; heap entries with another time are stale.
+    due: Option<Instant>,
+    active: Option<Box<Active>>,
+}
+
+/// At most so many in a window that starts with the first.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Rate {
+    since: Instant,
+    used: u32,
+}
+
+impl Rate {
+    fn take(&mut self, now: Instant, window: Duration, max: u32) -> bool {
+        if now.since(self.since) >= window {
+            *self = Self { since: now, used: 0 };
+        }
+        let free = self.used < max;
+        self.used += u32::from(free);
+        free
+    }
+}
+
+impl Paths {
+    pub(crate) fn new(secret: ProbeSecretKey, seed: [u8; 32]) -> Self {
+        Self {
+            public: secret.public(),
+            secret,
+            peers: Vec::new(),
+            by_device: BTreeMap::new(),
+            active: BTreeSet::new(),
+            tags: BTreeMap::new(),
+            timers: BinaryHeap::new(),
+            derivations: Rate::default(),
+            shared: Shared {
+                local: Vec::new(),
+                reflexive: Vec::new(),
+                observed: ArrayVec::new(),
+                own: ArrayVec::new(),
+                overlay: None,
+                relays: BTreeSet::new(),
+                signal: false,
+                rng: ChaCha20Rng::from_seed(seed),
+                queue: VecDeque::new(),
+                events: VecDeque::new(),
+                ready: VecDeque::new(),
+                counters: PathCounters::default(),
+            },
+        }
+    }
+
+    // Peers.
+
+    pub(crate) fn insert(
+        &mut self,
+        idx: PeerIdx,
+        device: DeviceId,
+        probe: ProbePublicKey,
+        home_relay: Option<RelayId>,
+    ) {
+        let at = idx as usize;
+        if self.peers.len() <= at {
+            self.peers.resize_with(at + 1, || None);
+        }
+        self.by_device.insert(device, idx);
+        self.peers[at] = Some(Entry { device, probe, home_relay, due: None, active: None });
+    }
+
+    pub(crate) fn set_home_relay(&mut self, now: Instant, idx: PeerIdx, home: Option<RelayId>) {
+        let Some(entry) = self.entry(idx) else { return };
+        if std::mem::replace(&mut entry.home_relay, home) != home {
+            self.with_active(now, idx, |active, home, shared| active.on_relays_changed(now, home, shared));
+        }
+    }
+
+    pub(crate) fn remove(&mut self, idx: PeerIdx) {
+        self.deactivate(idx);
+        if let Some(entry) = self.peers.get_mut(idx as usize).and_then(Option::take) {
+            self.by_device.remove(&entry.device);
+        }
+    }
+
+    // What is around us.
+
+    /// The overlay's own prefixes are never endpoints.
+    pub(crate) fn set_overlay(&mut self, now: Instant, ipv4: Ipv4Net, ipv6: Ipv6Net) {
+        if self.shared.overlay != Some((ipv4, ipv6)) {
+            self.shared.overlay = Some((ipv4, ipv6));
+            self.own_changed(now);
+        }
+    }
+
+    pub(crate) fn local(&self) -> &[LocalSocket] {
+        &self.shared.local
+    }
+
+    /// Takes our sockets and addresses. True if they changed: then everything known about the network is forgotten,
+    /// and what is in use goes through relays and is probed anew.
+    pub(crate) fn set_local(&mut self, now: Instant, local: &[LocalSocket]) -> bool {
+        let mut local = local.to_vec();
+        local.sort_unstable();
+        local.dedup();
+        local.truncate(MAX_LOCAL);
+        if local == self.shared.local {
+            return false;
+        }
+        self.shared.local = local;
+        self.shared.reflexive.clear();
+        self.shared.observed.clear();
+        self.shared.rebuild_own();
+        for idx in self.active_peers() {
+            self.with_active(now, idx, |active, home, shared| active.on_network_change(now, home, shared));
+        }
+        true
+    }
+
+    /// Takes our addresses as STUN servers see them.
+    pub(crate) fn set_reflexive(&mut self, now: Instant, mapped: impl Iterator<Item = SocketAddr>) {
+        let mapped: Vec<_> = mapped.take(MAX_CANDIDATES).collect();
+        if mapped != self.shared.reflexive {
+            self.shared.reflexive = mapped;
+            self.own_changed(now);
+        }
+    }
+
+    fn own_changed(&mut self, now: Instant) {
+        if self.shared.rebuild_own() {
+            for idx in self.active_peers() {
+                self.with_active(now, idx, |active, _, _| active.owe_candidates(now));
+            }
+        }
+    }
+
+    /// A relay connection came up or went down. True if that is news.
+    pub(crate) fn set_relay(&mut self, now: Instant, relay: RelayId, connected: bool) -> bool {
+        let relays = &mut self.shared.relays;
+        let changed = if connected { relays.insert(relay) } else { relays.remove(&relay) };
+        if changed {
+            for idx in self.active_peers() {
+                self.with_active(now, idx, |active, home, shared| {
+                    active.on_relays_changed(now, home, shared)
+                });
+            }
+        }
+        changed
+    }
+
+    pub(crate) fn relay_connected(&self, relay: RelayId) -> bool {
+        self.shared.relays.contains(&relay)
+    }
+
+    /// The coordinator carries signals, or doesn't.
+    pub(crate) fn set_signal(&mut self, now: Instant, connected: bool) {
+        if std::mem::replace(&mut self.shared.signal, connected) != connected && connected {
+            for idx in self.active_peers() {
+                self.with_active(now, idx, |active, home, shared| {
+                    active.on_relays_changed(now, home, shared)
+                });
+            }
+        }
+    }
+
+    // Packets.
+
+    /// Where a packet with somebody's data goes; makes the peer active. `None` if there is no way yet.
+    pub(crate) fn route(&mut self, now: Instant, idx: PeerIdx) -> Option<Destination> {
+        self.touch(now, idx);
+        let entry = self.peers.get_mut(idx as usize)?.as_mut()?;
+        let active = entry.active.as_mut()?;
+        if let Some(at) = active.on_send(now) {
+            self.wake(idx, at);
+        }
+        let entry = self.peers.get(idx as usize)?.as_ref()?;
+        entry.active.as_ref()?.destination(now, entry.device, entry.home_relay, &self.shared)
+    }
+
+    /// Where a packet of WireGuard's own (handshake, keep-alive) goes: it keeps no peer in use.
+    pub(crate) fn peek_route(&self, now: Instant, idx: PeerIdx) -> Option<Destination> {
+        let entry = self.peers.get(idx as usize)?.as_ref()?;
+        let shared = &self.shared;
+        match &entry.active {
+            Some(active) => active.destination(now, entry.device, entry.home_relay, shared),
+            None => entry
+                .home_relay
+                .filter(|relay| shared.relays.contains(relay))
+                .map(|relay| Destination::Relay { relay, device: entry.device }),
+        }
+    }
+
+    /// An authentic packet came in: the only thing, besides probes, that teaches anything.
+    pub(crate) fn on_authentic(&mut self, now: Instant, idx: PeerIdx, from: Source, carried: Carried) {
+        match carried {
+            Carried::Data | Carried::Handshake => self.touch(now, idx),
+            Carried::Nothing => {}
+        }
+        let Some(active) = self.entry(idx).and_then(|e| e.active.as_mut()) else { return };
+        if active.on_heard(now, from) {
+            self.with_active(now, idx, |active, home, shared| active.on_heard_news(now, from, home, shared));
+        }
+    }
+
+    /// A probe came in.
+    pub(crate) fn handle_probe(&mut self, now: Instant, from: Source, datagram: &[u8]) {
+        let idx = match from {
+            Source::Direct { .. } => probe::peek_tag(datagram).and_then(|tag| self.tags.get(&tag)).copied(),
+            Source::Relay { device, .. } | Source::Signal { device } => self.find(device),
+        };
+        let Some(idx) = idx else {
+            self.shared.counters.probe_unknown += 1;
+            return;
+        };
+        let Some(message) = self.open(now, idx, datagram) else { return };
+        if matches!(message, Message::Candidates { .. }) {
+            self.touch(now, idx);
+        }
+        self.with_active(now, idx, |active, home, shared| active.on_probe(now, from, message, home, shared));
+    }
+
+    /// Opens a probe with the peer's keys; those of a peer that isn't active are derived, and it becomes active only if
+    /// the probe is authentic.
+    fn open(&mut self, now: Instant, idx: PeerIdx, datagram: &[u8]) -> Option<Message> {
+        let entry = self.peers.get(idx as usize)?.as_ref()?;
+        let opened = match &entry.active {
+            Some(active) => active.keys()?.open(datagram),
+            None => {
+                if !self.derivations.take(now, Duration::from_secs(1), MAX_DERIVATIONS_PER_SECOND) {
+                    self.shared.counters.probe_limited += 1;
+                    return None;
+                }
+                let keys = ProbeKeys::derive(&self.secret, &self.public, &entry.probe)?;
+                let opened = keys.open(datagram);
+                if opened.is_ok() {
+                    self.activate(now, idx, Some(keys));
+                }
+                opened
+            }
+        };
+        if opened.is_err() {
+            self.shared.counters.probe_forged += 1;
+        }
+        opened.ok()
+    }
+
+    /// Measures the round-trip time over the path in use, or the first one there is.
+    pub(crate) fn ping(&mut self, now: Instant, idx: PeerIdx, token: PingToken) {
+        self.touch(now, idx);
+        self.with_active(now, idx, |active, home, shared| active.user_ping(now, token, home, shared));
+    }
+
+    // Time and output.
+
+    pub(crate) fn poll_timeout(&mut self) -> Option<Instant> {
+        loop {
+            let Reverse((at, idx)) = *self.timers.peek()?;
+            if self.entry(idx).is_some_and(|entry| entry.due == Some(at)) {
+                return Some(at);
+            }
+            self.timers.pop();
+        }
+    }
+
+    /// Does what is due. True if something was.
+    pub(crate) fn handle_timeout(&mut self, now: Instant) -> bool {
+        let mut any = false;
+        while let Some(at) = self.poll_timeout()
+            && at <= now
+        {
+            let Some(Reverse((_, idx))) = self.timers.pop() else { break };
+            any = true;
+            if let Some(entry) = self.entry(idx) {
+                entry.due = None;
+            }
+            self.with_active(now, idx, |_, _, _| {});
+        }
+        any
+    }
+
+    /// Moves probes to `out` while they fit. True if all did.
+    pub(crate) fn poll_transmit(&mut self, out: &mut Outbox) -> bool {
+        while let Some((to, probe)) = self.shared.queue.front() {
+            if !out.push(*to, probe) {
+                return false;
+            }
+            self.shared.queue.pop_front();
+        }
+        true
+    }
+
+    pub(crate) fn poll_event(&mut self) -> Option<Event> {
+        self.shared.events.pop_front()
+    }
+
+    /// A peer that can be reached now and couldn't be before: a handshake under way should be sent again.
+    pub(crate) fn poll_ready(&mut self) -> Option<PeerIdx> {
+        self.shared.ready.pop_front()
+    }
+
+    // Questions.
+
+    pub(crate) fn find(&self, device: DeviceId) -> Option<PeerIdx> {
+        self.by_device.get(&device).copied()
+    }
+
+    pub(crate) fn path(&self, idx: PeerIdx) -> (Path, Option<Duration>) {
+        let entry = self.peers.get(idx as usize).and_then(Option::as_ref);
+        entry
+            .and_then(|e| Some(e.active.as_ref()?.path(e.home_relay, &self.shared)))
+            .unwrap_or((Path::None, None))
+    }
+
+    pub(crate) fn probe_key(&self, idx: PeerIdx) -> Option<ProbePublicKey> {
+        Some(self.peers.get(idx as usize)?.as_ref()?.probe)
+    }
+
+    pub(crate) fn is_active(&self, idx: PeerIdx) -> bool {
+        self.active.contains(&idx)
+    }
+
+    pub(crate) const fn counters(&self) -> &PathCounters {
+        &self.shared.counters
+    }
+
+    // Inside.
+
+    fn entry(&mut self, idx: PeerIdx) -> Option<&mut Entry> {
+        self.peers.get_mut(idx as usize)?.as_mut()
+    }
+
+    fn active_peers(&self) -> Vec<PeerIdx> {
+        self.active.iter().copied().collect()
+    }
+
+    /// There is data for or from the peer.
+    fn touch(&mut self, now: Instant, idx: PeerIdx) {
+        match self.entry(idx) {
+            Some(Entry { active: Some(active), .. }) => active.used(now),
+            Some(_) => self.activate(now, idx, None),
+            None => {}
+        }
+    }
+
+    fn activate(&mut self, now: Instant, idx: PeerIdx, keys: Option<ProbeKeys>) {
+        let Some(entry) = self.peers.get_mut(idx as usize).and_then(Option::as_mut) else { return };
+        // Without keys (a low-order one in the netmap) the peer is reached through relays only.
+        let keys = keys.or_else(|| ProbeKeys::derive(&self.secret, &self.public, &entry.probe));
+        if let Some(keys) = &keys {
+            self.tags.insert(keys.open_tag(), idx);
+        }
+        entry.active = Some(Box::new(Active::new(now, idx, entry.device, keys)));
+        self.active.insert(idx);
+        self.with_active(now, idx, |active, home, shared| active.on_relays_changed(now, home, shared));
+    }
+
+    fn deactivate(&mut self, idx: PeerIdx) {
+        let Some(entry) = self.peers.get_mut(idx as usize).and_then(Option::as_mut) else { return };
+        entry.due = None;
+        if let Some(active) = entry.active.take() {
+            if let Some(keys) = active.keys() {
+                self.tags.remove(&keys.open_tag());
+            }
+            active.end(&mut self.shared);
+        }
+        self.active.remove(&idx);
+    }
+
+    /// Runs `change` on an active peer, then whatever is due, and sets its timer.
+    fn with_active(
+        &mut self,
+        now: Instant,
+        idx: PeerIdx,
+        change: impl FnOnce(&mut Active, Option<RelayId>, &mut Shared),
+    ) {
+        let Some(entry) = self.peers.get_mut(idx as usize).and_then(Option::as_mut) else { return };
+        let Some(active) = entry.active.as_mut() else { return };
+        change(active, entry.home_relay, &mut self.shared);
+        match active.tick(now, entry.home_relay, &mut self.shared) {
+            Some(at) => self.wake(idx, at),
+            None => self.deactivate(idx),
+        }
+    }
+
+    fn wake(&mut self, idx: PeerIdx, at: Instant) {
+        let Some(entry) = self.peers.get_mut(idx as usize).and_then(Option::as_mut) else { return };
+        // A timer that fires early finds nothing due and is set anew: cheaper than moving it for each packet.
+        if entry.due.is_none_or(|due| at < due) {
+            entry.due = Some(at);
+            self.timers.push(Reverse((at, idx)));
+        }
+    }
+}
+
+impl Shared {
+    /// True if `addr` may be an endpoint of a peer.
+    fn accepts(&self, addr: SocketAddr) -> bool {
+        is_endpoint(self.overlay, addr) && !self.local.iter().any(|l| l.addr == addr)
+    }
+
+    /// Lists our own addresses anew: STUN, what peers saw where STUN knows nothing, interfaces. True if that changed
+    /// the list.
+    fn rebuild_own(&mut self) -> bool {
+        let mut own = ArrayVec::<Candidate, MAX_CANDIDATES>::new();
+        let stunned = |addr: &SocketAddr| self.reflexive.iter().any(|r| r.is_ipv4() == addr.is_ipv4());
+        let local = self.local.iter().map(|l| (CandidateKind::Local, l.addr));
+        let reflexive = self.reflexive.iter().map(|a| (CandidateKind::Reflexive, *a));
+        let observed = self.observed.iter().filter(|a| !stunned(a)).map(|a| (CandidateKind::Observed, *a));
+        // Those from outside come first: should the list overflow, they are the ones that count.
+        for (kind, addr) in reflexive.chain(observed).chain(local) {
+            let known = own.iter().any(|c| c.addr == addr);
+            if is_endpoint(self.overlay, addr) && !known && !own.is_full() {
+                own.push(Candidate { kind, addr });
+            }
+        }
+        own.sort_unstable();
+        let changed = own != self.own;
+        self.own = own;
+        changed
+    }
+
+    /// A peer saw us at `addr`. Worth passing on only if it is news and STUN is silent.
+    fn observe(&mut self, addr: SocketAddr) {
+        let known = self.own.iter().any(|c| c.addr == addr) || self.observed.contains(&addr);
+        if !known && is_endpoint(self.overlay, addr) {
+            if self.observed.is_full() {
+                self.observed.remove(0);
+            }
+            self.observed.push(addr);
+            self.rebuild_own();
+        }
+    }
+
+    fn enqueue(&mut self, to: Destination, probe: ArrayVec<u8, MAX_PROBE_LEN>) {
+        if self.queue.len() >= MAX_QUEUED {
+            self.counters.probe_queue_full += 1;
+        } else {
+            self.queue.push_back((to, probe));
+        }
+    }
+
+    fn push_event(&mut self, event: Event) {
+        if self.events.len() >= MAX_PATH_EVENTS {
+            self.events.pop_front();
+        }
+        self.events.push_back(event);
+    }
+}
+
+/// True for a unicast address with a port, outside the overlay: all that is ever sent to.
+pub(crate) fn is_endpoint(overlay: Option<(Ipv4Net, Ipv6Net)>, addr: SocketAddr) -> bool {
+    let fine = match addr.ip() {
+        IpAddr::V4(ip) => {
+            !(ip.octets()[0] == 0
+                || ip.is_loopback()
+                || ip.is_multicast()
+                || ip.is_broadcast()
+                || ip.is_link_local()
+                || overlay.is_some_and(|(v4, _)| v4.contains(&ip)))
+        }
+        IpAddr::V6(ip) => {
+            !(ip.is_unspecified()
+                || ip.is_loopback()
+                || ip.is_multicast()
+                || ip.is_unicast_link_local()
+                || ip.to_ipv4_mapped().is_some()
+                || overlay.is_some_and(|(_, v6)| v6.contains(&ip)))
+        }
+    };
+    fine && addr.port() != 0
+}
+
+#[cfg(test)]
+mod tests;
