@@ -16,12 +16,8 @@ const LIMIT: Duration = Duration::from_secs(20);
 /// Grace for what must not happen, after later packets have arrived already.
 const GRACE: Duration = Duration::from_millis(100);
 
-const KINDS: [NatKind; 4] = [
-    NatKind::FullCone,
-    NatKind::AddressRestricted,
-    NatKind::PortRestricted,
-    NatKind::Symmetric,
-];
+const KINDS: [NatKind; 4] =
+    [NatKind::FullCone, NatKind::AddressRestricted, NatKind::PortRestricted, NatKind::Symmetric];
 
 /// RFC 5780's server: two addresses with two ports each. Index 0 is (first, first), 1 the other port of
 /// the same address, 2 the other address, 3 both other.
@@ -32,12 +28,7 @@ impl Reflector {
         let host = lab.host("S")?;
         let (first, second) = (host.v4(), host.add_v4()?);
         let at = |ip: Ipv4Addr, port| socket(&host, SocketAddr::from((ip, port)));
-        Ok(Self([
-            at(first, 3478)?,
-            at(first, 3479)?,
-            at(second, 3478)?,
-            at(second, 3479)?,
-        ]))
+        Ok(Self([at(first, 3478)?, at(first, 3479)?, at(second, 3478)?, at(second, 3479)?]))
     }
 
     /// Where a datagram of `client` seems to come from at each of the four addresses.
@@ -116,10 +107,7 @@ fn every_nat_maps_and_filters_as_its_name_says() -> Result<()> {
             let inside = router.host(&format!("A{n}"))?;
 
             let seen = reflector.reflexive(&socket(&inside, any())?)?;
-            ensure!(
-                seen.iter().all(|from| from.ip() == router.v4()),
-                "{kind:?}: {seen:?}"
-            );
+            ensure!(seen.iter().all(|from| from.ip() == router.v4()), "{kind:?}: {seen:?}");
             let ports: BTreeSet<u16> = seen.iter().map(SocketAddr::port).collect();
             if kind == NatKind::Symmetric {
                 // Four random ports; two may be equal once in ten thousand runs, three never.
@@ -197,19 +185,13 @@ fn a_double_nat_is_as_strict_as_its_strictest_part() -> Result<()> {
         let inside = home.host("A")?;
         let client = socket(&inside, any())?;
         let seen = reflector.reflexive(&client)?;
-        ensure!(
-            seen.iter().all(|from| from.ip() == carrier.v4()),
-            "{seen:?}"
-        );
+        ensure!(seen.iter().all(|from| from.ip() == carrier.v4()), "{seen:?}");
         let ports: BTreeSet<u16> = seen.iter().map(SocketAddr::port).collect();
         ensure!(ports.len() >= 3, "{seen:?}");
 
         carrier.reconfigure(|_| RouterSpec::new(NatKind::FullCone))?;
         let got = let_in(&reflector, &socket(&inside, any())?)?;
-        ensure!(
-            got == names(&["address", "port"]),
-            "two full cones let in {got:?}"
-        );
+        ensure!(got == names(&["address", "port"]), "two full cones let in {got:?}");
         Ok(())
     })
 }
@@ -238,10 +220,7 @@ fn hairpinning_is_off_unless_asked_for() -> Result<()> {
                 }
             }
             let expected = if hairpin { vec![own] } else { vec![] };
-            ensure!(
-                got == expected,
-                "hairpin {hairpin}: got packets from {got:?}"
-            );
+            ensure!(got == expected, "hairpin {hairpin}: got packets from {got:?}");
         }
         Ok(())
     })
@@ -262,18 +241,12 @@ fn udp_is_blocked_and_only_the_named_tcp_port_is_open() -> Result<()> {
             inside.enter(|| std::net::TcpStream::connect_timeout(&to(port), limit))
         };
         for refusal in [Refusal::Drop, Refusal::Reject] {
-            let egress = Egress::TcpOnly {
-                ports: vec![443],
-                refusal,
-            };
+            let egress = Egress::TcpOnly { ports: vec![443], refusal };
             router.reconfigure(|spec| spec.egress(egress))?;
             ensure!(connect(443)?.is_ok(), "443 is open");
             let error = connect(80)?.err().context("80 is shut")?;
             let at_once = error.kind() != std::io::ErrorKind::TimedOut;
-            ensure!(
-                at_once == (refusal == Refusal::Reject),
-                "{refusal:?}: {error}"
-            );
+            ensure!(at_once == (refusal == Refusal::Reject), "{refusal:?}: {error}");
 
             let client = socket(&inside, any())?;
             client.connect(to(3478))?;
@@ -310,10 +283,7 @@ fn an_idle_mapping_is_forgotten_after_the_stated_time() -> Result<()> {
         let got = let_in(&reflector, &witness)?;
         ensure!(got.is_empty(), "{got:?}");
         client.set_read_timeout(Some(GRACE))?;
-        ensure!(
-            receive(&client)?.is_none(),
-            "a packet came through an expired mapping"
-        );
+        ensure!(receive(&client)?.is_none(), "a packet came through an expired mapping");
         Ok(())
     })
 }
@@ -329,10 +299,7 @@ fn a_renumbered_router_has_a_new_outside_address() -> Result<()> {
             let before = reflector.reflexive(&client)?[0];
             let fresh = router.renumber()?;
             let after = reflector.reflexive(&client)?[0];
-            ensure!(
-                before.ip() != after.ip() && after.ip() == IpAddr::V4(fresh),
-                "{kind:?}"
-            );
+            ensure!(before.ip() != after.ip() && after.ip() == IpAddr::V4(fresh), "{kind:?}");
         }
         Ok(())
     })
@@ -348,21 +315,13 @@ fn ipv6_is_routed_to_the_lan_and_firewalled() -> Result<()> {
         let v6 = |host: &Host| host.v6().map(IpAddr::V6).context("a dual-stack host");
         ensure!(inside.pings(v6(&server)?)?, "out by IPv6");
         ensure!(only.pings(v6(&server)?)?, "an IPv6-only host reaches IPv6");
-        ensure!(
-            !only.pings(server.v4().into())?,
-            "an IPv6-only host has no IPv4"
-        );
+        ensure!(!only.pings(server.v4().into())?, "an IPv6-only host has no IPv4");
         ensure!(!server.pings(v6(&inside)?)?, "nothing unsolicited comes in");
         ensure!(inside.pings(server.v4().into())?, "out by IPv4");
 
-        let v4_only = lab
-            .router("R4", RouterSpec::new(NatKind::PortRestricted))?
-            .host("B")?;
+        let v4_only = lab.router("R4", RouterSpec::new(NatKind::PortRestricted))?.host("B")?;
         ensure!(v4_only.v6().is_none(), "a LAN without IPv6 gives none");
-        ensure!(
-            !v4_only.pings(v6(&server)?)?,
-            "a LAN without IPv6 has no way out by it"
-        );
+        ensure!(!v4_only.pings(v6(&server)?)?, "a LAN without IPv6 has no way out by it");
         Ok(())
     })
 }
@@ -374,29 +333,19 @@ fn a_host_roams_between_networks() -> Result<()> {
         let home = lab.router("R1", RouterSpec::new(NatKind::PortRestricted))?;
         let phone = lab.router("R2", RouterSpec::new(NatKind::Symmetric))?;
         let host = home.host("A")?;
-        let seen_from = |host: &Host| -> Result<IpAddr> {
-            Ok(reflector.reflexive(&socket(host, any())?)?[0].ip())
-        };
+        let seen_from =
+            |host: &Host| -> Result<IpAddr> { Ok(reflector.reflexive(&socket(host, any())?)?[0].ip()) };
         ensure!(seen_from(&host)? == IpAddr::V4(home.v4()), "at home");
         host.attach(phone.lan(), "wlan0")?;
         host.link_down("eth0")?;
         host.route_over("wlan0")?;
-        ensure!(
-            seen_from(&host)? == IpAddr::V4(phone.v4()),
-            "on the phone's network"
-        );
+        ensure!(seen_from(&host)? == IpAddr::V4(phone.v4()), "on the phone's network");
         host.link_up("eth0")?;
         ensure!(seen_from(&host)? == IpAddr::V4(home.v4()), "home again");
         host.unplug("eth0")?;
-        ensure!(
-            !host.pings(home.lan().host("P")?.v4().into())?,
-            "the cable is out"
-        );
+        ensure!(!host.pings(home.lan().host("P")?.v4().into())?, "the cable is out");
         host.plug("eth0")?;
-        ensure!(
-            seen_from(&host)? == IpAddr::V4(home.v4()),
-            "the cable is back"
-        );
+        ensure!(seen_from(&host)? == IpAddr::V4(home.v4()), "the cable is back");
         Ok(())
     })
 }
@@ -414,10 +363,7 @@ fn a_neighbour_can_aim_any_destination_at_a_network_card() -> Result<()> {
         hostile.route_via("10.66.0.0/16", victim.v4().into())?;
         socket(&hostile, any())?.send_to(b"in", to)?;
         let (text, from) = receive(&listening)?.context("the weak host model lets it in")?;
-        ensure!(
-            text == b"in" && from.ip() == IpAddr::V4(hostile.v4()),
-            "{from}"
-        );
+        ensure!(text == b"in" && from.ip() == IpAddr::V4(hostile.v4()), "{from}");
         Ok(())
     })
 }
@@ -443,23 +389,21 @@ fn labs_side_by_side_do_not_disturb_each_other() -> Result<()> {
             Ok(())
         })
     }
-    std::thread::scope(|scope| {
-        let labs: Vec<_> = (0..LABS).map(|n| scope.spawn(move || one(n))).collect();
-        for lab in labs {
-            lab.join()
-                .map_err(|_| anyhow::anyhow!("a lab panicked"))??;
-        }
-        Ok(())
+    lab::test("outer", |_| {
+        std::thread::scope(|scope| {
+            let labs: Vec<_> = (0..LABS).map(|n| scope.spawn(move || one(n))).collect();
+            for lab in labs {
+                lab.join().map_err(|_| anyhow::anyhow!("a lab panicked"))??;
+            }
+            Ok(())
+        })
     })
 }
 
 /// What of a lab still exists: namespaces, directory.
 fn remains(name: &str) -> Vec<String> {
     let prefix = format!("{name}-");
-    let mut left: Vec<String> = lab::list()
-        .into_iter()
-        .filter(|netns| netns.starts_with(&prefix))
-        .collect();
+    let mut left: Vec<String> = lab::list().into_iter().filter(|netns| netns.starts_with(&prefix)).collect();
     let dir = std::env::temp_dir().join(name);
     left.extend(dir.exists().then(|| dir.display().to_string()));
     left
@@ -467,13 +411,8 @@ fn remains(name: &str) -> Vec<String> {
 
 fn runs(pid: u32) -> bool {
     // A killed child of somebody else may stay a zombie until that one waits for it.
-    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
-        !stat
-            .rsplit(')')
-            .next()
-            .unwrap_or_default()
-            .starts_with(" Z")
-    })
+    std::fs::read_to_string(format!("/proc/{pid}/stat"))
+        .is_ok_and(|stat| !stat.rsplit(')').next().unwrap_or_default().starts_with(" Z"))
 }
 
 #[test]
@@ -496,15 +435,8 @@ fn nothing_is_left_after_the_end_or_a_panic() -> Result<()> {
             }));
             ensure!(ended.is_err() == panics, "the body {ended:?}");
             let (name, child, grandchild) = seen.context("the lab was made")?;
-            ensure!(
-                remains(&name).is_empty(),
-                "left behind: {:?}",
-                remains(&name)
-            );
-            ensure!(
-                !runs(child) && !runs(grandchild),
-                "a process outlived its lab"
-            );
+            ensure!(remains(&name).is_empty(), "left behind: {:?}", remains(&name));
+            ensure!(!runs(child) && !runs(grandchild), "a process outlived its lab");
         }
         Ok(())
     })
@@ -513,10 +445,8 @@ fn nothing_is_left_after_the_end_or_a_panic() -> Result<()> {
 #[test]
 fn what_a_killed_owner_leaves_is_swept_by_the_next_lab() -> Result<()> {
     lab::test("sweeper", |lab| {
-        let mut owner = Command::new(env!("CARGO_BIN_EXE_lab-tool"))
-            .arg("hold")
-            .stdout(Stdio::piped())
-            .spawn()?;
+        let mut owner =
+            Command::new(env!("CARGO_BIN_EXE_lab-tool")).arg("hold").stdout(Stdio::piped()).spawn()?;
         let stdout = owner.stdout.take().context("a pipe")?;
         let mut line = String::new();
         std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut line)?;
@@ -526,30 +456,15 @@ fn what_a_killed_owner_leaves_is_swept_by_the_next_lab() -> Result<()> {
         let pid: u32 = pid.context("the sleeper's pid")?;
 
         lab::sweep(false);
-        ensure!(
-            !remains(&name).is_empty() && runs(pid),
-            "a living owner's lab is left alone"
-        );
+        ensure!(!remains(&name).is_empty() && runs(pid), "a living owner's lab is left alone");
         owner.kill()?;
         owner.wait()?;
-        ensure!(
-            runs(pid),
-            "the orphan still runs, or this test shows nothing"
-        );
+        ensure!(runs(pid), "the orphan still runs, or this test shows nothing");
         let next = Lab::new("next")?;
-        ensure!(
-            remains(&name).is_empty(),
-            "left behind: {:?}",
-            remains(&name)
-        );
-        eventually("the orphan is gone", LIMIT, || {
-            Ok((!runs(pid)).then_some(()))
-        })?;
+        ensure!(remains(&name).is_empty(), "left behind: {:?}", remains(&name));
+        eventually("the orphan is gone", LIMIT, || Ok((!runs(pid)).then_some(())))?;
         ensure!(!remains(next.name()).is_empty(), "the new lab is not swept");
-        ensure!(
-            !remains(lab.name()).is_empty(),
-            "the outer lab is not swept"
-        );
+        ensure!(!remains(lab.name()).is_empty(), "the outer lab is not swept");
         Ok(())
     })
 }

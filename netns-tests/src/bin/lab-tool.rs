@@ -8,20 +8,19 @@
 //! lab-tool udp-echo ADDR:PORT                       echoes every datagram
 //! lab-tool udp-ping ADDR:PORT [--count N] [--from ADDR:PORT]
 //! lab-tool hold                                     makes a lab with one busy host and waits for ever
+//! lab-tool sweep                                    removes labs whose owner is dead, kept ones too
 //! ```
 //! Exit code: 0 when everything asked for was transferred, 1 when not, 2 for a wrong command line.
 
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{
-    IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket,
-};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
-use warren_netns_tests::lab::{Lab, Stopwatch, monotonic_ms};
+use warren_netns_tests::lab::{Lab, Stopwatch, monotonic_ms, sweep};
 
 /// How often a running transfer says where it is.
 const PROGRESS: Duration = Duration::from_millis(100);
@@ -40,6 +39,10 @@ fn main() -> ExitCode {
         "udp-echo" => udp_echo(options.address()?),
         "udp-ping" => udp_ping(&options),
         "hold" => hold(),
+        "sweep" => {
+            emit(&json!({"event": "swept", "labs": sweep(true)}));
+            Ok(true)
+        }
         verb => Err(Usage(format!("unknown verb {verb:?}")).into()),
     });
     match done {
@@ -57,11 +60,7 @@ struct Usage(String);
 
 impl std::fmt::Display for Usage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "{}; the verbs are tcp-serve, tcp-stream, udp-echo, udp-ping, hold",
-            self.0
-        )
+        write!(f, "{}; the verbs are tcp-serve, tcp-stream, udp-echo, udp-ping, hold, sweep", self.0)
     }
 }
 
@@ -93,19 +92,12 @@ impl Options {
         };
         let mut rest = rest.iter();
         while let Some(word) = rest.next() {
-            let mut value = || {
-                rest.next()
-                    .ok_or_else(|| Usage(format!("{word} needs a value")))
-            };
+            let mut value = || rest.next().ok_or_else(|| Usage(format!("{word} needs a value")));
             let number = |text: &String| -> Result<u64> {
-                Ok(text
-                    .parse()
-                    .map_err(|_| Usage(format!("{text:?} is not a number")))?)
+                Ok(text.parse().map_err(|_| Usage(format!("{text:?} is not a number")))?)
             };
             let address = |text: &String| -> Result<SocketAddr> {
-                Ok(text
-                    .parse()
-                    .map_err(|_| Usage(format!("{text:?} is not ADDR:PORT")))?)
+                Ok(text.parse().map_err(|_| Usage(format!("{text:?} is not ADDR:PORT")))?)
             };
             match word.as_str() {
                 "--total" => options.total = Some(number(value()?)?),
@@ -121,9 +113,7 @@ impl Options {
     }
 
     fn address(&self) -> Result<SocketAddr> {
-        Ok(self
-            .address
-            .ok_or_else(|| Usage("an ADDR:PORT is missing".into()))?)
+        Ok(self.address.ok_or_else(|| Usage("an ADDR:PORT is missing".into()))?)
     }
 }
 
@@ -163,10 +153,8 @@ fn serve_one(mut stream: TcpStream, peer: SocketAddr) {
             Err(error) => break how_it_ended(&error),
         }
     };
-    emit(
-        &json!({"event": "end", "peer": peer, "how": how, "bytes": bytes,
-        "last_byte_ms": last_byte_ms, "mono_ms": monotonic_ms()}),
-    );
+    emit(&json!({"event": "end", "peer": peer, "how": how, "bytes": bytes,
+        "last_byte_ms": last_byte_ms, "mono_ms": monotonic_ms()}));
 }
 
 fn tcp_stream(options: &Options) -> Result<bool> {
@@ -175,10 +163,8 @@ fn tcp_stream(options: &Options) -> Result<bool> {
     let stream = match TcpStream::connect_timeout(&address, ANSWER_LIMIT) {
         Ok(stream) => stream,
         Err(error) => {
-            emit(
-                &json!({"event": "end", "how": how_it_ended(&error), "bytes": 0, "text": error.to_string(),
-                "mono_ms": monotonic_ms()}),
-            );
+            emit(&json!({"event": "end", "how": how_it_ended(&error), "bytes": 0, "text": error.to_string(),
+                "mono_ms": monotonic_ms()}));
             return Ok(false);
         }
     };
@@ -196,10 +182,8 @@ fn tcp_stream(options: &Options) -> Result<bool> {
         let _ = stream.shutdown(Shutdown::Both);
         outcome
     });
-    emit(
-        &json!({"event": "end", "how": outcome.how, "bytes": outcome.bytes, "sent": sent.into_inner(),
-        "last_byte_ms": outcome.last_byte_ms, "mono_ms": monotonic_ms()}),
-    );
+    emit(&json!({"event": "end", "how": outcome.how, "bytes": outcome.bytes, "sent": sent.into_inner(),
+        "last_byte_ms": outcome.last_byte_ms, "mono_ms": monotonic_ms()}));
     Ok(outcome.how == "complete")
 }
 
@@ -246,10 +230,7 @@ fn check_echo(mut stream: &TcpStream, total: u64) -> Outcome {
             Ok(0) if bytes == total => break "complete",
             Ok(0) => break "eof",
             Ok(n) => {
-                let right = buffer[..n]
-                    .iter()
-                    .zip(bytes..)
-                    .all(|(byte, at)| *byte == pattern(at));
+                let right = buffer[..n].iter().zip(bytes..).all(|(byte, at)| *byte == pattern(at));
                 if !right {
                     break "corrupt";
                 }
@@ -265,11 +246,7 @@ fn check_echo(mut stream: &TcpStream, total: u64) -> Outcome {
             Err(error) => break how_it_ended(&error),
         }
     };
-    Outcome {
-        how,
-        bytes,
-        last_byte_ms,
-    }
+    Outcome { how, bytes, last_byte_ms }
 }
 
 /// The byte at an offset of every stream: any shift, loss or repetition shows.
@@ -314,9 +291,7 @@ fn udp_ping(options: &Options) -> Result<bool> {
         match sent.and_then(|_| await_echo(&socket, seq)) {
             Ok(()) => {
                 received += 1;
-                emit(
-                    &json!({"event": "pong", "seq": seq, "rtt_us": watch.elapsed().as_micros() as u64}),
-                );
+                emit(&json!({"event": "pong", "seq": seq, "rtt_us": watch.elapsed().as_micros() as u64}));
             }
             Err(error) => emit(&json!({"event": "lost", "seq": seq, "how": how_it_ended(&error)})),
         }

@@ -39,8 +39,7 @@ use netns::LabName;
 
 /// The documentation prefixes (RFC 5737, RFC 3849) that stand for the public internet.
 const INTERNET_V4: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(203, 0, 113, 0), 24);
-const INTERNET_V6: Ipv6Net =
-    Ipv6Net::new_assert(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0), 64);
+const INTERNET_V6: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0), 64);
 
 /// First host number given out in a segment; lower ones are for the gateway and for the test's own use.
 const FIRST_HOST: u32 = 10;
@@ -49,12 +48,8 @@ const FIRST_HOST: u32 = 10;
 const GATEWAY: u32 = 1;
 
 /// What a lab shells out to, with the Debian package that holds it.
-const TOOLS: [(&str, &str); 4] = [
-    ("ip", "iproute2"),
-    ("nft", "nftables"),
-    ("conntrack", "conntrack"),
-    ("ping", "iputils-ping"),
-];
+const TOOLS: [(&str, &str); 4] =
+    [("ip", "iproute2"), ("nft", "nftables"), ("conntrack", "conntrack"), ("ping", "iputils-ping")];
 
 /// A private world of network namespaces; see the module's documentation.
 #[derive(Debug)]
@@ -100,11 +95,7 @@ impl Lab {
             .mode(0o700)
             .create(name.dir())
             .with_context(|| format!("creating {}", name.dir().display()))?;
-        let shared = Arc::new(Shared {
-            name,
-            title: title.to_owned(),
-            state: Mutex::default(),
-        });
+        let shared = Arc::new(Shared { name, title: title.to_owned(), state: Mutex::default() });
         let netns = shared.new_netns("internet")?;
         let internet = Segment::new(&shared, netns, "br0", INTERNET_V4, Some(INTERNET_V6))?;
         // IPv6 is routed, so that a router can have a public prefix behind it; IPv4 is one flat subnet.
@@ -235,12 +226,7 @@ impl Shared {
             let text = fs::read_to_string(log).unwrap_or_default();
             let lines: Vec<&str> = text.lines().collect();
             let tail = &lines[lines.len().saturating_sub(MAX_LINES)..];
-            say(&format!(
-                "--- {}: last {} of {} lines",
-                log.display(),
-                tail.len(),
-                lines.len()
-            ));
+            say(&format!("--- {}: last {} of {} lines", log.display(), tail.len(), lines.len()));
             for line in tail {
                 say(line);
             }
@@ -281,9 +267,7 @@ impl Segment {
             v6,
             next_host: Mutex::new(FIRST_HOST),
         };
-        let segment = Self {
-            inner: Arc::new(inner),
-        };
+        let segment = Self { inner: Arc::new(inner) };
         let gateway = segment.v4_of(GATEWAY)?;
         let mut lines = format!(
             "link add {bridge} type bridge mcast_snooping 0\n\
@@ -291,10 +275,7 @@ impl Segment {
             v4.prefix_len()
         );
         if let (Some(net), Some(gateway)) = (v6, segment.v6_of(GATEWAY)) {
-            lines += &format!(
-                "addr add {gateway}/{} dev {bridge} nodad\n",
-                net.prefix_len()
-            );
+            lines += &format!("addr add {gateway}/{} dev {bridge} nodad\n", net.prefix_len());
         }
         lines += &format!("link set {bridge} up\n");
         netns::batch(&segment.inner.netns, &lines)?;
@@ -347,17 +328,11 @@ impl Segment {
 
     fn v6_of(&self, host: u32) -> Option<Ipv6Addr> {
         let net = self.inner.v6?;
-        Some(Ipv6Addr::from_bits(
-            net.network().to_bits() + u128::from(host),
-        ))
+        Some(Ipv6Addr::from_bits(net.network().to_bits() + u128::from(host)))
     }
 
     fn next_host(&self) -> u32 {
-        let mut next = self
-            .inner
-            .next_host
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut next = self.inner.next_host.lock().unwrap_or_else(PoisonError::into_inner);
         *next += 1;
         *next - 1
     }
@@ -435,9 +410,7 @@ impl Host {
     }
 
     fn interfaces(&self) -> MutexGuard<'_, Vec<Interface>> {
-        self.interfaces
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.interfaces.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn named(&self, name: &str) -> Result<Interface> {
@@ -472,11 +445,8 @@ impl Host {
                 self.netns
             ),
         )?;
-        let mut lines = format!(
-            "addr add {}/{} broadcast + dev {name}\n",
-            interface.v4,
-            inner.v4.prefix_len()
-        );
+        let mut lines =
+            format!("addr add {}/{} broadcast + dev {name}\n", interface.v4, inner.v4.prefix_len());
         if let (Some(address), Some(net)) = (interface.v6, inner.v6) {
             lines += &format!("addr add {address}/{} dev {name} nodad\n", net.prefix_len());
         }
@@ -551,10 +521,7 @@ impl Host {
 
     fn cable(&self, name: &str, state: &str) -> Result<()> {
         let interface = self.named(name)?;
-        netns::batch(
-            &interface.segment.inner.netns,
-            &format!("link set {} {state}\n", interface.port),
-        )
+        netns::batch(&interface.segment.inner.netns, &format!("link set {} {state}\n", interface.port))
     }
 
     /// Routes `destination` through a neighbour as if that were a router. This is how a hostile
@@ -621,9 +588,7 @@ impl Host {
     pub fn run(&self, program: impl AsRef<Path>, args: &[&str]) -> Result<Output> {
         let mut command = self.command(program);
         command.args(args);
-        command
-            .output()
-            .with_context(|| format!("running {command:?}"))
+        command.output().with_context(|| format!("running {command:?}"))
     }
 
     /// Starts a long-running program made by [`Host::command`]. Its output goes to a log file, whose end
@@ -656,12 +621,9 @@ fn missing() -> Option<String> {
     if !Path::new("/dev/net/tun").exists() {
         return Some("/dev/net/tun does not exist".into());
     }
-    TOOLS
-        .iter()
-        .find(|(tool, _)| netns::tool(tool).is_none())
-        .map(|(tool, package)| {
-            format!("`{tool}` is missing; `cargo xtask setup` installs it (Debian: {package})")
-        })
+    TOOLS.iter().find(|(tool, _)| netns::tool(tool).is_none()).map(|(tool, package)| {
+        format!("`{tool}` is missing; `cargo xtask setup` installs it (Debian: {package})")
+    })
 }
 
 /// Finds a program of this workspace beside the running one.
@@ -676,16 +638,11 @@ pub fn workspace_binary(name: &str) -> Result<PathBuf> {
         .take(2)
         .map(|dir| dir.join(name))
         .find(|file| file.is_file())
-        .with_context(|| {
-            format!("{name} is not built; run `cargo build --workspace --all-targets` first")
-        })
+        .with_context(|| format!("{name} is not built; run `cargo build --workspace --all-targets` first"))
 }
 
 /// Prints to standard output, which is where the test harness and xtask look.
-#[expect(
-    clippy::print_stdout,
-    reason = "skips and failing processes' logs are for the reader of a test run"
-)]
+#[expect(clippy::print_stdout, reason = "skips and failing processes' logs are for the reader of a test run")]
 fn say(line: &str) {
     println!("{line}");
 }

@@ -140,10 +140,7 @@ impl RouterSpec {
         let timeout = self.udp_timeout.as_secs();
         let to_learnt = "dnat ip to udp dport map @mapping";
         let (inbound, masquerade) = match self.nat {
-            NatKind::FullCone => (
-                format!("iifname wan meta l4proto udp {to_learnt}"),
-                "masquerade",
-            ),
+            NatKind::FullCone => (format!("iifname wan meta l4proto udp {to_learnt}"), "masquerade"),
             NatKind::AddressRestricted => (
                 format!("iifname wan meta l4proto udp udp dport . ip saddr @permitted {to_learnt}"),
                 "masquerade",
@@ -237,10 +234,7 @@ impl Router {
         let wan = host.attach(outside, "wan")?;
         let number = {
             let mut state = shared.state();
-            state.lans = state
-                .lans
-                .checked_add(1)
-                .context("a lab has at most 255 LANs")?;
+            state.lans = state.lans.checked_add(1).context("a lab has at most 255 LANs")?;
             state.lans
         };
         let v4 = match spec.lan {
@@ -248,10 +242,7 @@ impl Router {
             None => Ipv4Net::new(Ipv4Addr::new(192, 168, number, 0), 24)?,
         };
         let v6 = if spec.ipv6 {
-            let internet = outside
-                .inner
-                .v6
-                .context("the router's outside has no IPv6")?;
+            let internet = outside.inner.v6.context("the router's outside has no IPv6")?;
             ensure!(
                 outside.inner.netns == shared.name.netns("internet"),
                 "{name}: only a router on the internet itself can have IPv6"
@@ -265,16 +256,9 @@ impl Router {
         host.sysctl(&["net.ipv4.ip_forward=1"])?;
         if let (Some(prefix), Some(next_hop)) = (v6, wan.v6) {
             host.sysctl(&["net.ipv6.conf.all.forwarding=1"])?;
-            netns::batch(
-                &outside.inner.netns,
-                &format!("route add {prefix} via {next_hop}\n"),
-            )?;
+            netns::batch(&outside.inner.netns, &format!("route add {prefix} via {next_hop}\n"))?;
         }
-        let router = Self {
-            host,
-            lan,
-            spec: Mutex::new(spec),
-        };
+        let router = Self { host, lan, spec: Mutex::new(spec) };
         router.apply()?;
         Ok(router)
     }
@@ -336,8 +320,7 @@ impl Router {
         };
         let len = fresh.segment.subnet().prefix_len();
         self.host.ip("addr flush dev wan to 0.0.0.0/0")?;
-        self.host
-            .ip(&format!("addr add {}/{len} broadcast + dev wan", fresh.v4))?;
+        self.host.ip(&format!("addr add {}/{len} broadcast + dev wan", fresh.v4))?;
         self.host.route_over("wan")?;
         self.restart()?;
         Ok(fresh.v4)
@@ -369,11 +352,7 @@ impl Router {
 
     fn forget(&self) -> Result<()> {
         let output = self.host.run("conntrack", &["-F"])?;
-        ensure!(
-            output.status.success(),
-            "flushing connections: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        ensure!(output.status.success(), "flushing connections: {}", String::from_utf8_lossy(&output.stderr));
         Ok(())
     }
 

@@ -50,9 +50,7 @@ impl LabName {
     fn of(name: &str) -> Option<Self> {
         let mut parts = name.split('-');
         let (prefix, pid, start, n) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
-        let numbers = [pid, start, n]
-            .iter()
-            .all(|part| part.parse::<u64>().is_ok());
+        let numbers = [pid, start, n].iter().all(|part| part.parse::<u64>().is_ok());
         (prefix == PREFIX && numbers).then(|| Self(format!("{prefix}-{pid}-{start}-{n}")))
     }
 
@@ -93,14 +91,9 @@ impl LabName {
 
     /// Ends every process inside the lab, removes its namespaces and its directory. Idempotent.
     pub(super) fn remove(&self) {
-        let names: Vec<String> = list()
-            .into_iter()
-            .filter(|name| Self::of(name).as_ref() == Some(self))
-            .collect();
-        let inodes = names
-            .iter()
-            .filter_map(|name| Some(fs::metadata(path(name)).ok()?.ino()))
-            .collect();
+        let names: Vec<String> =
+            list().into_iter().filter(|name| Self::of(name).as_ref() == Some(self)).collect();
+        let inodes = names.iter().filter_map(|name| Some(fs::metadata(path(name)).ok()?.ino())).collect();
         // Names first: no program can enter any more while the ones inside are killed.
         for name in &names {
             // A second sweeper may have been faster: gone is what we want.
@@ -124,9 +117,7 @@ impl LabName {
                     .is_ok_and(|netns| inodes.contains(&netns.ino()));
                 let marked = || {
                     let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-                    environment
-                        .split(|byte| *byte == 0)
-                        .any(|entry| entry == marker.as_bytes())
+                    environment.split(|byte| *byte == 0).any(|entry| entry == marker.as_bytes())
                 };
                 if !own && (inside || marked()) {
                     found = true;
@@ -161,9 +152,7 @@ pub fn sweep(kept: bool) -> usize {
 /// The names of all labs' namespaces that exist on this machine at the moment.
 pub fn list() -> Vec<String> {
     let prefix = format!("{PREFIX}-");
-    file_names(Path::new(NETNS_DIR))
-        .filter(|name| name.starts_with(&prefix))
-        .collect()
+    file_names(Path::new(NETNS_DIR)).filter(|name| name.starts_with(&prefix)).collect()
 }
 
 fn stray_directories() -> Vec<String> {
@@ -171,10 +160,7 @@ fn stray_directories() -> Vec<String> {
 }
 
 fn file_names(dir: &Path) -> impl Iterator<Item = String> {
-    fs::read_dir(dir)
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+    fs::read_dir(dir).into_iter().flatten().filter_map(|entry| entry.ok()?.file_name().into_string().ok())
 }
 
 /// Field 22 of `/proc/PID/stat`: clock ticks after boot at which the process started.

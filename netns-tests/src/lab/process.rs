@@ -19,12 +19,7 @@ pub struct Process {
 }
 
 impl Process {
-    pub(super) fn start(
-        mut command: Command,
-        dir: &Path,
-        host: &str,
-        number: usize,
-    ) -> Result<Self> {
+    pub(super) fn start(mut command: Command, dir: &Path, host: &str, number: usize) -> Result<Self> {
         let log = dir.join(format!("{number}.log"));
         let file = File::options().create(true).append(true).open(&log)?;
         let what = format!("{host}: {command:?}");
@@ -70,10 +65,7 @@ impl Process {
                 (Some(line), _) => Ok(Some(line.to_owned())),
                 (None, None) => Ok(None),
                 (None, Some(status)) => {
-                    anyhow::bail!(
-                        "{} ended ({status}) without printing {text:?}:\n{log}",
-                        self.what
-                    )
+                    anyhow::bail!("{} ended ({status}) without printing {text:?}:\n{log}", self.what)
                 }
             }
         })
@@ -94,10 +86,7 @@ impl Process {
     pub fn signal(&mut self, signal: Signal) -> Result<()> {
         let ended = self.child.try_wait()?;
         anyhow::ensure!(ended.is_none(), "{} has ended already", self.what);
-        let pid = i32::try_from(self.child.id())
-            .ok()
-            .and_then(Pid::from_raw)
-            .context("a pid is positive")?;
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).context("a pid is positive")?;
         rustix::process::kill_process(pid, signal).with_context(|| self.what.clone())
     }
 

@@ -13,10 +13,7 @@ pub struct Stopwatch(Instant);
 
 impl Stopwatch {
     /// Starts now.
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "the lab runs real programs in real time"
-    )]
+    #[expect(clippy::disallowed_methods, reason = "the lab runs real programs in real time")]
     pub fn start() -> Self {
         Self(Instant::now())
     }
@@ -32,11 +29,7 @@ impl Stopwatch {
 ///
 /// # Errors
 /// When the limit passes (the message holds `what`), or at once when `probe` fails.
-pub fn eventually<T>(
-    what: &str,
-    limit: Duration,
-    mut probe: impl FnMut() -> Result<Option<T>>,
-) -> Result<T> {
+pub fn eventually<T>(what: &str, limit: Duration, mut probe: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let watch = Stopwatch::start();
     loop {
         if let Some(value) = probe()? {
