@@ -1,1 +1,3 @@
+//! The agent's shells: everything of `warrend` and `warren` that touches the machine.
 
+pub mod policy_cli;

@@ -1,0 +1,909 @@
+//! From the tree to typed data: field names, kinds of values and words are checked here; names in `check`.
+
+use std::collections::BTreeMap;
+
+use ipnet::IpNet;
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+use sha2::{Digest, Sha256};
+
+use super::diagnostic::{Report, Source, Span};
+use super::grammar::{self, Field, Shape};
+use super::model::{
+    At, IpSetStep, LoginUser, Model, NodeAttr, Rule, Section, Service, SshDef, SshTestDef, TestDef,
+};
+use super::posture::{AttrValue, Attribute, Attributes, Condition};
+use super::selector::{self, Autogroup, Selector, WordError};
+use super::syntax::{Member, Node, Value};
+use super::when::{self, Window};
+use crate::filter::{PortRange, RuleId};
+
+/// Longest time between two sign-ins of an SSH `check` rule. Unit: seconds.
+pub const MAX_CHECK_PERIOD_S: u64 = 168 * 3_600;
+
+/// Time between two sign-ins of an SSH `check` rule that does not say. Unit: seconds.
+pub const DEFAULT_CHECK_PERIOD_S: u64 = 12 * 3_600;
+
+pub(crate) fn read(root: &Node, source: &Source, report: &mut Report<'_>) -> Model {
+    let mut r = Reader { source, report };
+    let mut model = Model::default();
+    let Some(file) = r.object(root, &grammar::FILE) else {
+        return model;
+    };
+    r.groups(&file, &mut model);
+    r.hosts(&file, &mut model);
+    r.ipsets(&file, &mut model);
+    for (name, key_span, node) in r.map(file.get("tagOwners")) {
+        let value = r.selectors_of(node);
+        model.tag_owners.insert(name.trim().to_owned(), At { value, span: key_span });
+    }
+    r.postures(&file, &mut model);
+    model.default_src_posture = r.texts(file.get("defaultSrcPosture"));
+
+    let mut ids = RuleIds::default();
+    for (section, key, shape) in [
+        (Section::Acls, "acls", &grammar::ACL),
+        (Section::Grants, "grants", &grammar::GRANT),
+        (Section::Deny, "deny", &grammar::DENY),
+    ] {
+        for (index, node) in r.list(file.get(key)).iter().enumerate() {
+            if let Some(fields) = r.object(node, shape) {
+                let rule = r.rule(section, index, node, &fields, &mut ids);
+                model.rules.push(rule);
+            }
+        }
+    }
+    r.approvers(&file, &mut model);
+    for node in r.list(file.get("nodeAttrs")) {
+        if let Some(fields) = r.object(node, &grammar::NODE_ATTR) {
+            let attr = r.node_attr(&fields);
+            model.node_attrs.push(attr);
+        }
+    }
+    for (index, node) in r.list(file.get("ssh")).iter().enumerate() {
+        if let Some(fields) = r.object(node, &grammar::SSH) {
+            let ssh = r.ssh(index, node, &fields);
+            model.ssh.push(ssh);
+        }
+    }
+    for (index, node) in r.list(file.get("tests")).iter().enumerate() {
+        if let Some(fields) = r.object(node, &grammar::TEST) {
+            let test = r.test(index, node, &fields);
+            model.tests.push(test);
+        }
+    }
+    for (index, node) in r.list(file.get("sshTests")).iter().enumerate() {
+        if let Some(fields) = r.object(node, &grammar::SSH_TEST) {
+            let test = r.ssh_test(index, node, &fields);
+            model.ssh_tests.extend(test);
+        }
+    }
+    model.randomize_client_port = r.bool(file.get("randomizeClientPort"));
+    model
+}
+
+/// The fields of an object by the name of the grammar.
+struct Fields<'n> {
+    span: Span,
+    by_name: BTreeMap<&'static str, &'n Member>,
+}
+
+impl<'n> Fields<'n> {
+    /// The value, `None` if absent or null.
+    fn get(&self, name: &str) -> Option<&'n Node> {
+        self.by_name.get(name).map(|m| &m.value).filter(|n| n.value != Value::Null)
+    }
+}
+
+struct Reader<'r, 's> {
+    source: &'r Source,
+    report: &'r mut Report<'s>,
+}
+
+impl Reader<'_, '_> {
+    fn object<'n>(&mut self, node: &'n Node, shape: &'static Shape) -> Option<Fields<'n>> {
+        let Value::Object(members) = &node.value else {
+            self.report
+                .error(node.span, format!("expected an object ({}), found {}", shape.name, node.kind()));
+            return None;
+        };
+        let mut by_name = BTreeMap::new();
+        for member in members {
+            // A key that starts with # is a note some editors of policies leave.
+            if member.key.starts_with('#') {
+                continue;
+            }
+            let Some(field) = find_field(shape, &member.key) else {
+                self.report.error_near(
+                    member.key_span,
+                    format!("unknown field \"{}\" in {}", member.key, shape.name),
+                    &member.key,
+                    shape.fields.iter().map(|f| f.name),
+                );
+                continue;
+            };
+            if by_name.insert(field.name, member).is_some() {
+                self.report.error(
+                    member.key_span,
+                    format!("\"{}\" stands twice in this {}", field.name, shape.name),
+                );
+            }
+            if matches!(field.kind, grammar::Kind::Ignored) {
+                self.report
+                    .warning(member.key_span, format!("\"{}\" has no effect: {}", member.key, field.doc));
+            }
+        }
+        Some(Fields { span: node.span, by_name })
+    }
+
+    fn list<'n>(&mut self, node: Option<&'n Node>) -> &'n [Node] {
+        match node {
+            None => &[],
+            Some(Node { value: Value::Array(items), .. }) => items,
+            Some(other) => {
+                self.report.error(other.span, format!("expected an array, found {}", other.kind()));
+                &[]
+            }
+        }
+    }
+
+    fn map<'n>(&mut self, node: Option<&'n Node>) -> Vec<(&'n str, Span, &'n Node)> {
+        match node {
+            None => Vec::new(),
+            Some(Node { value: Value::Object(members), .. }) => {
+                members.iter().map(|m| (m.key.as_str(), m.key_span, &m.value)).collect()
+            }
+            Some(other) => {
+                self.report.error(other.span, format!("expected an object, found {}", other.kind()));
+                Vec::new()
+            }
+        }
+    }
+
+    fn text<'n>(&mut self, node: &'n Node) -> Option<&'n str> {
+        match &node.value {
+            Value::String(s) => Some(s),
+            _ => {
+                self.report.error(node.span, format!("expected a string, found {}", node.kind()));
+                None
+            }
+        }
+    }
+
+    fn bool(&mut self, node: Option<&Node>) -> bool {
+        match node {
+            None => false,
+            Some(Node { value: Value::Bool(b), .. }) => *b,
+            Some(other) => {
+                self.report.error(other.span, format!("expected true or false, found {}", other.kind()));
+                false
+            }
+        }
+    }
+
+    fn texts(&mut self, node: Option<&Node>) -> Vec<At<String>> {
+        self.list(node)
+            .iter()
+            .filter_map(|item| Some(At { value: self.text(item)?.trim().to_owned(), span: item.span }))
+            .collect()
+    }
+
+    fn text_or_texts(&mut self, node: Option<&Node>) -> Vec<At<String>> {
+        match node {
+            Some(Node { value: Value::String(s), span }) => {
+                vec![At { value: s.trim().to_owned(), span: *span }]
+            }
+            other => self.texts(other),
+        }
+    }
+
+    fn optional_text(&mut self, node: Option<&Node>) -> Option<String> {
+        node.and_then(|n| self.text(n)).map(str::to_owned)
+    }
+
+    fn word_error(&mut self, span: Span, error: WordError) {
+        match error.near {
+            Some(near) => {
+                self.report.error_help(span, error.message, format!("did you mean \"{near}\"?"));
+            }
+            None => self.report.error(span, error.message),
+        }
+    }
+
+    fn selector(&mut self, text: &str, span: Span) -> Option<At<Selector>> {
+        match Selector::parse(text) {
+            Ok(value) => Some(At { value, span }),
+            Err(error) => {
+                self.word_error(span, error);
+                None
+            }
+        }
+    }
+
+    fn selectors_of(&mut self, node: &Node) -> Vec<At<Selector>> {
+        if node.value == Value::Null {
+            return Vec::new();
+        }
+        self.texts(Some(node)).into_iter().filter_map(|t| self.selector(&t.value, t.span)).collect()
+    }
+
+    fn selectors(&mut self, node: Option<&Node>) -> Vec<At<Selector>> {
+        node.map(|n| self.selectors_of(n)).unwrap_or_default()
+    }
+
+    fn line(&self, span: Span) -> usize {
+        self.source.line_of(span.start)
+    }
+
+    fn groups(&mut self, file: &Fields<'_>, model: &mut Model) {
+        for (name, key_span, node) in self.map(file.get("groups")) {
+            if !name.starts_with("group:") || name.len() == "group:".len() {
+                self.report.error_help(
+                    key_span,
+                    format!("\"{name}\" is not the name of a group"),
+                    format!("write \"group:{}\"", name.trim_start_matches("group:")),
+                );
+                continue;
+            }
+            let members = if node.value == Value::Null { Vec::new() } else { self.texts(Some(node)) };
+            for member in &members {
+                if member.value.starts_with("group:") {
+                    self.report.error_help(
+                        member.span,
+                        format!("\"{name}\" contains the group \"{}\": groups do not nest", member.value),
+                        "list its users, or name both groups where they are used",
+                    );
+                } else if !member.value.contains('@') {
+                    self.report.error_help(
+                        member.span,
+                        format!("\"{}\" is not a user", member.value),
+                        "users contain an @: a mail address, or a name followed by @",
+                    );
+                }
+            }
+            model.groups.insert(name.to_owned(), At { value: members, span: key_span });
+        }
+    }
+
+    fn hosts(&mut self, file: &Fields<'_>, model: &mut Model) {
+        for (name, key_span, node) in self.map(file.get("hosts")) {
+            if name.is_empty() || name.contains([':', '@', '/']) {
+                self.report.error(
+                    key_span,
+                    format!("\"{name}\" is not the name of a host: it may not contain :, @ or /"),
+                );
+                continue;
+            }
+            let Some(text) = self.text(node) else { continue };
+            match selector::parse_addresses(text.trim()) {
+                Some(value) => {
+                    let host = At { value, span: key_span };
+                    model.hosts.insert(name.to_owned(), host);
+                }
+                None => self.report.error_help(
+                    node.span,
+                    format!("\"{text}\" is not an address"),
+                    "expected an address like 10.1.2.3 or a network like 10.0.0.0/8",
+                ),
+            }
+        }
+    }
+
+    fn ipsets(&mut self, file: &Fields<'_>, model: &mut Model) {
+        for (name, key_span, node) in self.map(file.get("ipsets")) {
+            if !name.starts_with("ipset:") {
+                self.report.error_help(
+                    key_span,
+                    format!("\"{name}\" is not the name of an IP set"),
+                    format!("write \"ipset:{name}\""),
+                );
+                continue;
+            }
+            let mut steps = Vec::new();
+            for item in self.texts(Some(node)) {
+                let (add, rest) = if let Some(rest) = item.value.strip_prefix("remove ") {
+                    (false, rest)
+                } else {
+                    (true, item.value.strip_prefix("add ").unwrap_or(&item.value))
+                };
+                let Some(what) = self.selector(rest, item.span) else {
+                    continue;
+                };
+                match what.value {
+                    Selector::Addresses(_)
+                    | Selector::Host(_)
+                    | Selector::IpSet(_)
+                    | Selector::Auto(Autogroup::Internet) => {
+                        steps.push(At { value: IpSetStep { add, what: what.value }, span: item.span })
+                    }
+                    other => self.report.error_help(
+                        item.span,
+                        format!("\"{other}\" cannot be part of an IP set"),
+                        "expected an address, a network, a host, another IP set or autogroup:internet",
+                    ),
+                }
+            }
+            model.ipsets.insert(name.to_owned(), At { value: steps, span: key_span });
+        }
+    }
+
+    fn postures(&mut self, file: &Fields<'_>, model: &mut Model) {
+        for (name, key_span, node) in self.map(file.get("postures")) {
+            if !name.starts_with("posture:") || name.len() == "posture:".len() {
+                self.report.error_help(
+                    key_span,
+                    format!("\"{name}\" is not the name of a posture"),
+                    format!("write \"posture:{}\"", name.trim_start_matches("posture:")),
+                );
+                continue;
+            }
+            let mut conditions = Vec::new();
+            for item in self.list(Some(node)) {
+                let Some(text) = self.text(item) else { continue };
+                match Condition::parse(text) {
+                    Ok(value) => {
+                        let namespace = value.namespace();
+                        let known = grammar_knows(namespace);
+                        if !known {
+                            self.report.warning(
+                                item.span,
+                                format!("no collector is known to report \"{namespace}:\" attributes"),
+                            );
+                        }
+                        conditions.push(At { value, span: item.span });
+                    }
+                    Err(error) => {
+                        // Without escapes, byte n of the value stands n + 1 after the opening quote.
+                        let plain = item.span.end - item.span.start == text.len() + 2;
+                        let span = if plain {
+                            let at = item.span.start + 1 + error.at;
+                            Span::new(at, item.span.end.max(at + 1))
+                        } else {
+                            item.span
+                        };
+                        self.report.error(span, format!("condition: {}", error.message));
+                    }
+                }
+            }
+            if conditions.is_empty() {
+                self.report.warning(key_span, format!("\"{name}\" has no conditions: every device meets it"));
+            }
+            model.postures.insert(name.to_owned(), At { value: conditions, span: key_span });
+        }
+    }
+
+    fn rule(
+        &mut self,
+        section: Section,
+        index: usize,
+        node: &Node,
+        fields: &Fields<'_>,
+        ids: &mut RuleIds,
+    ) -> Rule {
+        let mut rule = Rule {
+            section,
+            index,
+            span: node.span,
+            line: self.line(node.span),
+            id: ids.next(section, node),
+            src: self.selectors(fields.get("src")),
+            dst: Vec::new(),
+            services: Vec::new(),
+            app: BTreeMap::new(),
+            via: Vec::new(),
+            src_posture: self.text_or_texts(fields.get("srcPosture")),
+            dst_posture: self.text_or_texts(fields.get("dstPosture")),
+            ignore_default_posture: self.bool(fields.get("ignoreDefaultPosture")),
+            when: self.when(fields.get("when")),
+            expires: self.expires(fields.get("expires")),
+            staged: self.bool(fields.get("staged")),
+            comment: self.optional_text(fields.get("comment")),
+        };
+        match section {
+            Section::Acls => self.acl(fields, &mut rule),
+            Section::Grants | Section::Deny => {
+                rule.dst = self.selectors(fields.get("dst"));
+                self.services(fields, &mut rule);
+            }
+        }
+        if section == Section::Grants {
+            rule.app = self.app(fields.get("app"), true);
+            for item in self.texts(fields.get("via")) {
+                match Selector::parse(&item.value) {
+                    Ok(value @ Selector::Tag(_)) => rule.via.push(At { value, span: item.span }),
+                    _ => self
+                        .report
+                        .error(item.span, format!("via can only be a tag, found \"{}\"", item.value)),
+                }
+            }
+            if rule.services.is_empty() && rule.app.is_empty() && fields.get("ip").is_none_or(is_empty) {
+                self.report.error_help(
+                    fields.span,
+                    "ip and app can not both be empty",
+                    "\"ip\": [\"*\"] grants every port",
+                );
+            }
+        }
+        for name in ["src", "dst"] {
+            if fields.get(name).is_none() {
+                let message = format!("this rule has no \"{name}\": it matches nothing");
+                // A denial that matches nothing protects nothing; a grant that matches nothing is merely useless.
+                if section == Section::Deny {
+                    self.report.error(fields.span, message);
+                } else {
+                    self.report.warning(fields.span, message);
+                }
+            }
+        }
+        rule
+    }
+
+    fn acl(&mut self, fields: &Fields<'_>, rule: &mut Rule) {
+        match fields.get("action") {
+            Some(node) => match self.text(node) {
+                Some("accept") | None => {}
+                Some(other) => self.report.error_help(
+                    node.span,
+                    format!("action \"{other}\" is not supported"),
+                    "expected \"accept\"; denials stand in the section \"deny\"",
+                ),
+            },
+            None => {
+                self.report.error_help(fields.span, "this rule has no action", "write \"action\": \"accept\"")
+            }
+        }
+        let proto_node = fields.get("proto");
+        let proto = self.proto(proto_node);
+        let mut service = Service { proto, targets: Vec::new() };
+        for item in self.texts(fields.get("dst")) {
+            let Some((what, ports)) = self.destination(&item) else {
+                continue;
+            };
+            let has_ports = proto.is_none_or(crate::filter::has_ports);
+            if !has_ports && ports.iter().any(|p| *p != PortRange::ALL) {
+                self.report.error_help(
+                    item.span,
+                    format!("protocol {} has no ports", proto.map(selector::proto_name).unwrap_or_default()),
+                    "only \"*\" is allowed here",
+                );
+            }
+            service.targets.push((rule.dst.len(), ports));
+            rule.dst.push(what);
+        }
+        rule.services.push(service);
+    }
+
+    /// `selector:ports`.
+    fn destination(&mut self, item: &At<String>) -> Option<(At<Selector>, Vec<PortRange>)> {
+        let split = selector::split_ports(&item.value)
+            .and_then(|(host, ports, _)| Ok((host, selector::parse_ports(ports)?)));
+        match split {
+            Ok((host, ports)) => Some((self.selector(&host, item.span)?, ports)),
+            Err(error) => {
+                self.word_error(item.span, error);
+                None
+            }
+        }
+    }
+
+    fn proto(&mut self, node: Option<&Node>) -> Option<u8> {
+        let node = node?;
+        let text = self.text(node)?;
+        match selector::parse_proto(text) {
+            Ok(proto) => proto,
+            Err(error) => {
+                self.word_error(node.span, error);
+                None
+            }
+        }
+    }
+
+    fn services(&mut self, fields: &Fields<'_>, rule: &mut Rule) {
+        let every = |ports: Vec<PortRange>| (0..rule.dst.len()).map(|i| (i, ports.clone())).collect();
+        let Some(node) = fields.get("ip") else {
+            if rule.section == Section::Deny {
+                rule.services.push(Service { proto: None, targets: every(vec![PortRange::ALL]) });
+            }
+            return;
+        };
+        let mut by_proto: BTreeMap<Option<u8>, Vec<PortRange>> = BTreeMap::new();
+        for item in self.texts(Some(node)) {
+            match selector::parse_service(&item.value) {
+                Ok((proto, ports)) => by_proto.entry(proto).or_default().extend(ports),
+                Err(error) => self.word_error(item.span, error),
+            }
+        }
+        rule.services =
+            by_proto.into_iter().map(|(proto, ports)| Service { proto, targets: every(ports) }).collect();
+    }
+
+    fn app(&mut self, node: Option<&Node>, strict: bool) -> BTreeMap<String, Vec<serde_json::Value>> {
+        let mut out = BTreeMap::new();
+        for (name, key_span, value) in self.map(node) {
+            if strict {
+                self.capability_name(name, key_span);
+            }
+            let values = if value.value == Value::Null {
+                Vec::new()
+            } else {
+                self.list(Some(value))
+                    .iter()
+                    .filter_map(|item| match item.to_json() {
+                        Some(json) => Some(json),
+                        None => {
+                            self.report.error(item.span, "a number is out of range");
+                            None
+                        }
+                    })
+                    .collect()
+            };
+            out.insert(name.to_owned(), values);
+        }
+        out
+    }
+
+    fn capability_name(&mut self, name: &str, span: Span) {
+        /// What the vendor's own applications read; everything else of the domain is not a user's to give.
+        const VENDOR: [&str; 6] = ["drive", "relay", "webui", "kubernetes", "tsidp", "secrets"];
+        let valid = name
+            .split_once('/')
+            .is_some_and(|(domain, path)| !domain.is_empty() && !path.is_empty() && !domain.contains(':'));
+        if !valid {
+            self.report.error_help(
+                span,
+                format!("\"{name}\" is not the name of a capability"),
+                "a capability name must have the form {domain}/{path}, without https://",
+            );
+        } else if let Some(path) = name.strip_prefix("tailscale.com/") {
+            let known = path.strip_prefix("cap/").is_some_and(|cap| VENDOR.contains(&cap));
+            if !known {
+                self.report
+                    .error(span, format!("capability \"{name}\" must not be in the tailscale.com domain"));
+            }
+        }
+    }
+
+    fn when(&mut self, node: Option<&Node>) -> Option<Vec<Window>> {
+        let node = node?;
+        let items = match &node.value {
+            Value::Array(items) => items.as_slice(),
+            _ => std::slice::from_ref(node),
+        };
+        let windows = items
+            .iter()
+            .filter_map(|item| {
+                let fields = self.object(item, &grammar::WHEN_SHAPE)?;
+                Some(self.window(&fields))
+            })
+            .collect();
+        Some(windows)
+    }
+
+    fn window(&mut self, fields: &Fields<'_>) -> Window {
+        let mut days = 0;
+        match fields.get("days") {
+            None => days = 0x7f,
+            Some(node) => {
+                for item in self.texts(Some(node)) {
+                    match when::parse_day(&item.value) {
+                        Some(day) => days |= day,
+                        None => self.report.error_near(
+                            item.span,
+                            format!("\"{}\" is not a day", item.value),
+                            &item.value,
+                            when::DAYS.into_iter(),
+                        ),
+                    }
+                }
+            }
+        }
+        let mut minutes = |name: &str, default: u16| {
+            let Some(node) = fields.get(name) else {
+                return default;
+            };
+            let text = self.text(node).unwrap_or("00:00");
+            when::parse_minutes(text).unwrap_or_else(|| {
+                self.report.error(node.span, format!("\"{text}\" is not a time: expected hh:mm"));
+                default
+            })
+        };
+        let (from, to) = (minutes("from", 0), minutes("to", 24 * 60));
+        let zone = match fields.get("zone") {
+            None => TimeZone::UTC,
+            Some(node) => {
+                let text = self.text(node).unwrap_or("UTC");
+                TimeZone::get(text).unwrap_or_else(|_| {
+                    self.report.error_help(
+                        node.span,
+                        format!("unknown time zone \"{text}\""),
+                        "expected a name like Europe/Berlin or UTC",
+                    );
+                    TimeZone::UTC
+                })
+            }
+        };
+        Window { days, from, to, zone }
+    }
+
+    fn expires(&mut self, node: Option<&Node>) -> Option<i64> {
+        let node = node?;
+        let text = self.text(node)?;
+        match text.parse::<Timestamp>() {
+            Ok(at) => Some(at.as_second()),
+            Err(_) => {
+                self.report.error_help(
+                    node.span,
+                    format!("\"{text}\" is not a time"),
+                    "expected RFC 3339, as in 2027-01-31T18:00:00Z",
+                );
+                // Fail closed: a grant whose end nobody can read has ended.
+                Some(i64::MIN)
+            }
+        }
+    }
+
+    fn approvers(&mut self, file: &Fields<'_>, model: &mut Model) {
+        let Some(node) = file.get("autoApprovers") else {
+            return;
+        };
+        let Some(fields) = self.object(node, &grammar::APPROVERS) else {
+            return;
+        };
+        for (net, key_span, who) in self.map(fields.get("routes")) {
+            let parsed = net
+                .trim()
+                .parse::<IpNet>()
+                .or_else(|_| net.trim().parse::<std::net::IpAddr>().map(IpNet::from));
+            match parsed {
+                Ok(value) => {
+                    let who = self.selectors_of(who);
+                    model.route_approvers.push((At { value: value.trunc(), span: key_span }, who));
+                }
+                Err(_) => self.report.error(key_span, format!("\"{net}\" is not a network like 10.0.0.0/8")),
+            }
+        }
+        model.exit_approvers = self.selectors(fields.get("exitNode"));
+    }
+
+    fn node_attr(&mut self, fields: &Fields<'_>) -> NodeAttr {
+        let mut ip_pool = Vec::new();
+        for item in self.texts(fields.get("ipPool")) {
+            match item.value.parse::<IpNet>() {
+                Ok(net) => {
+                    if let Err(message) = check_pool(net) {
+                        self.report.error(item.span, message);
+                    }
+                    ip_pool.push(net);
+                }
+                Err(_) => self
+                    .report
+                    .error(item.span, format!("\"{}\" is not a network like 100.81.0.0/16", item.value)),
+            }
+        }
+        NodeAttr {
+            target: self.selectors(fields.get("target")),
+            attr: self.texts(fields.get("attr")).into_iter().map(|t| t.value).collect(),
+            app: self.app(fields.get("app"), false),
+            ip_pool,
+        }
+    }
+
+    fn ssh(&mut self, index: usize, node: &Node, fields: &Fields<'_>) -> SshDef {
+        let mut check = false;
+        match fields.get("action") {
+            None => self.report.error(fields.span, "action must be specified"),
+            Some(action) => match self.text(action).map(str::trim) {
+                Some("accept") | None => {}
+                Some("check") => check = true,
+                Some("") => self.report.error(action.span, "action must be specified"),
+                Some(other) => self.report.error_help(
+                    action.span,
+                    format!("\"{other}\" is not a valid action"),
+                    "expected \"accept\" or \"check\"",
+                ),
+            },
+        }
+        let mut users = Vec::new();
+        for item in self.texts(fields.get("users")) {
+            let value = match item.value.as_str() {
+                "" | "*" => {
+                    self.report.error_help(
+                        item.span,
+                        format!("user \"{}\" is not valid", item.value),
+                        "autogroup:nonroot is every login user but root",
+                    );
+                    continue;
+                }
+                "root" => LoginUser::Root,
+                "autogroup:nonroot" => LoginUser::NonRoot,
+                other => match other.strip_prefix("localpart:*@") {
+                    Some(domain) if !domain.is_empty() => LoginUser::Localpart(domain.to_ascii_lowercase()),
+                    _ => LoginUser::Name(other.to_owned()),
+                },
+            };
+            users.push(At { value, span: item.span });
+        }
+        if fields.get("users").is_none_or(is_empty) {
+            self.report.error(fields.span, "users must be specified");
+        }
+        let mut accept_env = Vec::new();
+        for item in self.texts(fields.get("acceptEnv")) {
+            if item.value.is_empty() {
+                self.report.error(item.span, "acceptEnv values cannot be empty");
+            }
+            accept_env.push(item.value);
+        }
+        SshDef {
+            index,
+            span: node.span,
+            line: self.line(node.span),
+            check,
+            src: self.selectors(fields.get("src")),
+            dst: self.selectors(fields.get("dst")),
+            users,
+            check_period_s: self.check_period(fields.get("checkPeriod"), check),
+            accept_env,
+            src_posture: self.text_or_texts(fields.get("srcPosture")),
+        }
+    }
+
+    fn check_period(&mut self, node: Option<&Node>, check: bool) -> u64 {
+        let Some(node) = node else {
+            return DEFAULT_CHECK_PERIOD_S;
+        };
+        let Some(text) = self.text(node) else {
+            return DEFAULT_CHECK_PERIOD_S;
+        };
+        if !check {
+            self.report.error(node.span, "checkPeriod is only valid with action \"check\"");
+        }
+        if text == "always" {
+            return 0;
+        }
+        match selector::parse_duration_ms(text) {
+            Ok(ms) if ms < 0 => {
+                self.report.error(node.span, format!("checkPeriod {text} must be a positive duration"));
+                0
+            }
+            Ok(ms) => {
+                let ms = ms.unsigned_abs();
+                if ms > MAX_CHECK_PERIOD_S * 1_000 {
+                    self.report.error(node.span, format!("checkPeriod {text} is above the max (168h)"));
+                }
+                ms / 1_000
+            }
+            Err(error) => {
+                self.word_error(node.span, error);
+                0
+            }
+        }
+    }
+
+    fn test(&mut self, index: usize, node: &Node, fields: &Fields<'_>) -> TestDef {
+        let src = match fields.get("src") {
+            Some(src) => At { value: self.text(src).unwrap_or("").trim().to_owned(), span: src.span },
+            None => At { value: String::new(), span: fields.span },
+        };
+        TestDef {
+            index,
+            span: node.span,
+            line: self.line(node.span),
+            src,
+            proto: self.proto(fields.get("proto")),
+            accept: self.texts(fields.get("accept")),
+            deny: self.texts(fields.get("deny")),
+            attrs: self.attributes(fields.get("srcPostureAttrs")),
+        }
+    }
+
+    fn ssh_test(&mut self, index: usize, node: &Node, fields: &Fields<'_>) -> Option<SshTestDef> {
+        let src = fields.get("src").and_then(|n| Some((self.text(n)?.trim(), n.span)));
+        let src = match src {
+            Some((text, span)) if !text.is_empty() => self.selector(text, span),
+            _ => {
+                self.report.error(fields.span, "an SSH test must have a non-empty src");
+                None
+            }
+        };
+        if fields.get("dst").is_none_or(is_empty) {
+            self.report.error(fields.span, "an SSH test must have at least one dst");
+        }
+        Some(SshTestDef {
+            index,
+            span: node.span,
+            line: self.line(node.span),
+            dst: self.selectors(fields.get("dst")),
+            accept: self.texts(fields.get("accept")),
+            check: self.texts(fields.get("check")),
+            deny: self.texts(fields.get("deny")),
+            attrs: self.attributes(fields.get("srcPostureAttrs")),
+            src: src?,
+        })
+    }
+
+    fn attributes(&mut self, node: Option<&Node>) -> Attributes {
+        self.map(node)
+            .into_iter()
+            .filter_map(|(name, _, value)| {
+                let value = match &value.value {
+                    Value::Null => AttrValue::Absent,
+                    Value::Bool(b) => AttrValue::Bool(*b),
+                    Value::String(s) => AttrValue::Text(s.clone()),
+                    Value::Number(n) => AttrValue::Number(n.parse().ok()?),
+                    Value::Array(_) | Value::Object(_) => {
+                        self.report.error(
+                            value.span,
+                            format!("expected a string, a number, true or false, found {}", value.kind()),
+                        );
+                        return None;
+                    }
+                };
+                Some((name.to_owned(), Attribute::server(value)))
+            })
+            .collect()
+    }
+}
+
+fn find_field(shape: &'static Shape, key: &str) -> Option<&'static Field> {
+    shape.fields.iter().find(|f| {
+        f.name.eq_ignore_ascii_case(key) || f.alias.is_some_and(|alias| alias.eq_ignore_ascii_case(key))
+    })
+}
+
+fn grammar_knows(namespace: &str) -> bool {
+    super::posture::NAMESPACES.contains(&namespace) || super::posture::VENDOR_NAMESPACES.contains(&namespace)
+}
+
+fn is_empty(node: &Node) -> bool {
+    matches!(&node.value, Value::Array(items) if items.is_empty())
+}
+
+/// Overlay addresses come from 100.64.0.0/10, less what clients use for themselves.
+fn check_pool(net: IpNet) -> Result<(), String> {
+    let overlay: [(&str, bool); 4] = [
+        ("100.64.0.0/10", true),
+        ("100.100.0.0/24", false),
+        ("100.100.100.0/24", false),
+        ("100.115.92.0/23", false),
+    ];
+    for (text, inside) in overlay {
+        let Ok(range) = text.parse::<IpNet>() else {
+            continue;
+        };
+        if inside && !range.contains(&net) {
+            return Err(format!("ipPool {net} must be within {range}"));
+        }
+        if !inside && (range.contains(&net) || net.contains(&range)) {
+            return Err(format!("ipPool {net} overlaps {range}, which is reserved"));
+        }
+    }
+    Ok(())
+}
+
+/// Names rules by the hash of their text; equal rules are told apart by their order.
+#[derive(Default)]
+struct RuleIds {
+    seen: BTreeMap<u64, u32>,
+}
+
+impl RuleIds {
+    fn next(&mut self, section: Section, node: &Node) -> RuleId {
+        let mut hash = Sha256::new();
+        hash.update(b"warren rule\0");
+        hash.update(section.word());
+        hash.update([0]);
+        hash.update(node.canonical("comment"));
+        let base = first_u64(&hash.clone().finalize());
+        let count = self.seen.entry(base).or_insert(0);
+        *count += 1;
+        if *count == 1 {
+            return RuleId(base);
+        }
+        hash.update(count.to_be_bytes());
+        RuleId(first_u64(&hash.finalize()))
+    }
+}
+
+fn first_u64(bytes: &[u8]) -> u64 {
+    bytes.iter().take(8).fold(0, |acc, b| (acc << 8) | u64::from(*b))
+}
