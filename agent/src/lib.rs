@@ -1,3 +1,10 @@
-//! The agent's shells: everything of `warrend` and `warren` that touches the machine.
+//! The agent: the daemon `warrend`, the command `warren`, and what connects the pure engine to one Linux host.
+//!
+//! One task owns the engine; everything else talks to it over bounded channels.
 
+pub mod clock;
+pub mod control;
+pub mod entropy;
 pub mod policy_cli;
+pub mod problem;
+pub mod state;

@@ -1,0 +1,173 @@
+//! The client against a server made of the shared session code: no coordinator is linked here.
+
+use futures_util::{SinkExt as _, StreamExt as _};
+use tokio::net::TcpListener;
+use tokio_tungstenite::tungstenite::Message;
+use warren_common::keys::{NetmapSecretKey, RootSecretKey};
+use warren_common::wire::control::{Empty, Pong};
+use warren_common::wire::session;
+
+use super::*;
+
+const NET: NetworkId = NetworkId::from_bytes([3; 16]);
+
+struct Fake {
+    root: RootSecretKey,
+    control: ControlSecretKey,
+    epoch: u64,
+}
+
+impl Fake {
+    fn new() -> Self {
+        Self {
+            root: RootSecretKey::generate(&mut OsEntropy),
+            control: ControlSecretKey::generate(&mut OsEntropy),
+            epoch: 5,
+        }
+    }
+
+    fn config(&self, listener: &TcpListener) -> ControlConfig {
+        ControlConfig {
+            url: format!("http://{}", listener.local_addr().unwrap()).parse().unwrap(),
+            network: NET,
+            root: self.root.public().fingerprint(),
+            min_epoch: 5,
+            secret: ControlSecretKey::generate(&mut OsEntropy),
+            mark: 0,
+        }
+    }
+
+    fn identity(&self) -> Vec<u8> {
+        CoordinatorIdentity {
+            network: NET,
+            network_name: "acme".into(),
+            root: self.root.public(),
+            control: self.control.public(),
+            netmap: NetmapSecretKey::from_bytes([1; 32]).public(),
+            epoch: self.epoch,
+        }
+        .sign(&self.root)
+        .encode_to_vec()
+    }
+
+    /// Serves one session: answers pings, ends at `Logout`.
+    async fn serve(&self, listener: &TcpListener) -> Vec<ClientBody> {
+        let mut socket = tokio_tungstenite::accept_async(listener.accept().await.unwrap().0).await.unwrap();
+        socket.send(Message::binary(self.identity())).await.unwrap();
+        let hello = socket.next().await.unwrap().unwrap().into_data();
+        let (mut session, _, answer) = session::accept(&self.control, NET, &hello, &mut OsEntropy).unwrap();
+        socket.send(Message::binary(answer)).await.unwrap();
+        let mut heard = Vec::new();
+        while let Some(Ok(Message::Binary(frame))) = socket.next().await {
+            let Some(bytes) = session.open(&frame).unwrap() else { continue };
+            let body = ClientMessage::decode(bytes.as_slice()).unwrap().body.unwrap();
+            heard.push(body.clone());
+            match body {
+                ClientBody::Ping(ping) => {
+                    let body = Some(ServerBody::Pong(Pong { nonce: ping.nonce, unix_us: 7 }));
+                    let message = ServerMessage { body }.encode_to_vec();
+                    for frame in session.seal(&message).unwrap() {
+                        socket.send(Message::binary(frame)).await.unwrap();
+                    }
+                }
+                ClientBody::Logout(_) => break,
+                _ => {}
+            }
+        }
+        heard
+    }
+}
+
+async fn listener() -> TcpListener {
+    TcpListener::bind("127.0.0.1:0").await.unwrap()
+}
+
+async fn away(events: &mut mpsc::Receiver<ControlEvent>) -> (String, bool) {
+    loop {
+        if let ControlEvent::Away { problem, permanent } = events.recv().await.unwrap() {
+            return (problem.code, permanent);
+        }
+    }
+}
+
+#[tokio::test]
+async fn it_connects_talks_and_comes_back_after_the_session_ends() {
+    let (fake, listener) = (Fake::new(), listener().await);
+    let (sender, mut events) = mpsc::channel(16);
+    let client = ControlClient::spawn(fake.config(&listener), sender);
+    for _ in 0..2 {
+        let server = fake.serve(&listener);
+        let daemon = async {
+            assert!(matches!(events.recv().await, Some(ControlEvent::Connected(id)) if id.network == NET));
+            assert!(matches!(
+                events.recv().await,
+                Some(ControlEvent::Message(ServerBody::Pong(Pong { unix_us: 7, .. })))
+            ));
+            assert!(client.send(ClientBody::Logout(Empty {})));
+        };
+        let (heard, ()) = tokio::join!(server, daemon);
+        assert!(matches!(heard.last(), Some(ClientBody::Logout(_))));
+        assert_eq!(away(&mut events).await, ("coordinator-away".into(), false));
+        client.retry_now();
+    }
+}
+
+#[tokio::test]
+async fn another_root_key_an_older_epoch_and_a_stranger_are_told_apart() {
+    let (fake, other, listener) = (Fake::new(), Fake::new(), listener().await);
+    let old = Fake { root: fake.root.clone(), control: fake.control.clone(), epoch: 4 };
+    let thief = Fake { root: fake.root.clone(), control: fake.control.clone(), epoch: 5 };
+    for (server, code) in [(&other, "coordinator-fingerprint"), (&old, "coordinator-restored")] {
+        let (sender, mut events) = mpsc::channel(16);
+        let _client = ControlClient::spawn(fake.config(&listener), sender);
+        let serve = async {
+            let mut socket =
+                tokio_tungstenite::accept_async(listener.accept().await.unwrap().0).await.unwrap();
+            socket.send(Message::binary(server.identity())).await.unwrap();
+            // The client says nothing to a stranger, not even a handshake.
+            assert!(!matches!(socket.next().await, Some(Ok(Message::Binary(_)))));
+        };
+        let (got, ()) = tokio::join!(away(&mut events), serve);
+        assert_eq!(got, (code.to_owned(), true));
+    }
+    // The right document, but not the key it vouches for.
+    let (sender, mut events) = mpsc::channel(16);
+    let _client = ControlClient::spawn(fake.config(&listener), sender);
+    let serve = async {
+        let mut socket = tokio_tungstenite::accept_async(listener.accept().await.unwrap().0).await.unwrap();
+        socket.send(Message::binary(thief.identity())).await.unwrap();
+        socket.next().await.unwrap().unwrap();
+        socket.send(Message::binary(vec![0; 80])).await.unwrap();
+        socket.next().await
+    };
+    let (got, _) = tokio::join!(away(&mut events), serve);
+    assert_eq!(got, ("coordinator-key".to_owned(), true));
+}
+
+#[tokio::test]
+async fn a_web_server_and_a_closed_port_are_told_apart() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let (fake, listener) = (Fake::new(), listener().await);
+    for (answer, code, permanent) in [
+        ("HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n", "not-a-coordinator", true),
+        ("HTTP/1.1 502 Bad Gateway\r\ncontent-length: 0\r\n\r\n", "coordinator-away", false),
+        ("SSH-2.0-x\r\n\r\n", "not-a-coordinator", true),
+    ] {
+        let (sender, mut events) = mpsc::channel(16);
+        let _client = ControlClient::spawn(fake.config(&listener), sender);
+        let serve = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut request = [0; 2_048];
+            let _ = stream.read(&mut request).await.unwrap();
+            stream.write_all(answer.as_bytes()).await.unwrap();
+            stream
+        };
+        let (got, _) = tokio::join!(away(&mut events), serve);
+        assert_eq!(got, (code.to_owned(), permanent));
+    }
+    let config = fake.config(&listener);
+    drop(listener);
+    let (sender, mut events) = mpsc::channel(16);
+    let _client = ControlClient::spawn(config, sender);
+    assert_eq!(away(&mut events).await, ("coordinator-away".into(), false));
+}
