@@ -5,6 +5,7 @@
 pub mod clock;
 pub mod control;
 pub mod entropy;
+pub mod os;
 pub mod policy_cli;
 pub mod problem;
 pub mod state;

@@ -59,12 +59,13 @@ impl FromStr for CoordinatorUrl {
         if host.is_empty() || authority.as_str().contains('@') || uri.query().is_some() {
             return Err(bad());
         }
+        let port = authority.as_str().strip_prefix(authority.host()).unwrap_or_default();
         Ok(Self {
             text: text.to_owned(),
             tls,
             host: host.to_owned(),
-            port: match authority.port() {
-                Some(port) => port.as_str().parse().map_err(|_| bad())?,
+            port: match port.strip_prefix(':') {
+                Some(port) => port.parse().map_err(|_| bad())?,
                 None => default_port,
             },
             path: uri.path().trim_end_matches('/').to_owned(),
