@@ -3,7 +3,7 @@
 //! ```text
 //! DIR/                     0700, held by a lock for as long as the agent runs
 //!   lock  settings  journal
-//!   networks/<net_id>/     keys  identity  device  netmap  lease
+//!   networks/<net_id>/     keys  identity  device  netmap  handshakes
 //! ```
 //!
 //! Every file is replaced as a whole: written beside, synced, renamed, directory synced. Its first line names the
@@ -14,7 +14,6 @@ use std::io::{self, ErrorKind, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
-use prost::Message as _;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -22,9 +21,8 @@ use warren_common::ids::{DeviceId, NetworkId};
 use warren_common::keys::{
     ControlPublicKey, ControlSecretKey, Fingerprint, KEY_LEN, NetmapPublicKey, ProbeSecretKey, WgSecretKey,
 };
-use warren_common::netmap::Netmap;
-use warren_common::time::{Instant, Now, UnixTime};
-use warren_common::wire::control::NetmapMsg;
+use warren_common::time::UnixTime;
+use warren_engine::netmap::SavedNetmap;
 use zeroize::Zeroizing;
 
 use crate::entropy::OsEntropy;
@@ -90,68 +88,6 @@ pub struct Membership {
     pub device: DeviceId,
     /// The session generation to present next.
     pub generation: u64,
-}
-
-/// The last netmap that was accepted.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SavedNetmap {
-    /// The coordinator's epoch.
-    pub epoch: u64,
-    /// Its revision.
-    pub revision: u64,
-    /// Its contents.
-    pub netmap: Netmap,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct SavedNetmapMsg {
-    #[prost(uint64, tag = "1")]
-    epoch: u64,
-    #[prost(uint64, tag = "2")]
-    revision: u64,
-    #[prost(bytes = "vec", tag = "3")]
-    hash: Vec<u8>,
-    #[prost(message, optional, tag = "4")]
-    netmap: Option<NetmapMsg>,
-}
-
-/// How long what the netmap grants lasts.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Lease {
-    /// Which boot `received_boot_ns` was read in.
-    pub boot_id: String,
-    /// `CLOCK_BOOTTIME` at receipt, in nanoseconds.
-    pub received_boot_ns: u64,
-    /// Wall clock at receipt.
-    pub received: UnixTime,
-    /// The lease's length in milliseconds.
-    pub lease_ms: u64,
-    /// The latest wall clock the agent has seen: a clock set back gains nothing across a reboot.
-    pub last_seen: UnixTime,
-}
-
-impl Lease {
-    /// The lease that begins now.
-    pub fn begin(boot_id: &str, now: Now, lease_ms: u64) -> Self {
-        Self {
-            boot_id: boot_id.to_owned(),
-            received_boot_ns: now.boot.as_nanos(),
-            received: now.unix,
-            lease_ms,
-            last_seen: now.unix,
-        }
-    }
-
-    /// When it ends on this boot's clock. Within one boot the boot clock alone counts; across a reboot the later of
-    /// the wall clock and the last time seen.
-    pub fn ends(&self, boot_id: &str, now: Now) -> Instant {
-        let length = std::time::Duration::from_millis(self.lease_ms);
-        if self.boot_id == boot_id {
-            return Instant::from_nanos(self.received_boot_ns) + length;
-        }
-        let spent = now.unix.max(self.last_seen).since(self.received);
-        now.boot + length.saturating_sub(spent)
-    }
 }
 
 impl StateDir {
@@ -323,48 +259,42 @@ impl NetworkDir {
         save_json(&self.path.join("device"), "device", membership)
     }
 
-    /// The last accepted netmap and its lease.
+    /// The last accepted netmap with its lease, as the engine made it.
     ///
     /// # Errors
-    /// A file is damaged or unreadable.
-    pub fn netmap(&self) -> Result<Option<(SavedNetmap, Lease)>, Problem> {
-        let path = self.path.join("netmap");
-        let Some(body) = load(&path, "netmap")? else { return Ok(None) };
-        let msg = SavedNetmapMsg::decode(body.as_slice()).map_err(|e| damaged(&path, &e.to_string()))?;
-        let netmap: Netmap = msg
-            .netmap
-            .ok_or_else(|| damaged(&path, "it holds no netmap"))?
-            .try_into()
-            .map_err(|e: warren_common::wire::WireError| damaged(&path, &e.to_string()))?;
-        if netmap.hash().as_slice() != msg.hash {
-            return Err(damaged(&path, "the netmap's hash is another"));
-        }
-        let saved = SavedNetmap { epoch: msg.epoch, revision: msg.revision, netmap };
-        // The netmap is written first: without its lease nothing is granted.
-        Ok(load_json(&self.path.join("lease"), "lease")?.map(|lease| (saved, lease)))
+    /// The file is damaged or unreadable.
+    pub fn netmap(&self) -> Result<Option<SavedNetmap>, Problem> {
+        let body = load(&self.netmap_path(), "netmap")?;
+        Ok(body.map(|mut body| SavedNetmap::from_bytes(std::mem::take(&mut *body))))
     }
 
-    /// Saves a netmap, then its lease. A crash between the two leaves the new netmap under the old, shorter lease.
+    /// Saves a netmap with its lease.
     ///
     /// # Errors
     /// The disk is full or unwritable; what was there stays.
-    pub fn save_netmap(&self, saved: &SavedNetmap, lease: &Lease) -> Result<(), Problem> {
-        let msg = SavedNetmapMsg {
-            epoch: saved.epoch,
-            revision: saved.revision,
-            hash: saved.netmap.hash().to_vec(),
-            netmap: Some((&saved.netmap).into()),
-        };
-        save(&self.path.join("netmap"), "netmap", &msg.encode_to_vec())?;
-        self.save_lease(lease)
+    pub fn save_netmap(&self, saved: &SavedNetmap) -> Result<(), Problem> {
+        save(&self.netmap_path(), "netmap", saved.as_bytes())
     }
 
-    /// Saves a lease alone.
+    /// Where the netmap is, for messages about it.
+    pub fn netmap_path(&self) -> PathBuf {
+        self.path.join("netmap")
+    }
+
+    /// A time after every time stamp in our WireGuard handshakes so far; zero if none is known.
     ///
     /// # Errors
-    /// The disk is full or unwritable; the old lease stays.
-    pub fn save_lease(&self, lease: &Lease) -> Result<(), Problem> {
-        save_json(&self.path.join("lease"), "lease", lease)
+    /// The file is damaged or unreadable.
+    pub fn handshake_floor(&self) -> Result<UnixTime, Problem> {
+        Ok(load_json(&self.path.join("handshakes"), "handshakes")?.unwrap_or_default())
+    }
+
+    /// Saves that time.
+    ///
+    /// # Errors
+    /// The disk is full or unwritable; what was there stays.
+    pub fn save_handshake_floor(&self, floor: UnixTime) -> Result<(), Problem> {
+        save_json(&self.path.join("handshakes"), "handshakes", &floor)
     }
 }
 

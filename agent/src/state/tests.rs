@@ -1,37 +1,6 @@
-use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
-
-use warren_common::netmap::{Network, SelfDevice};
-
 use super::*;
 
 const NET: NetworkId = NetworkId::from_bytes([7; 16]);
-
-fn netmap() -> Netmap {
-    Netmap {
-        network: Network {
-            id: NET,
-            name: "acme".into(),
-            ipv4: "100.64.0.0/16".parse().unwrap(),
-            ipv6: "fd00:1::/64".parse().unwrap(),
-        },
-        device: SelfDevice {
-            id: DeviceId::from_bytes([1; 16]),
-            name: "laptop".into(),
-            addrs: vec!["100.64.0.1".parse().unwrap()],
-            user: None,
-            tags: vec!["tag:x".into()],
-        },
-        peers: BTreeMap::new(),
-        ingress: BTreeSet::new(),
-        egress: BTreeSet::new(),
-        relays: BTreeMap::new(),
-    }
-}
-
-fn now(boot_s: u64, unix_s: i64) -> Now {
-    Now { boot: Instant::ZERO + Duration::from_secs(boot_s), unix: UnixTime::from_secs(unix_s) }
-}
 
 #[test]
 fn everything_comes_back_after_a_restart_and_is_private() {
@@ -45,9 +14,9 @@ fn everything_comes_back_after_a_restart_and_is_private() {
     let keys = network.keys().unwrap();
     let member = Membership { device: DeviceId::from_bytes([1; 16]), generation: 3 };
     network.save_membership(&member).unwrap();
-    let saved = SavedNetmap { epoch: 1, revision: 9, netmap: netmap() };
-    let lease = Lease::begin("boot", now(5, 1_000), 60_000);
-    network.save_netmap(&saved, &lease).unwrap();
+    let saved = SavedNetmap::from_bytes(vec![1, 2, 3]);
+    network.save_netmap(&saved).unwrap();
+    network.save_handshake_floor(UnixTime::from_secs(9)).unwrap();
     drop(state);
 
     let state = StateDir::open(&root).unwrap();
@@ -55,7 +24,8 @@ fn everything_comes_back_after_a_restart_and_is_private() {
     assert_eq!(state.settings().unwrap(), settings);
     assert_eq!(network.keys().unwrap().wg.public(), keys.wg.public());
     assert_eq!(network.membership().unwrap(), Some(member));
-    assert_eq!(network.netmap().unwrap(), Some((saved, lease)));
+    assert_eq!(network.netmap().unwrap(), Some(saved));
+    assert_eq!(network.handshake_floor().unwrap(), UnixTime::from_secs(9));
     assert_eq!(network.identity().unwrap(), None);
     assert_eq!(fs::metadata(&root).unwrap().mode() & 0o777, 0o700);
     for entry in fs::read_dir(&network.path).unwrap() {
@@ -105,14 +75,7 @@ fn a_file_of_another_kind_does_not_pass() {
     let state = StateDir::open(&dir.path().join("s")).unwrap();
     let network = state.network(NET).unwrap();
     network.save_membership(&Membership { device: DeviceId::from_bytes([1; 16]), generation: 1 }).unwrap();
-    fs::copy(network.path.join("device"), network.path.join("lease")).unwrap();
-    network
-        .save_netmap(
-            &SavedNetmap { epoch: 1, revision: 1, netmap: netmap() },
-            &Lease::begin("b", now(1, 1), 1),
-        )
-        .unwrap();
-    fs::copy(network.path.join("device"), network.path.join("lease")).unwrap();
+    fs::copy(network.path.join("device"), network.path.join("netmap")).unwrap();
     assert_eq!(network.netmap().unwrap_err().code, "state-damaged");
 }
 
@@ -150,32 +113,6 @@ fn a_shared_directory_is_left_alone() {
     fs::write(dir.path().join("other"), b"").unwrap();
     assert_eq!(StateDir::open(dir.path()).unwrap_err().code, "state-not-private");
     assert_eq!(fs::metadata(dir.path()).unwrap().mode() & 0o777, 0o755);
-}
-
-#[test]
-fn a_lease_runs_on_the_boot_clock_and_a_clock_set_back_gains_nothing() {
-    let lease = Lease { last_seen: UnixTime::from_secs(1_040), ..Lease::begin("a", now(100, 1_000), 60_000) };
-    // Same boot: the wall clock does not matter.
-    assert_eq!(lease.ends("a", now(110, 5)), now(160, 0).boot);
-    // After a reboot 20 s of it are left at least 40 s after receipt, whatever the wall clock says.
-    assert_eq!(lease.ends("b", now(7, 5)), now(27, 0).boot);
-    assert_eq!(lease.ends("b", now(7, 1_050)), now(17, 0).boot);
-    assert_eq!(lease.ends("b", now(7, 9_999)), now(7, 0).boot);
-}
-
-#[test]
-fn a_netmap_without_a_lease_grants_nothing() {
-    let dir = tempfile::tempdir().unwrap();
-    let state = StateDir::open(&dir.path().join("s")).unwrap();
-    let network = state.network(NET).unwrap();
-    network
-        .save_netmap(
-            &SavedNetmap { epoch: 1, revision: 1, netmap: netmap() },
-            &Lease::begin("b", now(1, 1), 1),
-        )
-        .unwrap();
-    fs::remove_file(network.path.join("lease")).unwrap();
-    assert_eq!(network.netmap().unwrap(), None);
 }
 
 #[test]
