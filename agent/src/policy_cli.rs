@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand, ValueEnum};
@@ -10,7 +10,10 @@ use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use warren_common::filter::{Action, FilterRule};
-use warren_common::policy::{Compiled, Diagnostic, Inventory, NodePolicy, Policy, compile};
+use warren_common::policy::{
+    Compiled, Diagnostic, ExplainError, Explanation, Inventory, NodePolicy, Policy, Truth, compile, diff,
+    json_schema, parse_protocol,
+};
 
 /// A failing test, a denied connection: the answer is "no".
 const NO: u8 = 1;
@@ -32,6 +35,18 @@ pub enum PolicyCommand {
     ///
     /// Example: warren policy compile --policy policy.hujson --inventory inventory.json --format json
     Compile(CompileArgs),
+    /// Say why a connection is allowed or denied.
+    ///
+    /// Example: warren policy explain --policy policy.hujson --inventory inventory.json --from laptop --to db:5432
+    Explain(ExplainArgs),
+    /// List the connections that open or close between two policy files.
+    ///
+    /// Example: warren policy diff --old old.hujson --new new.hujson --inventory inventory.json
+    Diff(DiffArgs),
+    /// Print the JSON schema of policy files, for editors.
+    ///
+    /// Example: warren policy schema > policy.schema.json
+    Schema,
 }
 
 /// Which file to check.
@@ -72,6 +87,42 @@ pub struct CompileArgs {
     format: Format,
 }
 
+/// Which connection to explain.
+#[derive(Args, Debug)]
+pub struct ExplainArgs {
+    #[command(flatten)]
+    world: WorldArgs,
+    /// The source: a device, a user with one device, or an address.
+    #[arg(long, value_name = "A")]
+    from: String,
+    /// The destination: a device or an address, and a port.
+    #[arg(long, value_name = "B:PORT")]
+    to: String,
+    /// The protocol, by name or number.
+    #[arg(long, default_value = "tcp")]
+    proto: String,
+}
+
+/// Which policies to compare.
+#[derive(Args, Debug)]
+pub struct DiffArgs {
+    /// The policy in force.
+    #[arg(long, value_name = "FILE")]
+    old: PathBuf,
+    /// The policy to come.
+    #[arg(long, value_name = "FILE")]
+    new: PathBuf,
+    /// The users and devices, as JSON.
+    #[arg(long, value_name = "FILE")]
+    inventory: PathBuf,
+    /// Pretend that it is this time.
+    #[arg(long, value_name = "RFC3339")]
+    now: Option<Timestamp>,
+    /// Print one JSON document.
+    #[arg(long)]
+    json: bool,
+}
+
 /// Output formats.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum Format {
@@ -85,6 +136,11 @@ pub fn run(command: PolicyCommand) -> ExitCode {
         PolicyCommand::Check(args) => check(&args),
         PolicyCommand::Test(args) => test(&args),
         PolicyCommand::Compile(args) => print_compiled(&args),
+        PolicyCommand::Explain(args) => explain(&args),
+        PolicyCommand::Diff(args) => print_diff(&args),
+        PolicyCommand::Schema => {
+            write!(io::stdout().lock(), "{}", json_schema()).map(|()| 0).map_err(Failure::Write)
+        }
     };
     match done {
         Ok(code) => ExitCode::from(code),
@@ -105,6 +161,10 @@ enum Failure {
     Inventory { path: String, error: serde_json::Error },
     #[error("{0}")]
     Policy(String),
+    #[error("{0}")]
+    Question(#[from] ExplainError),
+    #[error("{0}")]
+    Usage(String),
     #[error("cannot write the result: {0}")]
     Write(#[from] io::Error),
     #[error("cannot write the result: {0}")]
@@ -171,6 +231,119 @@ fn print_compiled(args: &CompileArgs) -> Result<u8, Failure> {
         }
     }
     print_json(&json!({ "nodes": nodes }))?;
+    Ok(0)
+}
+
+fn explain(args: &ExplainArgs) -> Result<u8, Failure> {
+    let proto = parse_protocol(&args.proto).map_err(Failure::Usage)?;
+    let found = load(&args.world)?.explain(&args.from, &args.to, proto)?;
+    if args.world.json {
+        print_json(&found)?;
+    } else {
+        print_explanation(&found)?;
+    }
+    Ok(if found.allowed { 0 } else { NO })
+}
+
+fn print_explanation(found: &Explanation) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    let verdict = if found.allowed { "ALLOWED" } else { "DENIED" };
+    let port = found.port.map(|p| format!(" port {p}")).unwrap_or_default();
+    writeln!(out, "{verdict}  {} -> {}, protocol {}{port}", found.from, found.to, found.proto)?;
+    writeln!(out, "  {}", found.because)?;
+    for (title, traces) in [
+        ("matching rules", &found.matching),
+        ("matching staged rules (not enforced)", &found.staged),
+        ("nearest rules, and what they lack", &found.nearest),
+    ] {
+        if traces.is_empty() {
+            continue;
+        }
+        writeln!(out, "\n{title}:")?;
+        for trace in traces {
+            let comment = trace.comment.as_ref().map(|c| format!("  // {c}")).unwrap_or_default();
+            writeln!(out, "  {}{comment}", trace.origin)?;
+            for check in &trace.checks {
+                let mark = match check.truth {
+                    Truth::True => "yes",
+                    Truth::False => "NO",
+                    Truth::Unknown => "??",
+                };
+                writeln!(out, "    {mark:<3} {:<18} {}", check.what, check.why)?;
+                for finding in &check.conditions {
+                    write!(
+                        out,
+                        "        {:<7} {}: {}",
+                        finding.truth.to_string(),
+                        finding.condition,
+                        finding.why
+                    )?;
+                    if let Some(fact) = &finding.fact {
+                        let source = fact.source.as_deref().unwrap_or("unknown source");
+                        let grade = fact.grade.map(|g| format!(", grade {g}")).unwrap_or_default();
+                        let age = fact.age_s.map(|a| format!(", {a} s old")).unwrap_or_default();
+                        write!(out, " ({source}{grade}{age})")?;
+                    }
+                    writeln!(out)?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn print_diff(args: &DiffArgs) -> Result<u8, Failure> {
+    // Both sides are compared at one moment.
+    let now = args.now.unwrap_or_else(Timestamp::now);
+    let side = |policy: &Path| {
+        load(&WorldArgs {
+            policy: policy.to_owned(),
+            inventory: args.inventory.clone(),
+            now: Some(now),
+            json: args.json,
+        })
+    };
+    let found = diff(&side(&args.old)?, &side(&args.new)?);
+    if args.json {
+        print_json(&found)?;
+        return Ok(0);
+    }
+    let mut out = io::stdout().lock();
+    for (opens, title) in [(true, "Opens"), (false, "Closes")] {
+        if !found.changes.iter().any(|c| c.opens == opens) {
+            continue;
+        }
+        writeln!(out, "{title}:")?;
+        let mut last = None;
+        for change in found.changes.iter().filter(|c| c.opens == opens) {
+            let pair = (&change.from, &change.to);
+            if last != Some(pair) {
+                writeln!(out, "  {} -> {}", change.from, change.to)?;
+                last = Some(pair);
+            }
+            let rules: Vec<&str> = change.rules.iter().map(String::as_str).collect();
+            writeln!(
+                out,
+                "    {} {:<14} {} to {} devices  ({})",
+                if opens { "+" } else { "-" },
+                change.service,
+                change.sources.len(),
+                change.destinations.len(),
+                rules.join("; ")
+            )?;
+        }
+    }
+    for (title, lines) in [("Also changes", &found.other), ("Could not decide", &found.undecided)] {
+        if !lines.is_empty() {
+            writeln!(out, "{title}:")?;
+            for line in lines {
+                writeln!(out, "  {line}")?;
+            }
+        }
+    }
+    if found.is_empty() {
+        writeln!(out, "No connection opens or closes.")?;
+    }
     Ok(0)
 }
 

@@ -6,6 +6,8 @@
 mod check;
 mod compile;
 mod diagnostic;
+mod diff;
+mod explain;
 mod grammar;
 mod inventory;
 mod ipset;
@@ -23,6 +25,8 @@ mod world;
 
 pub use compile::{Capability, Compiled, Fingerprint, Need, NodePolicy, compile};
 pub use diagnostic::{Diagnostic, MAX_DIAGNOSTICS, Severity, Span};
+pub use diff::{Change, Diff, MAX_CELLS, diff};
+pub use explain::{Check, ExplainError, Explanation, MAX_NEAREST, RuleTrace};
 pub use inventory::{Inventory, Node, User};
 pub use ipset::IpSet;
 pub use posture::{
@@ -30,7 +34,7 @@ pub use posture::{
 };
 pub use read::{DEFAULT_CHECK_PERIOD_S, MAX_CHECK_PERIOD_S};
 pub use schema::json_schema;
-pub use selector::MAX_PORTS;
+pub use selector::{MAX_PORTS, parse_protocol};
 pub use selftest::{TestReport, TestResult, run_tests};
 pub use ssh::{SshAction, SshRule};
 pub use syntax::{MAX_POLICY_BYTES, MAX_POLICY_DEPTH};

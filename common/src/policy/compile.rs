@@ -23,6 +23,27 @@ use crate::filter::{
     Action, DEFAULT_PROTOS, FilterDst, FilterRule, IpRange, PortRange, RuleId, UnixInterval,
 };
 
+/// How a source speaks of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Standing {
+    /// False: a denial leaves it out.
+    member: bool,
+    /// By identity, with all its addresses; else by an address or a route.
+    named: bool,
+}
+
+impl Standing {
+    /// Tells the four apart in a sum of prints; odd, so that no print is lost.
+    const fn weight(self) -> u128 {
+        match (self.member, self.named) {
+            (true, true) => 1,
+            (true, false) => 3,
+            (false, true) => 5,
+            (false, false) => 7,
+        }
+    }
+}
+
 /// When something is in force; `None` is always.
 type Windows = Option<Vec<UnixInterval>>;
 
@@ -98,6 +119,9 @@ pub struct Compiled {
     prints: Vec<Fingerprint>,
     /// What `*` covers besides the overlay: changes with routes only.
     routes: IpSet,
+    /// Everything any device answers for.
+    answers: IpSet,
+    answers_print: u128,
     now: i64,
     horizon_s: i64,
     reevaluate_at: Option<i64>,
@@ -111,10 +135,16 @@ pub(crate) struct SourceSet {
     base: IpSet,
     /// Devices that may be the source, with an own address or through a route they carry.
     pub(crate) nodes: NodeSet,
+    /// Devices a denial does not speak of, as they certainly do not meet its postures.
+    excluded: NodeSet,
+    /// Of both, those it speaks of by identity and so with all their addresses.
+    named: NodeSet,
     /// Every address.
     pub(crate) set: IpSet,
-    /// Sum of the prints of `nodes`.
+    /// Sum of the weighted prints of `nodes` and `excluded`: equal sums, equal addresses.
     print: u128,
+    /// The same with what SSH rules depend on besides: users and tags.
+    who: u128,
     base_print: u128,
 }
 
@@ -204,6 +234,8 @@ pub fn compile(
     let mut compiled = Compiled {
         policy: policy.clone(),
         routes: world.all_routes(),
+        answers_print: print_set(&world.all_answers()),
+        answers: world.all_answers(),
         world,
         sources: Vec::new(),
         alts: Vec::new(),
@@ -519,8 +551,11 @@ impl Compiled {
             key: key.clone(),
             base: IpSet::new(),
             nodes: NodeSet::new(),
+            excluded: NodeSet::new(),
+            named: NodeSet::new(),
             set: IpSet::new(),
             print: 0,
+            who: 0,
             base_print: 0,
         });
         index.insert(key, self.sources.len() - 1);
@@ -564,10 +599,6 @@ impl Compiled {
     fn fill_source(&mut self, index: usize) {
         let key = self.sources[index].key.clone();
         let base = self.base_of(&key);
-        let mut hash = Sha256::new();
-        for range in base.ranges() {
-            hash.update(range.to_string());
-        }
         let mut nodes = NodeSet::new();
         if key.any {
             nodes.extend(&self.world.everyone);
@@ -595,55 +626,55 @@ impl Compiled {
                 set.extend(&outside);
             }
         }
-        let mut print = 0_u128;
-        if let Some(alt) = key.alt {
-            let mut kept = NodeSet::new();
-            let mut add = Vec::new();
-            for slot in nodes.iter() {
-                let Some(device) = self.world.device(slot) else {
-                    continue;
-                };
-                let truth = self.alts[alt].truth[slot];
-                if key.deny {
-                    if truth == Truth::False {
-                        device.own.iter().for_each(|r| set.remove(*r));
-                    } else {
-                        kept.insert(slot);
-                    }
-                } else if truth == Truth::True {
-                    let own = own_in(&key, device, &base);
-                    if !own.is_empty() {
-                        kept.insert(slot);
-                        add.extend(own);
-                    }
-                }
-            }
-            if !key.deny {
-                set = add.into_iter().collect();
-            }
-            nodes = kept;
-        }
-        for slot in nodes.iter() {
-            print = print.wrapping_add(self.world.device(slot).map_or(0, |d| d.print));
-        }
         let source = &mut self.sources[index];
+        source.base_print = print_set(&base);
         source.base = base;
-        source.base_print = wide(hash);
-        source.nodes = nodes;
         source.set = set;
-        source.print = print;
+        source.nodes = NodeSet::new();
+        source.excluded = NodeSet::new();
+        source.named = NodeSet::new();
+        source.print = 0;
+        source.who = 0;
+        let mut own = Vec::new();
+        for slot in nodes.iter() {
+            let Some(device) = self.world.device(slot) else { continue };
+            let Some(standing) = self.standing(index, slot, device) else { continue };
+            let source = &mut self.sources[index];
+            source.add(slot, device, standing);
+            if !standing.member {
+                device.own.iter().for_each(|r| source.set.remove(*r));
+            } else if key.alt.is_some() && !key.deny {
+                own.extend(own_in(&key, device, &source.base));
+            }
+        }
+        if key.alt.is_some() && !key.deny {
+            self.sources[index].set = own.into_iter().collect();
+        }
     }
 
-    /// Takes a device out of a source, or puts it in as it now is. True if anything changed.
-    fn touch_source(&mut self, index: usize, slot: usize, old: Option<&Device>) -> bool {
-        let mut changed = false;
+    /// How a source speaks of a device; `None` if not at all.
+    fn standing(&self, index: usize, slot: usize, device: &Device) -> Option<Standing> {
+        let source = &self.sources[index];
+        let key = &source.key;
+        let named = key.any || key.identities.iter().any(|id| device.has(*id));
+        let own = named || device.own.iter().any(|r| source.base.overlaps(*r));
+        let spoken_of = own || set_overlaps(&source.base, &device.routes);
+        match (key.alt.map(|alt| self.alts[alt].truth[slot]), key.deny) {
+            // Nobody knows what stands behind a route, so a posture is only met by the device itself.
+            (Some(Truth::True), false) => own.then_some(Standing { member: true, named }),
+            (Some(_), false) => None,
+            (Some(Truth::False), true) => spoken_of.then_some(Standing { member: false, named }),
+            (Some(_), true) | (None, _) => spoken_of.then_some(Standing { member: true, named }),
+        }
+    }
+
+    /// Takes a device out of a source, and puts it in as it now is. Says whether addresses, or people, changed.
+    fn touch_source(&mut self, index: usize, slot: usize, old: Option<&Device>) -> Touched {
         let source = &mut self.sources[index];
+        let before = (source.print, source.who);
         let plain = source.key.alt.is_none() || source.key.deny;
         if let Some(old) = old {
-            if source.nodes.remove(slot) {
-                source.print = source.print.wrapping_sub(old.print);
-                changed = true;
-            }
+            source.take(slot, old);
             for range in &old.own {
                 source.set.remove(*range);
                 if plain && source.base.covers(*range) {
@@ -651,44 +682,21 @@ impl Compiled {
                 }
             }
         }
-        let Some(device) = self.world.device(slot) else {
-            return changed;
-        };
-        let key = &source.key;
-        let named = key.any || key.identities.iter().any(|id| device.has(*id));
-        let literal = device.own.iter().any(|r| source.base.overlaps(*r));
-        let routed = set_overlaps(&source.base, &device.routes);
-        let mut member = named || literal || routed;
-        match (key.alt.map(|alt| self.alts[alt].truth[slot]), key.deny) {
-            (None, _) => {
-                if named {
-                    device.own.iter().for_each(|r| source.set.insert(*r));
-                }
-            }
-            (Some(Truth::True), false) => {
-                let own = own_in(key, device, &source.base);
-                member = !own.is_empty();
-                own.into_iter().for_each(|r| source.set.insert(r));
-            }
-            (Some(_), false) => member = false,
-            (Some(Truth::False), true) => {
-                if member {
-                    device.own.iter().for_each(|r| source.set.remove(*r));
-                }
-                member = false;
-            }
-            (Some(_), true) => {
-                if named {
-                    device.own.iter().for_each(|r| source.set.insert(*r));
+        if let Some(device) = self.world.device(slot)
+            && let Some(standing) = self.standing(index, slot, device)
+        {
+            let source = &mut self.sources[index];
+            source.add(slot, device, standing);
+            if !standing.member {
+                device.own.iter().for_each(|r| source.set.remove(*r));
+            } else {
+                for range in own_in(&source.key, device, &source.base) {
+                    source.set.insert(range);
                 }
             }
         }
-        if member {
-            source.nodes.insert(slot);
-            source.print = source.print.wrapping_add(device.print);
-            changed = true;
-        }
-        changed
+        let source = &self.sources[index];
+        Touched { addresses: source.print != before.0, people: source.who != before.1 }
     }
 
     fn fill_rule(&mut self, index: usize) {
@@ -708,7 +716,7 @@ impl Compiled {
         let print = kept
             .iter()
             .filter_map(|slot| self.world.device(slot))
-            .fold(0_u128, |sum, d| sum.wrapping_add(d.print));
+            .fold(0_u128, |sum, d| sum.wrapping_add(rule.part_print(d)));
         let rule = &mut self.rules[index];
         rule.dst_nodes = kept;
         rule.dst_print = print;
@@ -888,7 +896,7 @@ impl Compiled {
                 TargetKind::Identity(id) if !filtered => {
                     self.world.identities.addresses[*id as usize].to_ranges()
                 }
-                TargetKind::Any if !filtered => self.world.all_answers().to_ranges(),
+                TargetKind::Any if !filtered => self.answers.to_ranges(),
                 _ => rule
                     .dst_nodes
                     .iter()
@@ -1086,11 +1094,16 @@ impl Compiled {
             hash.update([u8::from(inbound), u8::from(outbound)]);
             if rule.own {
                 let user = device.user.and_then(|u| self.world.of_user.get(u));
-                for peer in user.into_iter().flatten() {
+                // A sum: the result may not depend on the order in which devices came.
+                let peers = user.into_iter().flatten().map(|peer| {
                     let print = self.world.device(*peer).map_or(0, |d| d.print);
-                    hash.update(print.to_be_bytes());
-                    hash.update([u8::from(source.nodes.has(*peer)), u8::from(rule.dst_nodes.has(*peer))]);
-                }
+                    let part = 1
+                        + 2 * u128::from(source.nodes.has(*peer))
+                        + 4 * u128::from(rule.dst_nodes.has(*peer));
+                    print.wrapping_mul(part)
+                });
+                let sum = peers.fold(0_u128, u128::wrapping_add);
+                hash.update(sum.to_be_bytes());
                 continue;
             }
             if inbound {
@@ -1111,9 +1124,7 @@ impl Compiled {
             }
         }
         if world_routes {
-            for range in self.world.all_answers_print() {
-                hash.update(range.to_be_bytes());
-            }
+            hash.update(self.answers_print.to_be_bytes());
         }
         self.print_ssh(slot, device, &mut hash);
         let model = self.policy.model();
@@ -1227,33 +1238,42 @@ impl Compiled {
         let outside =
             |d: Option<&Device>| d.is_some_and(|d| d.own.iter().any(|r| !self.world.overlay.covers(*r)));
         let star_differs = routes_differ || outside(old) || outside(new);
-        let mut touched = vec![false; self.sources.len()];
+        if star_differs {
+            self.answers = self.world.all_answers();
+            self.answers_print = print_set(&self.answers);
+        }
+        let mut touched = vec![Touched::default(); self.sources.len()];
         for (i, touched) in touched.iter_mut().enumerate() {
             *touched = if routes_differ && self.sources[i].key.any {
                 self.fill_source(i);
-                true
+                Touched { addresses: true, people: true }
             } else {
                 self.touch_source(i, slot, old)
             };
         }
         for i in 0..self.rules.len() {
+            let before = self.rules[i].dst_print;
             let was = self.rules[i].dst_nodes.remove(slot);
             if let (true, Some(old)) = (was, old) {
-                self.rules[i].dst_print = self.rules[i].dst_print.wrapping_sub(old.print);
+                let part = self.rules[i].part_print(old);
+                self.rules[i].dst_print = before.wrapping_sub(part);
             }
-            let is =
-                self.world.device(slot).filter(|d| self.lets_in(&self.rules[i], slot, d)).map(|d| d.print);
-            if let Some(print) = is {
+            let device = self.world.device(slot).filter(|d| self.lets_in(&self.rules[i], slot, d));
+            let part = device.map(|d| self.rules[i].part_print(d));
+            if let Some(part) = part {
                 let rule = &mut self.rules[i];
                 rule.dst_nodes.insert(slot);
-                rule.dst_print = rule.dst_print.wrapping_add(print);
+                rule.dst_print = rule.dst_print.wrapping_add(part);
             }
             let rule = &self.rules[i];
-            if touched[rule.src] && !rule.own {
+            if rule.own {
+                continue;
+            }
+            if touched[rule.src].addresses {
                 affected.extend(&rule.dst_nodes);
             }
             let star = star_differs && rule.targets.iter().any(|t| t.kind == TargetKind::Any);
-            if (was || is.is_some() || star) && !rule.own {
+            if rule.dst_print != before || star {
                 affected.extend(&self.sources[rule.src].nodes);
             }
         }
@@ -1317,17 +1337,65 @@ impl Compiled {
     }
 }
 
-impl World {
-    /// What `all_answers` depends on, cheap enough to hash for every device.
-    fn all_answers_print(&self) -> impl Iterator<Item = u128> + '_ {
-        self.routers.iter().filter_map(|slot| self.device(*slot)).map(|d| d.print)
+fn print_set(set: &IpSet) -> u128 {
+    let mut hash = Sha256::new();
+    for range in set.ranges() {
+        hash.update(range.to_string());
+        hash.update([0]);
     }
+    wide(hash)
+}
+
+/// What changed about a source.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Touched {
+    /// The devices and addresses.
+    pub(crate) addresses: bool,
+    /// Those, or their users or tags.
+    pub(crate) people: bool,
 }
 
 impl SourceSet {
-    /// Changes whenever the devices that may be the source change.
-    pub(crate) fn nodes_print(&self) -> u128 {
-        self.print
+    /// Changes whenever the devices that may be the source change, or their users or tags.
+    pub(crate) fn people_print(&self) -> u128 {
+        self.who
+    }
+
+    fn add(&mut self, slot: usize, device: &Device, standing: Standing) {
+        let weight = standing.weight();
+        self.print = self.print.wrapping_add(device.print.wrapping_mul(weight));
+        self.who = self.who.wrapping_add(device.who.wrapping_mul(weight));
+        if standing.member {
+            self.nodes.insert(slot);
+        } else {
+            self.excluded.insert(slot);
+        }
+        if standing.named {
+            self.named.insert(slot);
+        }
+    }
+
+    fn take(&mut self, slot: usize, device: &Device) {
+        let named = self.named.remove(slot);
+        let member = self.nodes.remove(slot);
+        if member || self.excluded.remove(slot) {
+            let weight = Standing { member, named }.weight();
+            self.print = self.print.wrapping_sub(device.print.wrapping_mul(weight));
+            self.who = self.who.wrapping_sub(device.who.wrapping_mul(weight));
+        }
+    }
+}
+
+impl CompiledRule {
+    /// A device's share of `dst_print`: differs if what the device lets in of the rule differs.
+    fn part_print(&self, device: &Device) -> u128 {
+        let mut weight = 1_u128;
+        for target in &self.targets {
+            if let TargetKind::Identity(id) = target.kind {
+                weight = weight.wrapping_mul(31).wrapping_add(2 * u128::from(device.has(id)));
+            }
+        }
+        device.print.wrapping_mul(weight | 1)
     }
 }
 

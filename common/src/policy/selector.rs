@@ -350,6 +350,17 @@ pub(crate) fn parse_proto(text: &str) -> Result<Option<u8>, WordError> {
     })
 }
 
+/// A protocol by name or number, as the policy file writes it; `None` for empty text.
+///
+/// # Errors
+/// What was expected, for people.
+pub fn parse_protocol(text: &str) -> Result<Option<u8>, String> {
+    parse_proto(text).map_err(|e| match e.near {
+        Some(near) => format!("{}; did you mean \"{near}\"?", e.message),
+        None => e.message,
+    })
+}
+
 /// What people call a protocol number.
 pub(crate) fn proto_name(proto: u8) -> String {
     PROTOCOLS

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use super::compile::Compiled;
+use super::compile::{Compiled, Touched};
 use super::inventory::User;
 use super::model::{LoginUser, SshDef};
 use super::nodeset::NodeSet;
@@ -197,13 +197,13 @@ impl Compiled {
     }
 
     fn ssh_source_print(&self, src: usize) -> u128 {
-        self.sources[src].nodes_print()
+        self.sources[src].people_print()
     }
 
     /// Who may be affected by a change of sources or of one device.
-    pub(crate) fn follow_ssh(&self, touched: &[bool], affected: &mut NodeSet) {
+    pub(crate) fn follow_ssh(&self, touched: &[Touched], affected: &mut NodeSet) {
         for rule in &self.ssh {
-            if touched[rule.src] {
+            if touched[rule.src].people {
                 for slot in self.world.everyone.iter() {
                     let Some(device) = self.world.device(slot) else {
                         continue;

@@ -83,6 +83,17 @@ fn instant(date: Date, minutes: u16, zone: &TimeZone) -> Option<i64> {
     Some(zone.to_zoned(wall).ok()?.timestamp().as_second())
 }
 
+/// What conditions over the clock see.
+pub(crate) fn facts_at(at: Timestamp) -> TimeFacts {
+    let at = at.to_zoned(TimeZone::UTC);
+    let day = usize::try_from(at.weekday().to_monday_zero_offset()).unwrap_or(0);
+    TimeFacts {
+        hour: u8::try_from(at.hour()).unwrap_or(0),
+        weekday: DAYS[day.min(6)],
+        date: at.date().to_string(),
+    }
+}
+
 /// The hours of `[now, now + horizon)` in which every condition over the clock holds.
 pub(crate) fn expand_conditions(conditions: &[&Condition], now: i64, horizon_s: i64) -> Vec<UnixInterval> {
     let end = now.saturating_add(horizon_s.clamp(0, MAX_HORIZON_S));
@@ -92,13 +103,7 @@ pub(crate) fn expand_conditions(conditions: &[&Condition], now: i64, horizon_s: 
         let Ok(at) = Timestamp::from_second(hour) else {
             break;
         };
-        let at = at.to_zoned(TimeZone::UTC);
-        let day = usize::try_from(at.weekday().to_monday_zero_offset()).unwrap_or(0);
-        let facts = TimeFacts {
-            hour: u8::try_from(at.hour()).unwrap_or(0),
-            weekday: DAYS[day.min(6)],
-            date: at.date().to_string(),
-        };
+        let facts = facts_at(at);
         if conditions.iter().all(|c| c.evaluate_time(&facts) == Truth::True) {
             out.push(UnixInterval { from: hour, until: hour + 3_600 });
         }

@@ -38,8 +38,10 @@ pub(crate) struct Device {
     pub(crate) answers: IpSet,
     /// The identities it has, sorted.
     pub(crate) identities: Vec<u32>,
-    /// Changes whenever anything another device's policy depends on changes.
+    /// Of its name, addresses and routes: what other devices' rules depend on.
     pub(crate) print: u128,
+    /// The same with its user and tags: what SSH rules depend on besides.
+    pub(crate) who: u128,
     /// When its attributes were read, in seconds since the Unix epoch.
     pub(crate) since: i64,
 }
@@ -258,11 +260,13 @@ impl World {
             hash.update(addr.to_string());
             hash.update([1]);
         }
-        for route in node.subnet_routes() {
+        for route in node.approved_routes.intersection(&node.routable_ips) {
             hash.update(route.to_string());
             hash.update([2]);
         }
-        hash.update([u8::from(exit), u8::from(tagged)]);
+        hash.update([u8::from(exit)]);
+        let print = wide(hash.clone());
+        hash.update([u8::from(tagged)]);
         hash.update(user.map_or("", |u| &self.users[u].id));
         for tag in &node.tags {
             hash.update(tag);
@@ -277,7 +281,8 @@ impl World {
             user,
             answers,
             identities,
-            print: wide(hash),
+            print,
+            who: wide(hash),
             since: now,
         }
     }

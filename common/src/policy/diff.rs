@@ -1,0 +1,395 @@
+//! What changes between two policies: the connections that open or close, grouped the way a reviewer reads.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use serde::Serialize;
+
+use super::compile::Compiled;
+use super::posture::Truth;
+use super::selector;
+use super::world::Device;
+use crate::filter::{Action, DEFAULT_PROTOS, FilterRule, IpRange, PortRange, has_ports};
+
+/// Most cells (addresses times protocols times ports) compared for one group of sources at one device; beyond, the
+/// report says that it could not decide. Unit: cells.
+pub const MAX_CELLS: usize = 200_000;
+
+/// What changes between two compilations of the same inventory.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Diff {
+    /// Connections that open or close at the time of the compilations.
+    pub changes: Vec<Change>,
+    /// What changes besides connections: logins, capabilities, attributes, routes; `device: what`.
+    pub other: Vec<String>,
+    /// What could not be decided, and why.
+    pub undecided: Vec<String>,
+}
+
+impl Diff {
+    /// True if nothing changes.
+    pub fn is_empty(&self) -> bool {
+        self.changes.is_empty() && self.other.is_empty()
+    }
+}
+
+/// A group of connections that open or close together.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Change {
+    /// True if they become allowed.
+    pub opens: bool,
+    /// Whose devices: a user, tags, or a network behind a device.
+    pub from: String,
+    /// Whose devices, or the network.
+    pub to: String,
+    /// `tcp:443`, `icmp`.
+    pub service: String,
+    /// The source devices.
+    pub sources: BTreeSet<String>,
+    /// The destination devices.
+    pub destinations: BTreeSet<String>,
+    /// The rules that allow or deny it in the policy where they do: `grants[3] line 41`.
+    pub rules: BTreeSet<String>,
+}
+
+/// Compares two compilations made with the same inventory at the same time.
+pub fn diff(old: &Compiled, new: &Compiled) -> Diff {
+    let mut out = Diff::default();
+    let mut grouped: BTreeMap<(bool, String, String, String), Change> = BTreeMap::new();
+    for name in new.changed_since(old) {
+        compare_device(old, new, &name, &mut grouped, &mut out);
+    }
+    out.changes = grouped.into_values().collect();
+    undecided(old, new, &mut out);
+    out
+}
+
+/// A source as a device sees it: addresses that every rule treats alike.
+struct Source {
+    label: String,
+    device: String,
+    addrs: Vec<IpAddr>,
+}
+
+fn compare_device(
+    old: &Compiled,
+    new: &Compiled,
+    name: &str,
+    grouped: &mut BTreeMap<(bool, String, String, String), Change>,
+    out: &mut Diff,
+) {
+    let Some((_, device)) = new.world.named(name).or_else(|| old.world.named(name)) else {
+        return;
+    };
+    let now = new.now();
+    let live = |rules: Vec<FilterRule>| -> Vec<FilterRule> {
+        rules.into_iter().filter(|r| !r.staged && r.is_active(now)).collect()
+    };
+    let before = live(old.ingress(name));
+    let after = live(new.ingress(name));
+    // Sources under the same rules share one comparison.
+    let mut groups: BTreeMap<Vec<bool>, Vec<Source>> = BTreeMap::new();
+    for source in sources(new, &before, &after) {
+        let key: Vec<bool> = before
+            .iter()
+            .chain(&after)
+            .flat_map(|rule| [true, false].map(|v4| covers_family(rule, &source, v4)))
+            .collect();
+        groups.entry(key).or_default().push(source);
+    }
+    for (key, members) in groups {
+        let Some(first) = members.first() else { continue };
+        let side = |rules: &[FilterRule], from: usize| -> Vec<(FilterRule, [bool; 2])> {
+            rules
+                .iter()
+                .enumerate()
+                .map(|(i, r)| (r.clone(), [key[2 * (from + i)], key[2 * (from + i) + 1]]))
+                .filter(|(_, hit)| hit[0] || hit[1])
+                .collect()
+        };
+        let (a, b) = (side(&before, 0), side(&after, before.len()));
+        let Some(cells) = cells(&a, &b, first) else {
+            out.undecided.push(format!("{} -> {name}: more than {MAX_CELLS} cases to compare", first.label));
+            continue;
+        };
+        for cell in cells {
+            let to = if device.own.iter().any(|r| r.contains(cell.net.first())) {
+                new.owner(device)
+            } else {
+                selector::display_range(cell.net)
+            };
+            for source in &members {
+                if source.device == name {
+                    continue;
+                }
+                let key = (!cell.opens, source.label.clone(), to.clone(), cell.service.clone());
+                let change = grouped.entry(key).or_insert_with(|| Change {
+                    opens: cell.opens,
+                    from: source.label.clone(),
+                    to: to.clone(),
+                    service: cell.service.clone(),
+                    sources: BTreeSet::new(),
+                    destinations: BTreeSet::new(),
+                    rules: BTreeSet::new(),
+                });
+                change.sources.insert(source.device.clone());
+                change.destinations.insert(name.to_owned());
+                change.rules.extend(cell.rules.iter().cloned());
+            }
+        }
+    }
+    compare_rest(old, new, name, out);
+}
+
+/// Everybody who can be a source of any of the rules.
+fn sources(compiled: &Compiled, before: &[FilterRule], after: &[FilterRule]) -> Vec<Source> {
+    let world = &compiled.world;
+    let mut out = Vec::new();
+    let reaches = |d: &Device| {
+        before.iter().chain(after).any(|r| r.src.iter().any(|s| d.own.iter().any(|o| s.contains(o.first()))))
+    };
+    for device in world.everyone.iter().filter_map(|slot| world.device(slot)) {
+        if reaches(device) {
+            out.push(Source {
+                label: compiled.owner(device),
+                device: device.name.clone(),
+                addrs: device.node.addresses().collect(),
+            });
+        }
+    }
+    // Networks behind devices, cut where a rule's sources begin or end.
+    for device in world.routers.iter().filter_map(|slot| world.device(*slot)) {
+        for route in device.routes.ranges() {
+            let mut firsts = BTreeSet::from([route.first()]);
+            for range in before.iter().chain(after).flat_map(|r| &r.src) {
+                if let Some(part) = range.intersect(&route) {
+                    firsts.insert(part.first());
+                    firsts.extend(next(part.last()).filter(|a| route.contains(*a)));
+                }
+            }
+            let listed: Vec<IpAddr> = firsts.into_iter().collect();
+            for (i, first) in listed.iter().enumerate() {
+                let last = listed.get(i + 1).and_then(|a| previous(*a)).unwrap_or(route.last());
+                let Some(range) = IpRange::new(*first, last) else { continue };
+                out.push(Source {
+                    label: selector::display_range(range),
+                    device: device.name.clone(),
+                    addrs: vec![*first],
+                });
+            }
+        }
+    }
+    out
+}
+
+fn covers_family(rule: &FilterRule, source: &Source, v4: bool) -> bool {
+    source.addrs.iter().any(|a| a.is_ipv4() == v4 && rule.src.iter().any(|r| r.contains(*a)))
+}
+
+struct Cell {
+    opens: bool,
+    net: IpRange,
+    service: String,
+    rules: BTreeSet<String>,
+}
+
+type Side = [(FilterRule, [bool; 2])];
+
+/// The differences of two lists of rules for one source, or `None` if there are too many cases.
+fn cells(a: &Side, b: &Side, source: &Source) -> Option<Vec<Cell>> {
+    let all = || a.iter().chain(b).map(|(rule, _)| rule);
+    let protos: BTreeSet<u8> = all()
+        .flat_map(|r| if r.protos.is_empty() { DEFAULT_PROTOS.to_vec() } else { r.protos.clone() })
+        .collect();
+    let mut starts: BTreeSet<IpAddr> = BTreeSet::new();
+    let mut ports: BTreeSet<u32> = BTreeSet::from([0]);
+    for dst in all().flat_map(|r| &r.dst) {
+        starts.insert(dst.net.first());
+        starts.extend(next(dst.net.last()));
+        ports.insert(u32::from(dst.ports.first));
+        ports.insert(u32::from(dst.ports.last) + 1);
+    }
+    let nets: Vec<IpRange> = elementary(&starts);
+    ports.insert(65_536);
+    let ports: Vec<u32> = ports.into_iter().collect();
+    if nets.len().saturating_mul(protos.len()).saturating_mul(ports.len()) > MAX_CELLS {
+        return None;
+    }
+    let mut out = Vec::new();
+    for net in nets {
+        let v4 = net.first().is_ipv4();
+        if !source.addrs.iter().any(|s| s.is_ipv4() == v4) {
+            continue;
+        }
+        for proto in &protos {
+            let foreign = if v4 { crate::filter::PROTO_ICMPV6 } else { crate::filter::PROTO_ICMP };
+            if *proto == foreign {
+                continue;
+            }
+            // Neighbouring ports that change alike become one entry.
+            let mut run: Option<(bool, u16, u16, BTreeSet<String>)> = None;
+            let steps: Vec<(u16, u16)> = if has_ports(*proto) {
+                ports
+                    .windows(2)
+                    .filter_map(|w| Some((u16::try_from(w[0]).ok()?, u16::try_from(w[1] - 1).ok()?)))
+                    .collect()
+            } else {
+                vec![(0, u16::MAX)]
+            };
+            let mut flush = |run: &mut Option<(bool, u16, u16, BTreeSet<String>)>| {
+                if let Some((opens, first, last, rules)) = run.take() {
+                    out.push(Cell { opens, net, service: service(*proto, first, last), rules });
+                }
+            };
+            for (first, last) in steps {
+                let was = decide(a, net.first(), *proto, first);
+                let is = decide(b, net.first(), *proto, first);
+                if was.0 == is.0 {
+                    flush(&mut run);
+                    continue;
+                }
+                // Who opens it is in the new file; who closes it is a denial there, or was in the old file.
+                let rules = if is.0 || !is.1.is_empty() { is.1 } else { was.1 };
+                match &mut run {
+                    Some((opens, _, end, by)) if *opens == is.0 && *by == rules => *end = last,
+                    _ => {
+                        flush(&mut run);
+                        run = Some((is.0, first, last, rules));
+                    }
+                }
+            }
+            flush(&mut run);
+        }
+    }
+    Some(out)
+}
+
+/// Allowed or not, and the rules that say so.
+fn decide(side: &Side, dst: IpAddr, proto: u8, port: u16) -> (bool, BTreeSet<String>) {
+    let family = usize::from(!dst.is_ipv4());
+    let mut by = [BTreeSet::new(), BTreeSet::new()];
+    for (rule, hit) in side {
+        let protos: &[u8] = if rule.protos.is_empty() { &DEFAULT_PROTOS } else { &rule.protos };
+        let covers = hit[family]
+            && protos.contains(&proto)
+            && rule.dst.iter().any(|d| d.net.contains(dst) && (!has_ports(proto) || d.ports.contains(port)));
+        if covers {
+            by[usize::from(rule.action == Action::Deny)].insert(rule.origin.clone());
+        }
+    }
+    let [allow, deny] = by;
+    if deny.is_empty() { (!allow.is_empty(), allow) } else { (false, deny) }
+}
+
+/// The ranges between consecutive starts of one family.
+fn elementary(starts: &BTreeSet<IpAddr>) -> Vec<IpRange> {
+    let listed: Vec<IpAddr> = starts.iter().copied().collect();
+    listed
+        .iter()
+        .enumerate()
+        .filter_map(|(i, first)| {
+            let end = if first.is_ipv4() { IpRange::ALL_V4 } else { IpRange::ALL_V6 };
+            let last = listed
+                .get(i + 1)
+                .filter(|a| a.is_ipv4() == first.is_ipv4())
+                .and_then(|a| previous(*a))
+                .unwrap_or(end.last());
+            IpRange::new(*first, last)
+        })
+        .collect()
+}
+
+fn next(addr: IpAddr) -> Option<IpAddr> {
+    match addr {
+        IpAddr::V4(a) => Some(IpAddr::V4(a.to_bits().checked_add(1)?.into())),
+        IpAddr::V6(a) => Some(IpAddr::V6(a.to_bits().checked_add(1)?.into())),
+    }
+}
+
+fn previous(addr: IpAddr) -> Option<IpAddr> {
+    match addr {
+        IpAddr::V4(a) => Some(IpAddr::V4(a.to_bits().checked_sub(1)?.into())),
+        IpAddr::V6(a) => Some(IpAddr::V6(a.to_bits().checked_sub(1)?.into())),
+    }
+}
+
+fn service(proto: u8, first: u16, last: u16) -> String {
+    let name = selector::proto_name(proto);
+    let range = PortRange { first, last };
+    if !has_ports(proto) {
+        name
+    } else if range == PortRange::ALL {
+        format!("{name}:*")
+    } else if first == last {
+        format!("{name}:{first}")
+    } else {
+        format!("{name}:{first}-{last}")
+    }
+}
+
+/// Logins, capabilities, attributes and routes.
+fn compare_rest(old: &Compiled, new: &Compiled, name: &str, out: &mut Diff) {
+    let (a, b) = (old.node(name).unwrap_or_default(), new.node(name).unwrap_or_default());
+    let mut say = |what: String| out.other.push(format!("{name}: {what}"));
+    let strip = |rules: &[super::SshRule]| -> Vec<super::SshRule> {
+        rules.iter().cloned().map(|r| super::SshRule { origin: String::new(), ..r }).collect()
+    };
+    if strip(&a.ssh) != strip(&b.ssh) {
+        say(format!("logins change ({} rules become {})", a.ssh.len(), b.ssh.len()));
+    }
+    let caps = |caps: &[super::Capability]| -> BTreeSet<String> {
+        caps.iter().map(|c| format!("{:?}", (&c.name, &c.values, &c.src, &c.dst))).collect()
+    };
+    if caps(&a.caps) != caps(&b.caps) {
+        say("application capabilities change".to_owned());
+    }
+    for attr in b.attrs.difference(&a.attrs) {
+        say(format!("gets the attribute {attr}"));
+    }
+    for attr in a.attrs.difference(&b.attrs) {
+        say(format!("loses the attribute {attr}"));
+    }
+    for route in b.auto_approved_routes.difference(&a.auto_approved_routes) {
+        say(format!("may carry {route} without approval"));
+    }
+    for route in a.auto_approved_routes.difference(&b.auto_approved_routes) {
+        say(format!("may no longer carry {route} without approval"));
+    }
+    let staged = |rules: &[FilterRule]| -> BTreeSet<String> {
+        rules.iter().filter(|r| r.staged).map(|r| r.id.to_string()).collect()
+    };
+    if staged(&a.ingress) != staged(&b.ingress) {
+        say("staged rules change (decided and counted, not enforced)".to_owned());
+    }
+}
+
+/// What a comparison at one moment with today's facts cannot see.
+fn undecided(old: &Compiled, new: &Compiled, out: &mut Diff) {
+    let mut notes = BTreeSet::new();
+    for compiled in [old, new] {
+        let model = compiled.policy.model();
+        for rule in &model.rules {
+            let same = |other: &Compiled| other.policy.model().rules.iter().any(|r| r.id == rule.id);
+            if (rule.when.is_some() || rule.expires.is_some()) && !(same(old) && same(new)) {
+                notes.insert(format!("{} depends on the time: compared at this moment only", rule.origin()));
+            }
+        }
+        for alt in &compiled.alts {
+            let unknown = compiled
+                .world
+                .everyone
+                .iter()
+                .filter(|slot| alt.truth.get(*slot).copied() == Some(Truth::Unknown))
+                .count();
+            if unknown > 0 {
+                let names: BTreeSet<&str> = alt.any_of.iter().flatten().map(String::as_str).collect();
+                let names: Vec<&str> = names.into_iter().collect();
+                notes.insert(format!(
+                    "{}: unknown for {unknown} devices, counted as not met by grants and met by denials",
+                    names.join(" or ")
+                ));
+            }
+        }
+    }
+    out.undecided.extend(notes);
+}
