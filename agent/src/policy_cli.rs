@@ -1,5 +1,6 @@
 //! `warren policy …`: check, test, compile, explain and compare policy files without a network.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -11,8 +12,8 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 use warren_common::filter::{Action, FilterRule};
 use warren_common::policy::{
-    Compiled, Diagnostic, ExplainError, Explanation, Inventory, NodePolicy, Policy, Truth, compile, diff,
-    json_schema, parse_protocol,
+    Change, Compiled, Diagnostic, ExplainError, Explanation, Inventory, NodePolicy, Policy, Truth, compile,
+    diff, json_schema, parse_protocol,
 };
 
 /// A failing test, a denied connection: the answer is "no".
@@ -314,23 +315,30 @@ fn print_diff(args: &DiffArgs) -> Result<u8, Failure> {
             continue;
         }
         writeln!(out, "{title}:")?;
-        let mut last = None;
+        // Owners whose devices get the same stand on one line.
+        let mut services: BTreeMap<(&str, &str), Vec<&Change>> = BTreeMap::new();
         for change in found.changes.iter().filter(|c| c.opens == opens) {
-            let pair = (&change.from, &change.to);
-            if last != Some(pair) {
-                writeln!(out, "  {} -> {}", change.from, change.to)?;
-                last = Some(pair);
+            services.entry((&change.to, &change.from)).or_default().push(change);
+        }
+        let mut alike: BTreeMap<(&str, Vec<String>), Vec<&str>> = BTreeMap::new();
+        for ((to, from), changes) in services {
+            let sign = if opens { '+' } else { '-' };
+            let lines = changes.iter().map(|c| {
+                let rules: Vec<&str> = c.rules.iter().map(String::as_str).collect();
+                format!(
+                    "{sign} {:<16} at {} devices  ({})",
+                    c.service,
+                    c.destinations.len(),
+                    rules.join("; ")
+                )
+            });
+            alike.entry((to, lines.collect())).or_default().push(from);
+        }
+        for ((to, lines), from) in alike {
+            writeln!(out, "  {} -> {to}", from.join(", "))?;
+            for line in lines {
+                writeln!(out, "    {line}")?;
             }
-            let rules: Vec<&str> = change.rules.iter().map(String::as_str).collect();
-            writeln!(
-                out,
-                "    {} {:<14} {} to {} devices  ({})",
-                if opens { "+" } else { "-" },
-                change.service,
-                change.sources.len(),
-                change.destinations.len(),
-                rules.join("; ")
-            )?;
         }
     }
     for (title, lines) in [("Also changes", &found.other), ("Could not decide", &found.undecided)] {

@@ -5,9 +5,11 @@
 
 mod check;
 mod compile;
+mod device;
 mod diagnostic;
 mod diff;
 mod explain;
+mod follow;
 mod grammar;
 mod inventory;
 mod ipset;
@@ -18,15 +20,18 @@ mod read;
 mod schema;
 mod selector;
 mod selftest;
+mod sources;
 mod ssh;
 mod syntax;
 mod when;
 mod world;
 
-pub use compile::{Capability, Compiled, Fingerprint, Need, NodePolicy, compile};
+pub use compile::{Compiled, compile};
+pub use device::{Capability, Need, NodePolicy};
 pub use diagnostic::{Diagnostic, MAX_DIAGNOSTICS, Severity, Span};
 pub use diff::{Change, Diff, MAX_CELLS, diff};
 pub use explain::{Check, ExplainError, Explanation, MAX_NEAREST, RuleTrace};
+pub use follow::Fingerprint;
 pub use inventory::{Inventory, Node, User};
 pub use ipset::IpSet;
 pub use posture::{

@@ -284,7 +284,8 @@ pub(crate) fn nearest<'n>(wanted: &str, candidates: impl Iterator<Item = &'n str
         .filter(|name| name.len() <= MAX_SUGGESTION_NAME)
         .map(|name| (distance(&wanted_chars, name), name))
         .filter(|(d, name)| *d <= limit(name))
-        .min()
+        // Among equals, the one that starts alike: "ipp" is rather "ip" than "app".
+        .min_by_key(|(d, name)| (*d, name.chars().next() != wanted.chars().next(), *name))
         .map(|(_, name)| name)
 }
 

@@ -6,11 +6,12 @@ use std::net::IpAddr;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use super::compile::{Compiled, Touched};
+use super::compile::Compiled;
 use super::inventory::User;
 use super::model::{LoginUser, SshDef};
 use super::nodeset::NodeSet;
 use super::selector::{Autogroup, Selector};
+use super::sources::Touched;
 use super::world::{Device, wide};
 use crate::filter::UnixInterval;
 

@@ -1,0 +1,445 @@
+//! What one device does: its part is cut out of the sets when asked for.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ipnet::IpNet;
+use serde::Serialize;
+
+use super::compile::{Compiled, CompiledRule, Target, TargetKind, is_identity};
+use super::ipset::IpSet;
+use super::model::{At, Model};
+use super::nodeset::NodeSet;
+use super::posture::Truth;
+use super::selector::Selector;
+use super::ssh::SshRule;
+use super::world::{Device, set_overlaps};
+use crate::filter::{Action, FilterDst, FilterRule, IpRange, RuleId, UnixInterval};
+
+/// What one device lets in, offers and sees.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct NodePolicy {
+    /// What it lets in, destinations limited to what it answers for.
+    pub ingress: Vec<FilterRule>,
+    /// Who may log in as whom, in the order in which rules are tried.
+    pub ssh: Vec<SshRule>,
+    /// Capabilities others have at its applications.
+    pub caps: Vec<Capability>,
+    /// Its attributes.
+    pub attrs: BTreeSet<String>,
+    /// Configuration of its applications, by name.
+    pub apps: BTreeMap<String, Vec<serde_json::Value>>,
+    /// The networks it may take its IPv4 address from; everything if empty.
+    pub ip_pools: BTreeSet<IpNet>,
+    /// The networks it carries.
+    pub approved_routes: BTreeSet<IpNet>,
+    /// The networks it offers that `autoApprovers` lets it carry.
+    pub auto_approved_routes: BTreeSet<IpNet>,
+    /// The devices it needs to know, by name.
+    pub peers: BTreeMap<String, Need>,
+}
+
+/// Why a device sees another.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Need {
+    /// It may open connections to the peer.
+    pub may_reach: bool,
+    /// The peer may open connections to it.
+    pub may_be_reached_by: bool,
+    /// The peer's routes it may use.
+    pub routes: BTreeSet<IpNet>,
+    /// It may use the peer as its exit node.
+    pub exit: bool,
+}
+
+/// A capability of some sources at a device's applications.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Capability {
+    /// The rule that gives it.
+    pub id: RuleId,
+    /// Where the rule stands.
+    pub origin: String,
+    /// Who has it.
+    pub src: Vec<IpRange>,
+    /// At which of the device's addresses.
+    pub dst: Vec<IpRange>,
+    /// `example.com/cap/name`.
+    pub name: String,
+    /// What the application makes of it.
+    pub values: Vec<serde_json::Value>,
+    /// When it holds; `None` is always.
+    pub active: Option<Vec<UnixInterval>>,
+}
+
+impl Compiled {
+    pub(super) fn fill_rule(&mut self, index: usize) {
+        let rule = &self.rules[index];
+        let mut nodes = NodeSet::new();
+        for target in &rule.targets {
+            match &target.kind {
+                TargetKind::Identity(id) => nodes.extend(&self.world.identities.members[*id as usize]),
+                TargetKind::Literal(set) => nodes.extend(&self.world.lookup(set, true)),
+                TargetKind::Any | TargetKind::Own => nodes.extend(&self.world.everyone),
+            }
+        }
+        let kept: NodeSet = nodes
+            .iter()
+            .filter(|slot| self.world.device(*slot).is_some_and(|d| self.lets_in(rule, *slot, d)))
+            .collect();
+        let print = kept
+            .iter()
+            .filter_map(|slot| self.world.device(slot))
+            .fold(0_u128, |sum, d| sum.wrapping_add(rule.part_print(d)));
+        let rule = &mut self.rules[index];
+        rule.dst_nodes = kept;
+        rule.dst_print = print;
+    }
+
+    /// Does the device let anything of the rule in?
+    pub(super) fn lets_in(&self, rule: &CompiledRule, slot: usize, device: &Device) -> bool {
+        if let Some(alt) = rule.dst_alt {
+            let truth = self.alts[alt].truth[slot];
+            let matches = match rule.action {
+                Action::Allow => truth == Truth::True,
+                Action::Deny => truth != Truth::False,
+            };
+            if !matches {
+                return false;
+            }
+        }
+        if rule.own {
+            return device.user.is_some();
+        }
+        if let Some(via) = &rule.via
+            && !via.iter().any(|id| device.has(*id))
+        {
+            return false;
+        }
+        rule.targets.iter().any(|t| !self.part_of(rule, t, device).is_empty())
+    }
+
+    /// The addresses a device answers for under one target of a rule.
+    fn part_of(&self, rule: &CompiledRule, target: &Target, device: &Device) -> IpSet {
+        if rule.via.is_some() {
+            let wanted = match &target.kind {
+                TargetKind::Literal(set) => set,
+                TargetKind::Any => &self.world.overlay,
+                // Identities are reached directly, never through a carrier.
+                TargetKind::Identity(_) | TargetKind::Own => return IpSet::new(),
+            };
+            let mut part = wanted.intersect(&device.routes);
+            if device.exit && wanted == self.world.internet() {
+                part.extend(wanted);
+            }
+            return part;
+        }
+        match &target.kind {
+            TargetKind::Identity(id) if device.has(*id) => device.own.iter().copied().collect(),
+            TargetKind::Identity(_) => IpSet::new(),
+            TargetKind::Literal(set) => set.intersect(&device.answers),
+            TargetKind::Any => device.answers.clone(),
+            TargetKind::Own => device.own.iter().copied().collect(),
+        }
+    }
+
+    /// What the device lets in of a rule.
+    fn dst_at(&self, rule: &CompiledRule, device: &Device) -> Vec<FilterDst> {
+        let mut out = Vec::new();
+        for target in &rule.targets {
+            for net in self.part_of(rule, target, device).ranges() {
+                out.extend(target.ports.iter().map(|ports| FilterDst { net, ports: *ports }));
+            }
+        }
+        out.sort_unstable();
+        out.dedup();
+        out
+    }
+
+    /// The addresses that may be the source of a rule at one device.
+    fn src_at(&self, rule: &CompiledRule, device: &Device) -> Vec<IpRange> {
+        let source = &self.sources[rule.src];
+        if !rule.own {
+            return source.set.to_ranges();
+        }
+        self.same_user(rule, device).flat_map(|(_, d)| d.own.iter().copied()).collect::<IpSet>().to_ranges()
+    }
+
+    /// The devices of the device's user that a rule between own devices starts at.
+    fn same_user<'c>(
+        &'c self,
+        rule: &'c CompiledRule,
+        device: &Device,
+    ) -> impl Iterator<Item = (usize, &'c Device)> {
+        let nodes = &self.sources[rule.src].nodes;
+        device
+            .user
+            .and_then(|user| self.world.of_user.get(user))
+            .into_iter()
+            .flatten()
+            .filter(move |slot| nodes.has(**slot))
+            .filter_map(|slot| Some((*slot, self.world.device(*slot)?)))
+    }
+
+    pub(super) fn filter(&self, rule: &CompiledRule, src: Vec<IpRange>, dst: Vec<FilterDst>) -> FilterRule {
+        FilterRule {
+            id: rule.id,
+            origin: rule.origin.clone(),
+            action: rule.action,
+            staged: rule.staged,
+            src,
+            dst,
+            protos: rule.protos.clone(),
+            active: rule.active.clone(),
+        }
+    }
+
+    /// Where a rule stands now, `grants[3] line 41`. [`FilterRule::origin`] is not part of a [`Fingerprint`], so a
+    /// device may hold an older line number; the id is the stable name.
+    pub fn origin_of(&self, id: RuleId) -> Option<&str> {
+        self.rules.iter().find(|r| r.id == id).map(|r| r.origin.as_str())
+    }
+
+    /// The names of all devices, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.world.by_name.keys().map(String::as_str)
+    }
+
+    /// What the device lets in.
+    pub fn ingress(&self, name: &str) -> Vec<FilterRule> {
+        let Some((slot, device)) = self.world.named(name) else {
+            return Vec::new();
+        };
+        self.rules
+            .iter()
+            .filter(|r| !r.app && r.dst_nodes.has(slot))
+            .map(|r| self.filter(r, self.src_at(r, device), self.dst_at(r, device)))
+            .filter(|r| !r.src.is_empty() && !r.dst.is_empty())
+            .collect()
+    }
+
+    /// What the device may send: sources are its own addresses and routes, destinations what its peers answer for.
+    pub fn egress(&self, name: &str) -> Vec<FilterRule> {
+        let Some((slot, device)) = self.world.named(name) else {
+            return Vec::new();
+        };
+        let mut from: IpSet = device.own.iter().copied().collect();
+        from.extend(&device.routes);
+        let mut out = Vec::new();
+        for rule in self.rules.iter().filter(|r| !r.app) {
+            let source = &self.sources[rule.src];
+            if !source.nodes.has(slot) {
+                continue;
+            }
+            let (src, dst) = if rule.own {
+                if device.user.is_none() {
+                    continue;
+                }
+                (device.own.clone(), self.own_dst(rule, device))
+            } else {
+                (from.intersect(&source.set).to_ranges(), self.dst_all(rule))
+            };
+            if !src.is_empty() && !dst.is_empty() {
+                out.push(self.filter(rule, src, dst));
+            }
+        }
+        out
+    }
+
+    fn own_dst(&self, rule: &CompiledRule, device: &Device) -> Vec<FilterDst> {
+        let mut out: Vec<FilterDst> = device
+            .user
+            .and_then(|user| self.world.of_user.get(user))
+            .into_iter()
+            .flatten()
+            .filter(|slot| rule.dst_nodes.has(**slot))
+            .filter_map(|slot| self.world.device(*slot))
+            .flat_map(|d| self.dst_at(rule, d))
+            .collect();
+        out.sort_unstable();
+        out.dedup();
+        out
+    }
+
+    /// What all devices together let in of a rule.
+    fn dst_all(&self, rule: &CompiledRule) -> Vec<FilterDst> {
+        let mut out = Vec::new();
+        let filtered = rule.dst_alt.is_some() || rule.via.is_some();
+        for target in &rule.targets {
+            let nets = match &target.kind {
+                TargetKind::Identity(id) if !filtered => {
+                    self.world.identities.addresses[*id as usize].to_ranges()
+                }
+                TargetKind::Any if !filtered => self.answers.to_ranges(),
+                _ => rule
+                    .dst_nodes
+                    .iter()
+                    .filter_map(|slot| self.world.device(slot))
+                    .flat_map(|d| self.part_of(rule, target, d).to_ranges())
+                    .collect::<IpSet>()
+                    .to_ranges(),
+            };
+            for net in nets {
+                out.extend(target.ports.iter().map(|ports| FilterDst { net, ports: *ports }));
+            }
+        }
+        out.sort_unstable();
+        out.dedup();
+        out
+    }
+
+    /// Everything about one device. `None` if it is not in the inventory.
+    pub fn node(&self, name: &str) -> Option<NodePolicy> {
+        let (slot, device) = self.world.named(name)?;
+        let model = self.policy.model();
+        let mut out = NodePolicy {
+            ingress: self.ingress(name),
+            ssh: self.ssh_at(slot, device),
+            caps: self.caps_at(slot, device),
+            approved_routes: device
+                .node
+                .approved_routes
+                .intersection(&device.node.routable_ips)
+                .copied()
+                .collect(),
+            auto_approved_routes: self.auto_approved(model, device),
+            peers: self.peers_at(slot, device),
+            ..NodePolicy::default()
+        };
+        if model.randomize_client_port {
+            out.attrs.insert("randomize-client-port".to_owned());
+        }
+        for attr in &model.node_attrs {
+            if attr.target.iter().any(|t| self.selects(&t.value, device)) {
+                out.attrs.extend(attr.attr.iter().cloned());
+                out.ip_pools.extend(&attr.ip_pool);
+                for (app, values) in &attr.app {
+                    out.apps.entry(app.clone()).or_default().extend(values.iter().cloned());
+                }
+            }
+        }
+        Some(out)
+    }
+
+    /// Is the device one of these? By identity or by one of its own addresses.
+    pub(crate) fn selects(&self, selector: &Selector, device: &Device) -> bool {
+        match selector {
+            Selector::Any => true,
+            other if is_identity(other) => self.world.identities.find(other).is_some_and(|id| device.has(id)),
+            other => {
+                let set = self.literal(other);
+                device.own.iter().any(|r| set.overlaps(*r))
+            }
+        }
+    }
+
+    fn caps_at(&self, slot: usize, device: &Device) -> Vec<Capability> {
+        let model = self.policy.model();
+        let mut out = Vec::new();
+        for rule in &self.rules {
+            if !rule.app || rule.staged || !rule.dst_nodes.has(slot) {
+                continue;
+            }
+            let src = self.src_at(rule, device);
+            let dst: IpSet = self.dst_at(rule, device).into_iter().map(|d| d.net).collect();
+            if src.is_empty() || dst.is_empty() {
+                continue;
+            }
+            for (name, values) in &model.rules[rule.rule].app {
+                out.push(Capability {
+                    id: rule.id,
+                    origin: rule.origin.clone(),
+                    src: src.clone(),
+                    dst: dst.to_ranges(),
+                    name: name.clone(),
+                    values: values.clone(),
+                    active: rule.active.clone(),
+                });
+            }
+        }
+        out
+    }
+
+    pub(super) fn auto_approved(&self, model: &Model, device: &Device) -> BTreeSet<IpNet> {
+        let approves = |who: &[At<Selector>]| who.iter().any(|w| self.selects(&w.value, device));
+        device
+            .node
+            .routable_ips
+            .iter()
+            .filter(|offered| {
+                let exit = offered.prefix_len() == 0 && approves(&model.exit_approvers);
+                exit || model.route_approvers.iter().any(|(net, who)| {
+                    // An approval of a default route is not one of every network.
+                    let covers = if net.value.prefix_len() == 0 {
+                        net.value == offered.trunc()
+                    } else {
+                        net.value.contains(*offered)
+                    };
+                    covers && approves(who)
+                })
+            })
+            .copied()
+            .collect()
+    }
+
+    fn peers_at(&self, slot: usize, device: &Device) -> BTreeMap<String, Need> {
+        let (mut reach, mut reached) = (NodeSet::new(), NodeSet::new());
+        let mut through: BTreeMap<usize, (BTreeSet<IpNet>, bool)> = BTreeMap::new();
+        for rule in &self.rules {
+            if rule.app || rule.staged || rule.action == Action::Deny {
+                continue;
+            }
+            let source = &self.sources[rule.src];
+            if rule.own {
+                let Some(user) = device.user else { continue };
+                let own = &self.world.of_user[user];
+                if rule.dst_nodes.has(slot) {
+                    reached.extend(&own.iter().copied().filter(|s| source.nodes.has(*s)).collect());
+                }
+                if source.nodes.has(slot) {
+                    reach.extend(&own.iter().copied().filter(|s| rule.dst_nodes.has(*s)).collect());
+                }
+                continue;
+            }
+            if rule.dst_nodes.has(slot) {
+                reached.extend(&source.nodes);
+            }
+            if source.nodes.has(slot) {
+                reach.extend(&rule.dst_nodes);
+                self.routes_through(rule, &mut through);
+            }
+        }
+        reach.remove(slot);
+        reached.remove(slot);
+        let mut seen = reach.clone();
+        seen.extend(&reached);
+        seen.iter()
+            .filter_map(|peer| {
+                let (routes, exit) = through.remove(&peer).unwrap_or_default();
+                let need =
+                    Need { may_reach: reach.has(peer), may_be_reached_by: reached.has(peer), routes, exit };
+                Some((self.world.device(peer)?.name.clone(), need))
+            })
+            .collect()
+    }
+
+    fn routes_through(&self, rule: &CompiledRule, through: &mut BTreeMap<usize, (BTreeSet<IpNet>, bool)>) {
+        for router in &self.world.routers {
+            if !rule.dst_nodes.has(*router) {
+                continue;
+            }
+            let Some(device) = self.world.device(*router) else {
+                continue;
+            };
+            let entry = through.entry(*router).or_default();
+            for target in &rule.targets {
+                let part = self.part_of(rule, target, device);
+                for route in device.node.subnet_routes() {
+                    if part.overlaps(route.into()) {
+                        entry.0.insert(route);
+                    }
+                }
+                entry.1 |=
+                    device.exit && part.range_count() > 1 && set_overlaps(&part, self.world.internet());
+            }
+        }
+    }
+}
