@@ -321,6 +321,7 @@ impl Device {
             self.ready.pop_front();
             if let Some(active) = active_in(&mut self.slots, slot) {
                 active.listed = false;
+                self.shrink(slot, now.boot);
             }
         }
         None
@@ -383,14 +384,23 @@ impl Device {
             self.counters.queued_packets_dropped += active.queue.len() as u64;
             active.queue.clear();
         }
-        if active.is_over(now.boot) && !active.listed {
-            state.active = None;
-        }
+        self.shrink(slot, now.boot);
         if expired {
             self.push_event(Event::SessionExpired { peer });
         }
         if fired.failed {
             self.push_event(Event::HandshakeFailed { peer });
+        }
+    }
+
+    /// Makes a peer idle again if nothing about it needs remembering.
+    fn shrink(&mut self, slot: u32, now: Instant) {
+        if let Some(state) = peer_at(&mut self.slots, slot)
+            && let Some(active) = &state.active
+            && !active.listed
+            && active.is_over(now)
+        {
+            state.active = None;
         }
     }
 

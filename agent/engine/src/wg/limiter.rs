@@ -10,11 +10,11 @@ use warren_common::time::Instant;
 
 use crate::io::Source;
 
-/// Initiations answered without a cookie, per second: at about 0.4 ms of one core each, 4 % of it.
+/// Initiations answered without a cookie, per second: at about 0.25 ms each, 2.5 % of one core.
 pub const FREE_HANDSHAKES_PER_SECOND: u32 = 100;
 /// Initiations answered without a cookie in one burst: a site's devices coming back after a power cut.
 pub const MAX_FREE_BURST: u32 = 64;
-/// Initiations answered per second from all sources that returned a cookie: the ceiling, about a fifth of one core.
+/// Initiations answered per second from all sources that returned a cookie: the ceiling, an eighth of one core.
 pub const PROVED_HANDSHAKES_PER_SECOND: u32 = 500;
 /// Initiations answered in one burst from all sources that returned a cookie.
 pub const MAX_PROVED_BURST: u32 = 100;

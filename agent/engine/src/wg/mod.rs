@@ -66,7 +66,7 @@ pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Initiations sent in one series: [`REKEY_ATTEMPT_TIME`] at [`REKEY_TIMEOUT`] each.
 pub const MAX_HANDSHAKE_ATTEMPTS: u32 = (REKEY_ATTEMPT_TIME.as_secs() / REKEY_TIMEOUT.as_secs()) as u32;
-/// Least time between two initiations that we accept from one peer: 50 a second, each costing 0.4 ms.
+/// Least time between two initiations that we accept from one peer: 50 a second, each costing 0.25 ms.
 pub const INITIATION_INTERVAL: Duration = Duration::from_millis(20);
 /// Peers of one device (shard): keeps live indices below 2 % of 2^24, and the map of keys below 5 MiB.
 pub const MAX_PEERS: usize = 1 << 16;
