@@ -70,6 +70,8 @@ struct Remote {
     way: Way,
     kind: CandidateKind,
     learned: Instant,
+    /// An authentic packet came from there.
+    heard: bool,
     pinged: Option<Instant>,
     confirmed: Option<Instant>,
     rtt: Duration,
@@ -111,6 +113,11 @@ impl Active {
 
     pub(super) const fn keys(&self) -> Option<&ProbeKeys> {
         self.keys.as_ref()
+    }
+
+    #[cfg(test)]
+    pub(super) fn remotes(&self) -> usize {
+        self.remotes.len()
     }
 
     pub(super) const fn used(&mut self, now: Instant) {
@@ -192,10 +199,11 @@ impl Active {
                     return false;
                 }
                 self.reply_to = Some((way, now));
-                self.remotes
-                    .iter()
-                    .find(|r| r.way == way)
-                    .is_none_or(|r| r.pinged.is_none_or(|at| now.since(at) >= TRIGGERED_INTERVAL))
+                let Some(remote) = self.remotes.iter_mut().find(|r| r.way == way) else { return true };
+                // The first sign of life is worth a ping though one is under way: that one went before the NAT on the
+                // other side was open.
+                let first = !std::mem::replace(&mut remote.heard, true);
+                first || remote.pinged.is_none_or(|at| now.since(at) >= TRIGGERED_INTERVAL)
             }
             Source::Relay { relay, .. } => {
                 let news = self.relay_seen.is_none_or(|(seen, _)| seen != relay);
@@ -342,8 +350,12 @@ impl Active {
                 current.check = Some(Check { started: now, next_ping: now });
             }
         }
-        if news || request && self.current.is_none() {
+        if news {
             self.restart_rounds(now);
+        } else if request && self.current.is_none() {
+            // It is pinging now: so do we, for both NATs to be open at once. No round of ours, or two peers that can't
+            // meet would keep each other at it.
+            self.probe_all(now, shared);
         }
     }
 
@@ -513,13 +525,9 @@ impl Active {
         if now < self.next_round {
             return;
         }
-        let direct = self.current.as_ref().map(|c| c.way);
-        let ways: ArrayVec<Way, MAX_REMOTES> =
-            self.remotes.iter().map(|r| r.way).filter(|way| Some(*way) != direct).collect();
-        for way in ways {
-            self.probe(now, way, shared);
-        }
-        if direct.is_none() {
+        self.probe_all(now, shared);
+        let direct = self.current.is_some();
+        if !direct {
             // The first announcement may be lost, or the peer's answer; later it may have moved.
             if self.round > 0 && (!self.listed || self.round > 3) {
                 self.owe(now, true);
@@ -528,13 +536,23 @@ impl Active {
                 shared.push_event(Event::RelayWanted { relay });
             }
         }
-        let pause = if direct.is_some() && self.round >= ROUNDS_AFTER_PROMOTION {
+        let pause = if direct && self.round >= ROUNDS_AFTER_PROMOTION {
             UPGRADE_INTERVAL
         } else {
             ROUND_PAUSES[self.round.min(ROUND_PAUSES.len() - 1)]
         };
         self.round += 1;
         self.next_round = now + pause;
+    }
+
+    /// Pings every address but the one in use, within the budget.
+    fn probe_all(&mut self, now: Instant, shared: &mut Shared) {
+        let direct = self.current.as_ref().map(|c| c.way);
+        let ways: ArrayVec<Way, MAX_REMOTES> =
+            self.remotes.iter().map(|r| r.way).filter(|way| Some(*way) != direct).collect();
+        for way in ways {
+            self.probe(now, way, shared);
+        }
     }
 
     const fn restart_rounds(&mut self, now: Instant) {
@@ -610,7 +628,15 @@ impl Active {
                 self.remotes.remove(at);
             }
         }
-        let remote = Remote { way, kind, learned: now, pinged: None, confirmed: None, rtt: Duration::ZERO };
+        let remote = Remote {
+            way,
+            kind,
+            learned: now,
+            heard: false,
+            pinged: None,
+            confirmed: None,
+            rtt: Duration::ZERO,
+        };
         self.remotes.push(remote);
         true
     }
