@@ -1,7 +1,7 @@
 //! Bounds: what a remote party can make grow, and how often it can make us speak.
 
 use super::*;
-use warren_common::wire::probe::TXID_LEN;
+use warren_common::wire::probe::{Candidate, CandidateKind, TXID_LEN};
 
 const B: DeviceId = DeviceId::from_bytes([2; 16]);
 const RELAY: RelayId = RelayId::from_bytes([3; 16]);

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use proptest::prelude::*;
+use proptest::sample::Index;
 use warren_common::wire::probe::MAGIC;
 use warren_engine::event::{Event, Path};
 use warren_engine::io::Source;
@@ -180,7 +182,7 @@ fn a_direct_path_in_use_is_kept_open_and_an_idle_one_is_let_go() {
 
 #[test]
 fn idle_engines_sleep() {
-    let mut net = Net::new(&[Behind::PortRestricted; 40]);
+    let mut net = Net::new(&[Behind::PortRestricted; 100]);
     for to in 1..5 {
         net.send(0, to, b"hello");
     }
@@ -263,6 +265,45 @@ fn garbage_from_anywhere_is_counted_and_teaches_nothing() {
         assert!(net.drops(1, counter) > 0, "{counter}");
     }
     assert!(net.nodes[1].got.len() == 1);
+}
+
+proptest! {
+    /// Handshakes, data, probes and STUN as they really are, then cut, changed, spliced and sent from elsewhere.
+    #[test]
+    fn tampered_traffic_never_panics_and_delivers_nothing_twice(
+        edits in proptest::collection::vec(
+            (any::<Index>(), any::<Index>(), any::<u8>(), 0usize..4, any::<Index>()), 1..60,
+        ),
+    ) {
+        let mut net = Net::new(&[Behind::Nothing, Behind::Nothing]);
+        net.send(0, 1, b"first");
+        talk(&mut net, 1);
+        let recorded = net.sent.clone();
+        let got = net.nodes[1].got.len();
+        let sources = [
+            Source::Direct { socket: 0, remote: net.nodes[0].local },
+            Source::Direct { socket: 0, remote: "192.0.2.66:666".parse().unwrap() },
+            Source::Direct { socket: 0, remote: crate::net::stun_servers()[0] },
+            Source::Relay { relay: RELAY, device: device(0) },
+            Source::Signal { device: device(0) },
+        ];
+        for (which, at, value, edit, from) in edits {
+            let mut bytes = which.get(&recorded).clone();
+            let at = at.index(bytes.len());
+            match edit {
+                0 => bytes[at] ^= value,
+                1 => bytes.truncate(at),
+                2 => bytes.extend_from_within(at..),
+                _ => {}
+            }
+            net.deliver(1, *from.get(&sources), bytes);
+        }
+        net.run(S);
+        prop_assert_eq!(net.nodes[1].got.len(), got);
+        net.send(0, 1, b"still fine");
+        net.run(S);
+        prop_assert_eq!(net.nodes[1].got.len(), got + 1);
+    }
 }
 
 #[test]
