@@ -27,7 +27,7 @@ mod counters;
 mod gcra;
 
 pub use counters::{Counters, DropReason, Stats};
-use gcra::Gcra;
+pub(crate) use gcra::Gcra;
 
 /// Default for [`Limits::max_clients`]: 20 000 × 64 KiB is 1.2 GiB, what a small relay has.
 pub const MAX_CLIENTS: usize = 20_000;
@@ -129,6 +129,8 @@ pub struct Relay {
     half_open: BTreeSet<ConnId>,
     sessions: BTreeMap<DeviceId, ConnId>,
     timers: BTreeSet<(Instant, ConnId)>,
+    /// Connections with a `Wake` out for which `next_frame` has not returned `None` since: all that have frames waiting.
+    woken: BTreeSet<ConnId>,
     minimums: BTreeMap<DeviceId, Minimum>,
     floor: u64,
     queued_bytes: usize,
@@ -139,8 +141,6 @@ pub struct Relay {
 #[derive(Debug)]
 struct Conn {
     queue: FrameQueue,
-    /// A `Wake` is out and `next_frame` has not returned `None` since.
-    woken: bool,
     heard: Instant,
     timer: Instant,
     state: State,
@@ -191,6 +191,7 @@ impl Relay {
             half_open: BTreeSet::new(),
             sessions: BTreeMap::new(),
             timers: BTreeSet::new(),
+            woken: BTreeSet::new(),
             minimums: BTreeMap::new(),
             queued_bytes: 0,
             outputs: VecDeque::new(),
@@ -216,7 +217,6 @@ impl Relay {
             id,
             Conn {
                 queue: FrameQueue::new(self.config.limits.queue_bytes),
-                woken: false,
                 heard: now.boot,
                 timer: until,
                 state: State::HalfOpen { challenge, ephemeral, until },
@@ -291,7 +291,9 @@ impl Relay {
         let before = entry.queue.data_bytes();
         let frame = entry.queue.pop();
         self.queued_bytes -= before - entry.queue.data_bytes();
-        entry.woken = frame.is_some();
+        if frame.is_none() {
+            self.woken.remove(&conn);
+        }
         frame
     }
 
@@ -306,15 +308,17 @@ impl Relay {
         let forget_at = now.boot + TOKEN_MEMORY;
         let minimum = self.minimums.entry(device).or_insert(Minimum { revision, forget_at });
         *minimum = Minimum { revision: revision.max(minimum.revision), forget_at };
+        self.drop_waiting(Some(device));
         self.suspend_if_older(device, revision, now.boot);
     }
 
-    /// Every device needs a token of at least `revision`; never lowers an earlier floor.
+    /// Every device needs a token of at least `revision`; what waits is dropped. Never lowers an earlier floor.
     pub fn set_floor(&mut self, revision: u64, now: Now) {
         if revision <= self.floor {
             return;
         }
         self.floor = revision;
+        self.drop_waiting(None);
         let devices: Vec<DeviceId> = self.sessions.keys().copied().collect();
         devices.into_iter().for_each(|device| self.suspend_if_older(device, revision, now.boot));
     }
@@ -323,7 +327,6 @@ impl Relay {
     /// dropped, and only a token of that revision or later, which it won't get unless it is let in again, counts.
     pub fn revoke(&mut self, device: DeviceId, revision: u64, now: Now) {
         if let Some(conn) = self.sessions.get(&device).copied() {
-            self.drop_sent(conn);
             self.close(conn, RefusalCode::Revoked);
         }
         self.set_minimum_revision(device, revision, now);
@@ -513,8 +516,7 @@ impl Relay {
         match pushed {
             Pushed::Queued { dropped } => {
                 self.counters.drop(DropReason::QueueFull, dropped as u64);
-                if !entry.woken {
-                    entry.woken = true;
+                if self.woken.insert(conn) {
                     self.outputs.push_back(Output::Wake(conn));
                 }
                 return true;
@@ -537,23 +539,19 @@ impl Relay {
         if session.suspended.is_none() {
             session.suspended = Some(now + STALE_GRACE);
         }
-        self.drop_sent(conn);
         self.drop_queued(conn, |_| true);
         self.check_deadlines(conn, now);
         self.control(conn, &Frame::TokenWanted { why: WantedReason::Stale });
     }
 
-    /// Drops what the device of `conn` has sent and nobody has been given yet.
-    fn drop_sent(&mut self, conn: ConnId) {
-        let Some(session) = self.session(conn) else { return };
-        let device = session.device;
-        let receivers: Vec<ConnId> =
-            session.peers.iter().filter_map(|peer| self.sessions.get(peer).copied()).collect();
-        for to in receivers {
-            self.drop_queued(
-                to,
-                |frame| matches!(Frame::decode(frame), Ok(Some(Frame::Recv { src, .. })) if src == device),
-            );
+    /// Drops what `from` has sent (`None`: all that was sent) and nobody was given yet, whichever token it was sent with.
+    fn drop_waiting(&mut self, from: Option<DeviceId>) {
+        let waiting: Vec<ConnId> = self.woken.iter().copied().collect();
+        for conn in waiting {
+            self.drop_queued(conn, |frame| match (Frame::decode(frame), from) {
+                (Ok(Some(Frame::Recv { src, .. })), Some(from)) => src == from,
+                _ => true,
+            });
         }
     }
 
@@ -611,6 +609,7 @@ impl Relay {
         let Some(entry) = self.conns.remove(&conn) else { return false };
         self.queued_bytes -= entry.queue.data_bytes();
         self.timers.remove(&(entry.timer, conn));
+        self.woken.remove(&conn);
         match entry.state {
             State::HalfOpen { .. } => {
                 self.half_open.remove(&conn);

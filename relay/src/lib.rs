@@ -1,6 +1,12 @@
 //! The relay: carries sealed packets between devices that can't reach each other, and can't read, forge or replay them.
 //!
-//! [`core`] decides everything and does no I/O; the rest are its shells.
+//! [`core`] decides everything and does no I/O; [`stun`] answers questions about addresses, as bytes. [`server`] is the
+//! shell: QUIC, TLS over TCP and STUN sockets on tokio.
 #![forbid(unsafe_code)]
 
 pub mod core;
+pub mod server;
+pub mod stun;
+pub mod tls;
+
+mod os;

@@ -22,11 +22,11 @@
 //! permitted side has nothing to send. See [`Output`].
 
 use std::collections::{BTreeMap, VecDeque};
-use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use warren_common::filter::{FilterRule, PROTO_ICMPV6, RuleId, UnixInterval};
-use warren_common::time::{Instant, Now, UnixTime};
+use warren_common::time::{Instant, Now};
 
 use crate::flow::table::{FlowHash, FlowId, FlowTable, MAX_FLOWS};
 use crate::flow::{Direction, Flow, FlowKey};
@@ -54,9 +54,6 @@ use why::RecentDrops;
 
 /// Ended flows kept until somebody takes them, a count: all of a full table.
 pub const MAX_ENDED: usize = MAX_FLOWS;
-
-/// The end of a span without an end.
-const FOREVER: UnixTime = UnixTime::from_secs(i64::MAX);
 
 /// What to do with a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,7 +102,7 @@ pub struct Filter {
     /// Set while nothing is allowed.
     closed: Option<EndReason>,
     /// The time in which the flows' last check keeps.
-    checked: Range<UnixTime>,
+    checked: UnixInterval,
     flows: FlowTable,
     fragments: Fragments,
     notices: Notices,
@@ -124,11 +121,11 @@ impl Filter {
 
     /// A filter on a flow table with limits of its own.
     pub fn with_table(seed: [u64; 2], flows: FlowTable) -> Self {
-        let hash = FlowHash::new(seed);
+        let hash = FlowHash { seed };
         Self {
             rules: Arc::default(),
             closed: None,
-            checked: UnixTime::from_secs(i64::MIN)..FOREVER,
+            checked: UnixInterval { from: i64::MIN, until: i64::MAX },
             flows,
             fragments: Fragments::default(),
             notices: Notices::new(hash),
@@ -141,7 +138,7 @@ impl Filter {
     }
 
     /// Puts rules in force in place of the former ones and checks every flow against them. Returns the flows that
-    /// are no longer allowed; they have ended (with those that ended before, if nobody took them yet). Also reopens a filter that [`Filter::close_all`] closed.
+    /// are no longer allowed; they have ended. Also reopens a filter that [`Filter::close_all`] closed.
     pub fn set_rules(
         &mut self,
         ingress: Vec<FilterRule>,
@@ -217,8 +214,11 @@ impl Filter {
         if !self.ended.is_empty() {
             return Some(now.boot);
         }
-        let until = self.checked.end;
-        let window = (until < FOREVER).then(|| now.boot + until.since(now.unix));
+        let window = (self.checked.until != i64::MAX).then(|| {
+            let until = self.checked.until.saturating_mul(1_000_000);
+            let micros = until.saturating_sub(now.unix.as_micros()).max(0);
+            now.boot + Duration::from_micros(micros as u64) // not negative: see the line above
+        });
         window.into_iter().chain(self.flows.next_expiry()).min()
     }
 
@@ -472,7 +472,8 @@ impl Filter {
     }
 
     fn check_windows(&mut self, now: Now) {
-        if !self.checked.contains(&now.unix) {
+        let unix = now.unix.as_secs();
+        if unix < self.checked.from || unix >= self.checked.until {
             self.recheck(now, EndReason::WindowClosed);
         }
     }
@@ -480,8 +481,7 @@ impl Filter {
     /// Checks every flow against the rules as they are now.
     fn recheck(&mut self, now: Now, reason: EndReason) {
         let unix = now.unix.as_secs();
-        let span = self.rules.stable_span(unix);
-        self.checked = UnixTime::from_secs(span.from)..UnixTime::from_secs(span.until);
+        self.checked = self.rules.stable_span(unix);
         let rules = Arc::clone(&self.rules);
         for place in 0..self.flows.capacity() {
             let Some((id, flow)) = self.flows.id_at(place).and_then(|id| Some((id, *self.flows.get(id)?)))

@@ -42,6 +42,8 @@ pub const DATA_HEADER: usize = 1 + 16;
 /// Bytes of the length in front of a frame on a stream.
 pub const STREAM_HEADER: usize = 3;
 
+/// What a [`Deframer`] keeps allocated between frames, in bytes.
+const KEPT_BUFFER: usize = 16 * 1024;
 const WHAT: &str = "relay frame";
 const POSSESSION: &[u8] = b"warren relay possession v1\0";
 
@@ -75,7 +77,7 @@ pub enum Frame<'a> {
         /// The revision of the token that counts now.
         revision: u64,
     },
-    /// Relay to device, last of all: `04 | code 1 | text`.
+    /// Relay to device, last of all: `04 | code 1 | text`. Over QUIC code and text are those of the connection's close.
     Refused {
         /// Why.
         code: RefusalCode,
@@ -537,10 +539,13 @@ pub struct Deframer {
 }
 
 impl Deframer {
-    /// Where to append what was read. Frames handed out so far are gone from it.
+    /// Where to append what was read. Frames handed out so far are gone from it, and so is the room for a long one.
     pub fn buffer(&mut self) -> &mut Vec<u8> {
         self.buffer.drain(..self.start);
         self.start = 0;
+        if self.buffer.is_empty() && self.buffer.capacity() > KEPT_BUFFER {
+            self.buffer = Vec::new();
+        }
         &mut self.buffer
     }
 

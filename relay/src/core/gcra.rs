@@ -6,13 +6,13 @@ use warren_common::time::Instant;
 
 /// When the budget would be used up if nothing more came; in the past: all of it is there.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Gcra {
+pub(crate) struct Gcra {
     empty_until: Instant,
 }
 
 impl Gcra {
     /// Takes `cost` if the budget, which refills with time and holds at most `burst`, has it.
-    pub(super) fn allow(&mut self, now: Instant, cost: Duration, burst: Duration) -> bool {
+    pub(crate) fn allow(&mut self, now: Instant, cost: Duration, burst: Duration) -> bool {
         let next = self.empty_until.max(now) + cost;
         let allowed = next.since(now) <= burst;
         if allowed {

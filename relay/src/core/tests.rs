@@ -514,26 +514,40 @@ fn drain_tells_everyone_and_close_all_ends_all() {
 }
 
 #[derive(Debug, Clone)]
+enum Pick {
+    /// The session of a device.
+    Session(u8),
+    /// Any connection that ever was.
+    Any(prop::sample::Index),
+}
+
+#[derive(Debug, Clone)]
 enum Step {
     Connect,
-    Auth { conn: prop::sample::Index, who: u8, key: u8, revision: u64, peers: Vec<u8>, life_s: u64 },
-    Refresh { conn: prop::sample::Index, who: u8, revision: u64, peers: Vec<u8> },
-    Send { conn: prop::sample::Index, to: u8, len: usize },
-    Raw { conn: prop::sample::Index, bytes: Vec<u8> },
+    Join { who: u8, revision: u64, peers: Vec<u8> },
+    Auth { conn: Pick, who: u8, key: u8, revision: u64, peers: Vec<u8>, life_s: u64 },
+    Refresh { conn: Pick, who: u8, revision: u64, peers: Vec<u8> },
+    Send { conn: Pick, to: u8, len: usize },
+    Raw { conn: Pick, bytes: Vec<u8> },
     Minimum { who: u8, revision: u64 },
     Revoke { who: u8, revision: u64 },
     Floor { revision: u64 },
-    Read { conn: prop::sample::Index },
-    Gone { conn: prop::sample::Index },
+    Read { conn: Pick },
+    Gone { conn: Pick },
     Pass { ms: u64 },
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    let conn = any::<prop::sample::Index>;
-    let peers = || prop::collection::vec(0u8..5, 0..4);
-    // Revisions that drift up, so that some tokens are too old and some are not.
+    let conn = || {
+        prop_oneof![
+            4 => (0u8..5).prop_map(Pick::Session),
+            1 => any::<prop::sample::Index>().prop_map(Pick::Any),
+        ]
+    };
+    let peers = || prop::collection::vec(0u8..5, 1..4);
     prop_oneof![
         3 => Just(Step::Connect),
+        6 => (0u8..5, 1u64..7, peers()).prop_map(|(who, revision, peers)| Step::Join { who, revision, peers }),
         6 => (conn(), 0u8..5, 0u8..12, 1u64..5, peers(), 1u64..700).prop_map(|(conn, who, key, revision, peers, life_s)| {
             // Mostly the right key.
             Step::Auth { conn, who, key: if key < 5 { key } else { who }, revision, peers, life_s }
@@ -541,12 +555,12 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (conn(), 0u8..5, 1u64..6, peers()).prop_map(|(conn, who, revision, peers)| Step::Refresh { conn, who, revision, peers }),
         12 => (conn(), 0u8..5, 1usize..MAX_PAYLOAD).prop_map(|(conn, to, len)| Step::Send { conn, to, len }),
         2 => (conn(), prop::collection::vec(any::<u8>(), 0..120)).prop_map(|(conn, bytes)| Step::Raw { conn, bytes }),
-        1 => (0u8..5, 1u64..5).prop_map(|(who, revision)| Step::Minimum { who, revision }),
+        2 => (0u8..5, 1u64..5).prop_map(|(who, revision)| Step::Minimum { who, revision }),
         1 => (0u8..5, 1u64..5).prop_map(|(who, revision)| Step::Revoke { who, revision }),
-        1 => (1u64..3).prop_map(|revision| Step::Floor { revision }),
+        1 => (1u64..5).prop_map(|revision| Step::Floor { revision }),
         6 => conn().prop_map(|conn| Step::Read { conn }),
         1 => conn().prop_map(|conn| Step::Gone { conn }),
-        3 => (0u64..120_000).prop_map(|ms| Step::Pass { ms }),
+        2 => (0u64..30_000).prop_map(|ms| Step::Pass { ms }),
     ]
 }
 
@@ -563,14 +577,21 @@ struct Entitled {
 struct Model {
     challenges: BTreeMap<ConnId, Challenge>,
     entitled: BTreeMap<ConnId, Entitled>,
-    minimum: BTreeMap<u8, u64>,
+    /// With the time when no token from before can be alive any more.
+    minimum: BTreeMap<u8, (u64, UnixTime)>,
     floor: u64,
 }
 
 impl Model {
+    fn require(&mut self, who: u8, revision: u64, now: UnixTime) {
+        let earlier = self.minimum.get(&who).filter(|(_, until)| now < *until).map_or(0, |(r, _)| *r);
+        self.minimum.insert(who, (revision.max(earlier), now + TOKEN_MEMORY));
+    }
+
     fn current(&self, conn: ConnId, now: UnixTime) -> Option<&Entitled> {
         let entitled = self.entitled.get(&conn)?;
-        let minimum = self.minimum.get(&entitled.who).copied().unwrap_or(0).max(self.floor);
+        let minimum = self.minimum.get(&entitled.who).filter(|(_, until)| now < *until);
+        let minimum = minimum.map_or(0, |(revision, _)| *revision).max(self.floor);
         (entitled.revision >= minimum && now < entitled.until).then_some(entitled)
     }
 }
@@ -588,12 +609,27 @@ proptest! {
         let mut permitted: BTreeSet<(u8, u8, u32)> = BTreeSet::new();
         let mut serial = 0u32;
         for step in steps {
-            let pick = |index: prop::sample::Index| (!conns.is_empty()).then(|| conns[index.index(conns.len())]);
+            let sessions = world.relay.sessions.clone();
+            let pick = |pick: Pick| match pick {
+                Pick::Session(who) => sessions.get(&device(who)).copied(),
+                Pick::Any(index) => (!conns.is_empty()).then(|| conns[index.index(conns.len())]),
+            };
             match step {
                 Step::Connect => {
                     let (conn, challenge) = world.connect();
                     conns.push(conn);
                     model.challenges.insert(conn, challenge);
+                }
+                Step::Join { who, revision, peers } => {
+                    let (conn, challenge) = world.connect();
+                    conns.push(conn);
+                    model.challenges.insert(conn, challenge);
+                    let token = world.token(who, revision, &peers);
+                    world.auth(conn, challenge, &token.sign(&coordinator()), &probe(who));
+                    if world.relay.session(conn).is_some() {
+                        model.entitled.insert(conn, Entitled { who, revision, peers, until: token.expires });
+                        prop_assert!(model.current(conn, world.now.unix).is_some(), "a session without a current token");
+                    }
                 }
                 Step::Auth { conn, who, key, revision, peers, life_s } => if let Some(conn) = pick(conn) {
                     let until = world.now.unix + Duration::from_secs(life_s);
@@ -634,27 +670,27 @@ proptest! {
                 },
                 Step::Minimum { who, revision } => {
                     world.relay.set_minimum_revision(device(who), revision, world.now);
-                    let minimum = model.minimum.entry(who).or_default();
-                    if model.entitled.values().any(|e| e.who == who && e.revision < revision) {
-                        permitted.retain(|(src, dst, _)| *src != who && *dst != who);
-                    }
-                    *minimum = revision.max(*minimum);
+                    model.require(who, revision, world.now.unix);
+                    permitted.retain(|(src, ..)| *src != who);
                 }
                 Step::Revoke { who, revision } => {
                     world.relay.revoke(device(who), revision, world.now);
-                    let minimum = model.minimum.entry(who).or_default();
-                    *minimum = revision.max(*minimum);
-                    permitted.retain(|(src, dst, _)| *src != who && *dst != who);
+                    model.require(who, revision, world.now.unix);
+                    permitted.retain(|(src, ..)| *src != who);
                 }
                 Step::Floor { revision } => {
                     world.relay.set_floor(revision, world.now);
-                    model.floor = model.floor.max(revision);
+                    if revision > model.floor {
+                        model.floor = revision;
+                        permitted.clear();
+                    }
                 }
                 Step::Read { conn } => if let Some(conn) = pick(conn) {
                     let reader = world.relay.session(conn).map(|s| s.device);
                     for (src, payload) in world.received(conn) {
                         let serial = u32::from_be_bytes(*payload.first_chunk().unwrap());
                         let (src, dst) = (src.to_bytes()[0], reader.unwrap().to_bytes()[0]);
+                        prop_assert!(model.current(conn, world.now.unix).is_some(), "delivered to a suspended session");
                         prop_assert!(permitted.contains(&(src, dst, serial)), "{src} to {dst} was not permitted");
                     }
                 },
@@ -670,6 +706,8 @@ proptest! {
             prop_assert!(stats.queued_bytes <= bounds.total_queue_bytes);
             prop_assert_eq!(relay.conns.len(), stats.clients + stats.half_open);
             prop_assert_eq!(relay.timers.len(), relay.conns.len());
+            prop_assert!(relay.conns.iter().all(|(id, c)| c.queue.is_empty() || relay.woken.contains(id)));
+            prop_assert!(relay.woken.iter().all(|id| relay.conns.contains_key(id)));
             prop_assert_eq!(stats.queued_bytes, relay.conns.values().map(|c| c.queue.data_bytes()).sum::<usize>());
             for (device, conn) in &relay.sessions {
                 prop_assert_eq!(relay.session(*conn).map(|s| s.device), Some(*device));

@@ -27,8 +27,6 @@ mod peer;
 mod receive;
 mod replay;
 mod session;
-#[cfg(test)]
-mod tests;
 mod timers;
 
 use std::ops::Range;

@@ -1,0 +1,155 @@
+//! The relay's certificate: self-signed, kept in the state directory, pinned by everybody by its SHA-256.
+
+use std::fs;
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use sha2::{Digest as _, Sha256};
+use warren_common::wire::relay::{ALPN, SERVER_NAME};
+
+/// Name of the file with certificate and key (PEM, 0600) in the state directory.
+pub const FILE: &str = "relay-tls.pem";
+
+/// Why there is no certificate to serve with.
+#[derive(Debug, thiserror::Error)]
+pub enum IdentityError {
+    /// The file can't be read or written.
+    #[error("{path}: {source}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The file holds something else.
+    #[error(
+        "{path} does not hold a certificate and its key: {why}. Restore it from a backup; without one, remove it, and the relay makes another, which devices accept once the coordinator has told them"
+    )]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// No certificate could be made.
+    #[error("no certificate could be made: {0}")]
+    Make(String),
+}
+
+/// A certificate and its key.
+#[derive(Debug)]
+pub struct Identity {
+    cert: CertificateDer<'static>,
+    key: PrivateKeyDer<'static>,
+}
+
+impl Identity {
+    /// The one in `state_dir`; made there at the first start.
+    ///
+    /// # Errors
+    /// The file can't be read, written or understood. A file that is there is never overwritten.
+    pub fn load_or_create(state_dir: &Path) -> Result<Self, IdentityError> {
+        let path = state_dir.join(FILE);
+        let file = |source| IdentityError::File { path: path.clone(), source };
+        match fs::read(&path) {
+            Ok(pem) => Self::parse(&pem).map_err(|why| IdentityError::Corrupt { path, why }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let pem = make().map_err(|e| IdentityError::Make(e.to_string()))?;
+                write_private(&path, pem.as_bytes()).map_err(file)?;
+                Self::parse(pem.as_bytes()).map_err(IdentityError::Make)
+            }
+            Err(error) => Err(file(error)),
+        }
+    }
+
+    fn parse(pem: &[u8]) -> Result<Self, String> {
+        let cert = CertificateDer::from_pem_slice(pem).map_err(|e| e.to_string())?;
+        let key = PrivateKeyDer::from_pem_slice(pem).map_err(|e| e.to_string())?;
+        let identity = Self { cert, key };
+        identity.server_config().map(|_| identity).map_err(|e| e.to_string()) // certificate and key belong together
+    }
+
+    /// What clients pin.
+    pub fn sha256(&self) -> [u8; 32] {
+        Sha256::digest(&self.cert).into()
+    }
+
+    /// TLS 1.3 with this certificate, our ALPN, no resumption.
+    ///
+    /// # Errors
+    /// Key and certificate don't belong together.
+    pub(crate) fn server_config(&self) -> Result<rustls::ServerConfig, rustls::Error> {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .with_no_client_auth()
+            .with_single_cert(vec![self.cert.clone()], self.key.clone_key())?;
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        // Sessions last for hours and a ticket would only be one more secret to keep.
+        config.send_tls13_tickets = 0;
+        config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+        Ok(config)
+    }
+}
+
+fn make() -> Result<String, rcgen::Error> {
+    let key = rcgen::KeyPair::generate()?;
+    let cert = rcgen::CertificateParams::new([SERVER_NAME.to_owned()])?.self_signed(&key)?;
+    Ok(format!("{}{}", cert.pem(), key.serialize_pem()))
+}
+
+/// Writes a file that only its owner may read, whole or not at all.
+pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let dir = path.parent().unwrap_or(Path::new("."));
+    let mut temp = path.as_os_str().to_owned();
+    temp.push(".new");
+    let temp = PathBuf::from(temp);
+    match fs::remove_file(&temp) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {} // what an interrupted write left, if any, is gone
+    }
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temp)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&temp, path)?;
+    fs::File::open(dir)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    #[test]
+    fn a_certificate_is_made_once_and_kept_private() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = Identity::load_or_create(dir.path()).unwrap().sha256();
+        fs::write(dir.path().join("relay-tls.pem.new"), b"left over").unwrap();
+        assert_eq!(Identity::load_or_create(dir.path()).unwrap().sha256(), first);
+        let mode = fs::metadata(dir.path().join(FILE)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_corrupt_file_is_named_and_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        Identity::load_or_create(dir.path()).unwrap();
+        let path = dir.path().join(FILE);
+        let pem = fs::read_to_string(&path).unwrap();
+        let other = tempfile::tempdir().unwrap();
+        Identity::load_or_create(other.path()).unwrap();
+        let other = fs::read_to_string(other.path().join(FILE)).unwrap();
+        let key_at = pem.find("-----BEGIN PRIVATE").unwrap();
+        let foreign_key = &other[other.find("-----BEGIN PRIVATE").unwrap()..];
+        let mixed = format!("{}{foreign_key}", &pem[..key_at]);
+        for bad in ["", "nonsense", &pem[..key_at], &pem[key_at..], &mixed] {
+            fs::write(&path, bad).unwrap();
+            assert!(matches!(Identity::load_or_create(dir.path()), Err(IdentityError::Corrupt { .. })));
+            assert_eq!(fs::read_to_string(&path).unwrap(), bad);
+        }
+    }
+}

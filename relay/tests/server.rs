@@ -1,0 +1,195 @@
+//! The relay's shells over real sockets on loopback. No assertion is about time.
+
+#[cfg(test)]
+mod support;
+
+use std::time::Duration;
+
+use support::{Device, Seen, Transport, config, device, patient, probe, start, token};
+use tokio::net::UdpSocket;
+use warren_common::wire::relay::{Frame, GoneReason, MAX_PAYLOAD, RefusalCode, TokenRef, WantedReason};
+use warren_relay::core::{DropReason, Limits};
+use warren_relay::server::{RelayServer, StartError};
+
+const BOTH: [Transport; 2] = [Transport::Quic, Transport::Tls];
+
+#[tokio::test]
+async fn two_devices_talk_over_any_two_transports() {
+    let (_dir, server) = start(Limits::default());
+    for left in BOTH {
+        for right in BOTH {
+            let mut a = Device::join(&server, left, 1, &[2]).await;
+            let mut b = Device::join(&server, right, 2, &[1]).await;
+            // The longest payload needs the stream on QUIC, the others don't.
+            for len in [1, 100, 1_150, MAX_PAYLOAD] {
+                let payload = vec![len as u8; len];
+                a.send(2, &payload).await;
+                assert_eq!(b.receive().await, (device(1), payload.clone()), "{left:?} to {right:?}, {len}");
+                b.send(1, &payload).await;
+                assert_eq!(a.receive().await, (device(2), payload), "{right:?} to {left:?}, {len}");
+            }
+        }
+    }
+    // The last pair is still there; those before were replaced or have gone.
+    assert_eq!(server.stats().core.clients, 2);
+}
+
+#[tokio::test]
+async fn a_thief_with_a_token_gets_nothing() {
+    let (_dir, server) = start(Limits::default());
+    for transport in BOTH {
+        let mut thief = Device::connect(&server, transport).await;
+        let seen = thief.authenticate(&token(1, 1, &[2]), &probe(9)).await;
+        assert_eq!(seen, Seen::Closed(Some(RefusalCode::Possession)));
+    }
+    assert_eq!(server.stats().core.clients, 0);
+}
+
+#[tokio::test]
+async fn revocation_ends_the_connection_and_stops_what_waits() {
+    let (_dir, server) = start(Limits::default());
+    for (transport, n) in BOTH.into_iter().zip([1, 3]) {
+        let mut a = Device::join(&server, transport, n, &[2]).await;
+        let mut b = Device::join(&server, transport, 2, &[n]).await;
+        a.send(2, b"before").await;
+        assert_eq!(b.receive().await.1, b"before");
+        server.revoke(device(n), 2);
+        a.stream(&Frame::Send { dst: device(2), payload: b"after" }).await;
+        assert_eq!(a.end().await, Some(RefusalCode::Revoked));
+        b.send(n, b"back").await;
+        let gone = Frame::PeerGone { device: device(n), why: GoneReason::NotConnected };
+        assert_eq!(b.see().await, Seen::Frame(gone.to_vec()));
+        let mut again = Device::connect(&server, transport).await;
+        let seen = again.authenticate(&token(n, 1, &[2]), &probe(n)).await;
+        assert_eq!(seen, Seen::Closed(Some(RefusalCode::TokenStale)));
+    }
+}
+
+#[tokio::test]
+async fn a_newer_token_lifts_a_suspension() {
+    let (_dir, server) = start(Limits::default());
+    let mut a = Device::join(&server, Transport::Quic, 1, &[2]).await;
+    let mut b = Device::join(&server, Transport::Tls, 2, &[1]).await;
+    server.set_minimum_revision(device(1), 2);
+    assert_eq!(a.see().await, Seen::Frame(Frame::TokenWanted { why: WantedReason::Stale }.to_vec()));
+    a.stream(&Frame::Send { dst: device(2), payload: b"suspended" }).await;
+    let signed = token(1, 2, &[2]);
+    a.stream(&Frame::TokenRefresh { token: TokenRef::new(&signed).unwrap() }).await;
+    assert_eq!(a.see().await, Seen::Frame(Frame::Ready { revision: 2 }.to_vec()));
+    a.send(2, b"lifted").await;
+    assert_eq!(b.receive().await, (device(1), b"lifted".to_vec()));
+    assert_eq!(server.stats().core.counters.dropped(DropReason::Suspended), 1);
+}
+
+#[tokio::test]
+async fn half_open_connections_are_closed() {
+    let limits = Limits { auth_timeout: Duration::from_millis(200), ..Limits::default() };
+    let (_dir, server) = start(limits);
+    for transport in BOTH {
+        let mut device = Device::connect(&server, transport).await;
+        assert_eq!(device.end().await, Some(RefusalCode::AuthTimeout));
+    }
+    assert_eq!(server.stats().core.half_open, 0);
+}
+
+#[tokio::test]
+async fn nonsense_on_the_stream_closes_the_connection() {
+    let (_dir, server) = start(Limits::default());
+    for transport in BOTH {
+        for bytes in [&[0xff, 0xff, 0xff][..], &[0, 0, 0], &[0, 0, 2, 7, 7]] {
+            let mut device = Device::join(&server, transport, 1, &[]).await;
+            device.raw(bytes).await;
+            assert_eq!(device.end().await, Some(RefusalCode::Protocol), "{transport:?} {bytes:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_slow_reader_is_bounded_and_hurts_nobody_else() {
+    for transport in BOTH {
+        let (_dir, server) = start(Limits { rate: u64::MAX, ..Limits::default() });
+        let mut sender = Device::join(&server, transport, 1, &[2, 3]).await;
+        let mut slow = Device::join(&server, transport, 2, &[]).await;
+        let mut quick = Device::join(&server, Transport::Tls, 3, &[]).await;
+        let limit = Limits::default().queue_bytes;
+        let mut sent = 0u32;
+        // Far more than the queue, both socket buffers and QUIC's windows hold. Too long for datagrams, as QUIC's own
+        // buffers would take those whether they are read or not.
+        while server.stats().core.counters.dropped(DropReason::QueueFull) < 1_000 {
+            for _ in 0..64 {
+                let mut payload = [9; MAX_PAYLOAD];
+                payload[..4].copy_from_slice(&sent.to_be_bytes());
+                sender.send(2, &payload).await;
+                sent += 1;
+            }
+            assert!(server.stats().core.queued_bytes <= limit);
+            assert!(sent < 1_000_000, "{transport:?}: nothing was dropped: {:?}", server.stats());
+            sender.send(3, b"quick").await;
+            assert_eq!(quick.receive().await, (device(1), b"quick".to_vec()));
+        }
+        // What it reads at last ends with the newest: only older ones are gone.
+        let mut last = 0;
+        while last + 1 < sent {
+            let (_, payload) = slow.receive().await;
+            let serial = u32::from_be_bytes(*payload.first_chunk().unwrap());
+            assert!(serial == 0 || serial > last);
+            last = serial;
+        }
+    }
+}
+
+#[tokio::test]
+async fn stun_answers_questions_only() {
+    let (_dir, server) = start(Limits::default());
+    let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    socket.connect(server.stun_addr().unwrap()).await.unwrap();
+    socket.send(b"\x01\x00nonsense that is no question").await.unwrap();
+    let mut question = [7; 20];
+    question[..8].copy_from_slice(&[0, 1, 0, 0, 0x21, 0x12, 0xa4, 0x42]);
+    socket.send(&question).await.unwrap();
+    let mut answer = [0; 100];
+    let len = patient(socket.recv(&mut answer)).await.unwrap();
+    assert_eq!((len, &answer[..2]), (32, &[1, 1][..]));
+    let port = u16::from_be_bytes([answer[26], answer[27]]) ^ 0x2112;
+    assert_eq!(port, socket.local_addr().unwrap().port());
+    let stats = server.stats();
+    assert_eq!((stats.stun_answered, stats.stun_ignored), (1, 1));
+}
+
+#[tokio::test]
+async fn shutdown_says_so_and_frees_the_port() {
+    let (dir, server) = start(Limits::default());
+    let (addr, cert) = (server.local_addr(), server.cert_sha256());
+    let mut quic = Device::join(&server, Transport::Quic, 1, &[]).await;
+    let mut tls = Device::join(&server, Transport::Tls, 2, &[]).await;
+    let ends = async { (quic.end().await, tls.end().await) };
+    let (ends, ()) = tokio::join!(ends, server.shutdown());
+    assert_eq!(ends, (Some(RefusalCode::ShuttingDown), Some(RefusalCode::ShuttingDown)));
+    // Again at the same place, with the same certificate.
+    let again = RelayServer::start(warren_relay::server::RelayServerConfig {
+        listen: addr,
+        ..config(dir.path(), Limits::default())
+    })
+    .unwrap();
+    assert_eq!(again.cert_sha256(), cert);
+    Device::join(&again, Transport::Quic, 1, &[]).await;
+}
+
+#[tokio::test]
+async fn dropping_the_server_ends_its_connections() {
+    let (_dir, server) = start(Limits::default());
+    let mut tls = Device::join(&server, Transport::Tls, 1, &[]).await;
+    drop(server);
+    assert_eq!(tls.end().await, None);
+}
+
+#[tokio::test]
+async fn a_port_in_use_is_named() {
+    let (dir, server) = start(Limits::default());
+    let again = warren_relay::server::RelayServerConfig {
+        listen: server.local_addr(),
+        ..config(dir.path(), Limits::default())
+    };
+    let error = RelayServer::start(again).unwrap_err();
+    assert!(matches!(error, StartError::Listen { addr, .. } if addr == server.local_addr()));
+}

@@ -1,0 +1,310 @@
+//! A device as the relay sees it, with nothing but what the protocol asks for: tests can misbehave in any way.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime as TlsTime};
+use rustls::{DigitallySignedStruct, SignatureScheme};
+use sha2::{Digest as _, Sha256};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio_rustls::client::TlsStream;
+use warren_common::ids::{DeviceId, NetworkId, RelayId};
+use warren_common::keys::{NetmapSecretKey, ProbeSecretKey};
+use warren_common::time::UnixTime;
+use warren_common::wire::control::Signed;
+use warren_common::wire::relay::{
+    ALPN, Binding, Deframer, Frame, RefusalCode, SERVER_NAME, TokenRef, put_on_stream,
+};
+use warren_common::wire::token::RelayToken;
+use warren_relay::core::Limits;
+use warren_relay::server::{RelayServer, RelayServerConfig};
+
+/// A test that waits this long for anything has failed.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(crate) fn network() -> NetworkId {
+    NetworkId::from_bytes([1; 16])
+}
+
+pub(crate) fn relay_id() -> RelayId {
+    RelayId::from_bytes([2; 16])
+}
+
+pub(crate) fn coordinator() -> NetmapSecretKey {
+    NetmapSecretKey::from_bytes([77; 32])
+}
+
+pub(crate) fn device(n: u8) -> DeviceId {
+    DeviceId::from_bytes([n; 16])
+}
+
+pub(crate) fn probe(n: u8) -> ProbeSecretKey {
+    ProbeSecretKey::from_bytes([n + 100; 32])
+}
+
+pub(crate) fn config(state_dir: &std::path::Path, limits: Limits) -> RelayServerConfig {
+    RelayServerConfig {
+        listen: "127.0.0.1:0".parse().unwrap(),
+        stun_listen: Some("127.0.0.1:0".parse().unwrap()),
+        state_dir: state_dir.to_owned(),
+        network: network(),
+        relay: relay_id(),
+        netmap_key: coordinator().public(),
+        floor: 0,
+        limits,
+    }
+}
+
+pub(crate) fn start(limits: Limits) -> (tempfile::TempDir, RelayServer) {
+    let dir = tempfile::tempdir().unwrap();
+    let server = RelayServer::start(config(dir.path(), limits)).unwrap();
+    (dir, server)
+}
+
+#[expect(clippy::disallowed_methods, reason = "a shell's test: the relay under test reads the real clock")]
+fn unix_now() -> UnixTime {
+    UnixTime::default() + SystemTime::now().duration_since(UNIX_EPOCH).unwrap()
+}
+
+pub(crate) fn token(n: u8, revision: u64, peers: &[u8]) -> Signed {
+    RelayToken {
+        network: network(),
+        relay: relay_id(),
+        device: device(n),
+        probe: probe(n).public(),
+        revision,
+        expires: unix_now() + Duration::from_secs(600),
+        peers: peers.iter().map(|p| device(*p)).collect(),
+    }
+    .sign(&coordinator())
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Transport {
+    Quic,
+    Tls,
+}
+
+enum Link {
+    Quic {
+        _endpoint: quinn::Endpoint,
+        connection: quinn::Connection,
+        send: quinn::SendStream,
+        recv: quinn::RecvStream,
+    },
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// A connection to a relay.
+pub(crate) struct Device {
+    link: Link,
+    deframer: Deframer,
+    binding: Binding,
+}
+
+/// What a device sees.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Seen {
+    Frame(Vec<u8>),
+    Closed(Option<RefusalCode>),
+}
+
+impl Device {
+    pub(crate) async fn connect(server: &RelayServer, transport: Transport) -> Self {
+        let tls = tls_config(server.cert_sha256());
+        let link = patient(async {
+            match transport {
+                Transport::Quic => quic(server.local_addr(), tls).await,
+                Transport::Tls => {
+                    let stream = TcpStream::connect(server.local_addr()).await.unwrap();
+                    let name = ServerName::try_from(SERVER_NAME).unwrap();
+                    let stream = tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, stream).await;
+                    Link::Tls(Box::new(stream.unwrap()))
+                }
+            }
+        })
+        .await;
+        let binding = Binding { network: network(), relay: relay_id(), cert_sha256: server.cert_sha256() };
+        Self { link, deframer: Deframer::default(), binding }
+    }
+
+    /// Connects and authenticates as device `n`, which may send to `peers`.
+    pub(crate) async fn join(server: &RelayServer, transport: Transport, n: u8, peers: &[u8]) -> Self {
+        let mut device = Self::connect(server, transport).await;
+        let seen = device.authenticate(&token(n, 1, peers), &probe(n)).await;
+        assert_eq!(seen, Seen::Frame(Frame::Ready { revision: 1 }.to_vec()));
+        device
+    }
+
+    pub(crate) async fn authenticate(&mut self, signed: &Signed, key: &ProbeSecretKey) -> Seen {
+        let Seen::Frame(frame) = self.see().await else { panic!("closed before the challenge") };
+        let Ok(Some(Frame::Challenge(challenge))) = Frame::decode(&frame) else { panic!("no challenge") };
+        let token = TokenRef::new(signed).unwrap();
+        let proof = challenge.prove(key, &self.binding, token).unwrap();
+        self.stream(&Frame::Auth { proof, token }).await;
+        self.see().await
+    }
+
+    /// Writes a frame to the stream.
+    pub(crate) async fn stream(&mut self, frame: &Frame<'_>) {
+        let mut bytes = Vec::new();
+        put_on_stream(&frame.to_vec(), &mut bytes);
+        self.raw(&bytes).await;
+    }
+
+    /// Writes bytes to the stream; the relay may have closed it.
+    pub(crate) async fn raw(&mut self, bytes: &[u8]) {
+        match &mut self.link {
+            Link::Quic { send, .. } => drop(send.write_all(bytes).await),
+            Link::Tls(stream) => drop(stream.write_all(bytes).await),
+        }
+    }
+
+    /// Sends a packet as a good client does: in a datagram if there is one that can hold it.
+    pub(crate) async fn send(&mut self, to: u8, payload: &[u8]) {
+        let frame = Frame::Send { dst: device(to), payload };
+        if let Link::Quic { connection, .. } = &self.link
+            && connection.max_datagram_size().is_some_and(|max| frame.encoded_len() <= max)
+        {
+            connection.send_datagram_wait(frame.to_vec().into()).await.unwrap();
+        } else {
+            self.stream(&frame).await;
+        }
+    }
+
+    /// The next frame, or the end.
+    pub(crate) async fn see(&mut self) -> Seen {
+        patient(self.see_impatiently()).await
+    }
+
+    async fn see_impatiently(&mut self) -> Seen {
+        loop {
+            if let Some(frame) = self.deframer.next_frame().unwrap() {
+                if let Ok(Some(Frame::Refused { code, .. })) = Frame::decode(frame) {
+                    return Seen::Closed(Some(code));
+                }
+                return Seen::Frame(frame.to_vec());
+            }
+            match &mut self.link {
+                Link::Quic { connection, recv, .. } => tokio::select! {
+                    chunk = recv.read_chunk(4_096, true) => match chunk {
+                        Ok(Some(chunk)) => self.deframer.buffer().extend_from_slice(&chunk.bytes),
+                        _ => return Seen::Closed(close_code(&connection.closed().await)),
+                    },
+                    datagram = connection.read_datagram() => match datagram {
+                        Ok(datagram) => return Seen::Frame(datagram.to_vec()),
+                        Err(error) => return Seen::Closed(close_code(&error)),
+                    },
+                },
+                Link::Tls(stream) => match stream.read_buf(self.deframer.buffer()).await {
+                    Ok(0) | Err(_) => return Seen::Closed(None),
+                    Ok(_) => {}
+                },
+            }
+        }
+    }
+
+    /// The next packet: its source and payload.
+    pub(crate) async fn receive(&mut self) -> (DeviceId, Vec<u8>) {
+        loop {
+            match self.see().await {
+                Seen::Frame(frame) => {
+                    if let Ok(Some(Frame::Recv { src, payload })) = Frame::decode(&frame) {
+                        return (src, payload.to_vec());
+                    }
+                }
+                Seen::Closed(reason) => panic!("closed instead of a packet: {reason:?}"),
+            }
+        }
+    }
+
+    /// How the connection ends, whatever comes before.
+    pub(crate) async fn end(&mut self) -> Option<RefusalCode> {
+        loop {
+            if let Seen::Closed(reason) = self.see().await {
+                return reason;
+            }
+        }
+    }
+}
+
+pub(crate) async fn patient<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future).await.expect("nothing happened")
+}
+
+fn close_code(error: &quinn::ConnectionError) -> Option<RefusalCode> {
+    match error {
+        quinn::ConnectionError::ApplicationClosed(close) => {
+            u8::try_from(close.error_code.into_inner()).ok().map(RefusalCode::from_u8)
+        }
+        _ => None,
+    }
+}
+
+async fn quic(addr: SocketAddr, tls: rustls::ClientConfig) -> Link {
+    let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
+    let tls = quinn::crypto::rustls::QuicClientConfig::try_from(tls).unwrap();
+    let config = quinn::ClientConfig::new(Arc::new(tls));
+    let connection = endpoint.connect_with(config, addr, SERVER_NAME).unwrap().await.unwrap();
+    let (send, recv) = connection.accept_bi().await.unwrap();
+    Link::Quic { _endpoint: endpoint, connection, send, recv }
+}
+
+fn tls_config(cert_sha256: [u8; 32]) -> rustls::ClientConfig {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let verifier = Arc::new(Pin { cert_sha256, provider: provider.clone() });
+    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(verifier)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    config
+}
+
+#[derive(Debug)]
+struct Pin {
+    cert_sha256: [u8; 32],
+    provider: Arc<rustls::crypto::CryptoProvider>,
+}
+
+impl ServerCertVerifier for Pin {
+    fn verify_server_cert(
+        &self,
+        cert: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: TlsTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        assert_eq!(<[u8; 32]>::from(Sha256::digest(cert)), self.cert_sha256, "another certificate");
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::Error::General("TLS 1.2".to_owned()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        rustls::crypto::verify_tls13_signature(message, cert, dss, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
