@@ -2,8 +2,11 @@
 //!
 //! One task owns the engine; everything else talks to it over bounded channels.
 
+pub mod api;
+pub mod cli;
 pub mod clock;
 pub mod control;
+pub mod daemon;
 pub mod entropy;
 pub mod os;
 pub mod policy_cli;

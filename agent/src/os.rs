@@ -53,6 +53,8 @@ pub struct HostPlan {
     pub addrs: Vec<IpAddr>,
     /// The overlay's prefixes.
     pub pools: Vec<IpNet>,
+    /// The TUN's MTU, in bytes.
+    pub mtu: u32,
 }
 
 /// The host's network configuration.
@@ -90,6 +92,16 @@ impl Host {
         Ok(())
     }
 
+    /// The MTU that the TUN should have on this host's network: [`MAX_MTU`], or less if the interface with the default
+    /// route takes less. A smaller link further on fragments (our sockets allow it).
+    ///
+    /// # Errors
+    /// Netlink failed.
+    pub async fn tunnel_mtu(&self, tun: &str) -> Result<u32, Problem> {
+        let underlay = self.netlink.underlay_mtu(tun).await?;
+        Ok(underlay.saturating_sub(OVERHEAD).clamp(MIN_MTU, MAX_MTU))
+    }
+
     /// Makes the host look like `plan`. Can be called again with another plan, or after a kill: what is there already
     /// is taken over without a gap.
     ///
@@ -100,13 +112,11 @@ impl Host {
         journal.note(state, &changes())?;
         // The guard first, so that our addresses never exist without it.
         firewall::apply(NFT_TABLE, &plan.tun, &plan.addrs).await?;
-        let mtu =
-            self.netlink.underlay_mtu(&plan.tun).await?.saturating_sub(OVERHEAD).clamp(MIN_MTU, MAX_MTU);
         self.netlink.block_pools(TABLE, &plan.pools).await?;
         let ipv6 = self.netlink.add_rules(TABLE, RULE_PRIORITY, MARK).await?;
-        self.netlink.configure_tun(&plan.tun, &plan.addrs, mtu, ipv6).await?;
+        self.netlink.configure_tun(&plan.tun, &plan.addrs, plan.mtu, ipv6).await?;
         self.netlink.route_pools(TABLE, &plan.tun, &plan.pools, ipv6).await?;
-        Ok(Applied { mtu, ipv6 })
+        Ok(Applied { ipv6 })
     }
 
     /// Undoes every change in the journal, also those of an earlier run. Things that are gone already are no error.
@@ -151,8 +161,6 @@ impl Host {
 /// How the host ended up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Applied {
-    /// The TUN's MTU.
-    pub mtu: u32,
     /// False if this host has no IPv6: the overlay then is IPv4 only.
     pub ipv6: bool,
 }

@@ -6,8 +6,10 @@
 
 use std::collections::BTreeMap;
 
+use proptest::prelude::*;
+use proptest::sample::Index;
 use warren_common::policy::{
-    Inventory, MAX_DIAGNOSTICS, MAX_POLICY_BYTES, MAX_POLICY_DEPTH, Node, Policy, User, compile,
+    Inventory, MAX_DIAGNOSTICS, MAX_POLICY_BYTES, MAX_POLICY_DEPTH, Node, Policy, User, compile, diff,
 };
 
 fn refused(text: &str) -> Vec<String> {
@@ -110,4 +112,109 @@ fn strange_times() {
         let policy = Policy::parse(text).expect("valid");
         assert!(compile(&policy, &small_world(), now, horizon).is_ok(), "{now} {horizon}");
     }
+}
+
+/// A file with every section, to tamper with.
+const EVERYTHING: &str = r#"{
+  // every section of the language
+  "groups": {"group:a": ["u1@example.com", "u2@", "user:*@example.com"]},
+  "hosts": {"lan": "10.0.0.0/8", "box": "100.64.0.1"},
+  "ipsets": {"ipset:s": ["add 10.0.0.0/8", "remove 10.1.0.0/16", "host:box", "autogroup:internet"]},
+  "tagOwners": {"tag:x": ["group:a"], "tag:y": ["tag:x", "autogroup:admin"]},
+  "postures": {"posture:p": ["node:os IN ['linux', \"mac\"] WITHIN 1h", "attest:node:os >= 'tpm'", "time:hour < 12", "custom:n NOT SET"]},
+  "defaultSrcPosture": ["posture:p"],
+  "acls": [{"action": "accept", "proto": "udp", "src": ["*"], "dst": ["tag:x:53,80-90", "[fd00::1]:*", "lan:22"]}],
+  "grants": [
+    {"src": ["group:a", "ipset:s"], "dst": ["autogroup:internet"], "ip": ["*"], "via": ["tag:y"]},
+    {"src": ["autogroup:member"], "dst": ["autogroup:self"], "ip": ["tcp:22", "47:*"], "app": {"a.example/c": [{"k": [1, null]}]}},
+    {"src": ["autogroup:danger-all"], "dst": ["100.64.0.1-100.64.0.9"], "ip": ["443"], "expires": "2030-01-01T00:00:00Z",
+     "when": [{"days": ["mon", "Sunday"], "from": "22:00", "to": "06:00", "zone": "Europe/Berlin"}], "staged": true},
+  ],
+  "deny": [{"src": ["tag:x"], "dst": ["*"], "srcPosture": "posture:p", "dstPosture": ["posture:p"]}],
+  "autoApprovers": {"routes": {"10.0.0.0/8": ["tag:x"]}, "exitNode": ["group:a"]},
+  "nodeAttrs": [{"target": ["*"], "attr": ["x"], "ipPool": ["100.81.0.0/16"]}],
+  "ssh": [{"action": "check", "src": ["group:a"], "dst": ["tag:x"], "users": ["root", "localpart:*@example.com"], "checkPeriod": "1h30m"}],
+  "tests": [{"src": "u1@example.com", "accept": ["box:22"], "deny": ["tag:x:1"], "srcPostureAttrs": {"node:os": "linux"}}],
+  "sshTests": [{"src": "u1@example.com", "dst": ["tag:x"], "accept": ["root"], "check": ["u1"], "deny": ["x"]}],
+}"#;
+
+#[derive(Clone, Debug)]
+enum Edit {
+    Replace(Index, char),
+    Cut(Index, Index),
+    Copy(Index, Index, Index),
+    Swap(Index, Index),
+}
+
+fn edit() -> impl Strategy<Value = Edit> {
+    let at = any::<Index>;
+    prop_oneof![
+        (at(), any::<char>()).prop_map(|(a, c)| Edit::Replace(a, c)),
+        (at(), proptest::sample::select(b"\"\\[]{},:*@/-019'".to_vec()))
+            .prop_map(|(a, c)| Edit::Replace(a, char::from(c))),
+        (at(), at()).prop_map(|(a, b)| Edit::Cut(a, b)),
+        (at(), at(), at()).prop_map(|(a, b, c)| Edit::Copy(a, b, c)),
+        (at(), at()).prop_map(|(a, b)| Edit::Swap(a, b)),
+    ]
+}
+
+/// Pieces end where words of the file end, so that many results are nearly valid.
+fn tampered(edits: &[Edit]) -> String {
+    let mut pieces: Vec<String> =
+        EVERYTHING.split_inclusive(['"', ',', ':', '[', ']', '{', '}']).map(str::to_owned).collect();
+    for edit in edits {
+        let n = pieces.len();
+        match edit {
+            Edit::Replace(at, c) => {
+                let piece = &mut pieces[at.index(n)];
+                piece.pop();
+                piece.push(*c);
+            }
+            Edit::Cut(a, b) => {
+                let a = a.index(n);
+                let b = (a + b.index(4)).min(n - 1);
+                pieces.drain(a..b);
+            }
+            Edit::Copy(a, b, to) => {
+                let a = a.index(n);
+                let b = (a + b.index(8)).min(n);
+                let copy: Vec<String> = pieces[a..b].to_vec();
+                let to = to.index(n);
+                pieces.splice(to..to, copy);
+            }
+            Edit::Swap(a, b) => pieces.swap(a.index(n), b.index(n)),
+        }
+    }
+    pieces.concat()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1_000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_tampered_file_gives_an_answer(edits in proptest::collection::vec(edit(), 0..6)) {
+        let text = tampered(&edits);
+        match Policy::parse(&text) {
+            Err(found) => {
+                prop_assert!(!found.is_empty());
+                for message in found {
+                    prop_assert!(message.span.end <= text.len() + 1);
+                    prop_assert!(!message.to_string().is_empty());
+                }
+            }
+            Ok(policy) => {
+                if let Ok(compiled) = compile(&policy, &small_world(), 1_774_612_800, 86_400) {
+                    let _ = (compiled.node("n"), compiled.egress("n"), compiled.run_tests());
+                    prop_assert!(compiled.explain("n", "100.64.0.9:443", None).is_ok());
+                    let empty = compile(&Policy::empty(), &small_world(), 1_774_612_800, 0).expect("compiles");
+                    let _ = diff(&empty, &compiled);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_file_to_tamper_with_is_valid() {
+    Policy::parse(EVERYTHING).map_err(|found| found[0].to_string()).expect("valid");
 }

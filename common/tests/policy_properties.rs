@@ -53,7 +53,7 @@ fn addr(i: u8) -> (IpAddr, IpAddr) {
         IpAddr::V4(Ipv4Addr::new(100, 64, 0, i)),
         // Some devices live outside the usual overlay.
         IpAddr::V6(Ipv6Addr::new(
-            if i % 3 == 0 { 0xfd00 } else { 0xfd7a },
+            if i.is_multiple_of(3) { 0xfd00 } else { 0xfd7a },
             0x115c,
             0xa1e0,
             0,
@@ -328,7 +328,7 @@ proptest! {
     ) {
         let base = file(&grants, &denies, false);
         let before = allowed(&build(&base, &nodes), &nodes);
-        let mut denied = denies.clone();
+        let mut denied = denies;
         denied.push(more);
         let after = allowed(&build(&file(&grants, &denied, false), &nodes), &nodes);
         prop_assert!(after.is_subset(&before));

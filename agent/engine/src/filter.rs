@@ -22,11 +22,11 @@
 //! permitted side has nothing to send. See [`Output`].
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
 
 use warren_common::filter::{FilterRule, PROTO_ICMPV6, RuleId, UnixInterval};
-use warren_common::time::{Instant, Now};
+use warren_common::time::{Instant, Now, UnixTime};
 
 use crate::flow::table::{FlowHash, FlowId, FlowTable, MAX_FLOWS};
 use crate::flow::{Direction, Flow, FlowKey};
@@ -54,6 +54,9 @@ use why::RecentDrops;
 
 /// Ended flows kept until somebody takes them, a count: all of a full table.
 pub const MAX_ENDED: usize = MAX_FLOWS;
+
+/// The end of a span without an end.
+const FOREVER: UnixTime = UnixTime::from_secs(i64::MAX);
 
 /// What to do with a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,7 +105,7 @@ pub struct Filter {
     /// Set while nothing is allowed.
     closed: Option<EndReason>,
     /// The time in which the flows' last check keeps.
-    checked: UnixInterval,
+    checked: Range<UnixTime>,
     flows: FlowTable,
     fragments: Fragments,
     notices: Notices,
@@ -121,11 +124,11 @@ impl Filter {
 
     /// A filter on a flow table with limits of its own.
     pub fn with_table(seed: [u64; 2], flows: FlowTable) -> Self {
-        let hash = FlowHash { seed };
+        let hash = FlowHash::new(seed);
         Self {
             rules: Arc::default(),
             closed: None,
-            checked: UnixInterval { from: i64::MIN, until: i64::MAX },
+            checked: UnixTime::from_secs(i64::MIN)..FOREVER,
             flows,
             fragments: Fragments::default(),
             notices: Notices::new(hash),
@@ -138,7 +141,7 @@ impl Filter {
     }
 
     /// Puts rules in force in place of the former ones and checks every flow against them. Returns the flows that
-    /// are no longer allowed; they have ended. Also reopens a filter that [`Filter::close_all`] closed.
+    /// are no longer allowed; they have ended (with those that ended before, if nobody took them yet). Also reopens a filter that [`Filter::close_all`] closed.
     pub fn set_rules(
         &mut self,
         ingress: Vec<FilterRule>,
@@ -214,11 +217,8 @@ impl Filter {
         if !self.ended.is_empty() {
             return Some(now.boot);
         }
-        let window = (self.checked.until != i64::MAX).then(|| {
-            let until = self.checked.until.saturating_mul(1_000_000);
-            let micros = until.saturating_sub(now.unix.as_micros()).max(0);
-            now.boot + Duration::from_micros(micros as u64) // not negative: see the line above
-        });
+        let until = self.checked.end;
+        let window = (until < FOREVER).then(|| now.boot + until.since(now.unix));
         window.into_iter().chain(self.flows.next_expiry()).min()
     }
 
@@ -472,8 +472,7 @@ impl Filter {
     }
 
     fn check_windows(&mut self, now: Now) {
-        let unix = now.unix.as_secs();
-        if unix < self.checked.from || unix >= self.checked.until {
+        if !self.checked.contains(&now.unix) {
             self.recheck(now, EndReason::WindowClosed);
         }
     }
@@ -481,7 +480,8 @@ impl Filter {
     /// Checks every flow against the rules as they are now.
     fn recheck(&mut self, now: Now, reason: EndReason) {
         let unix = now.unix.as_secs();
-        self.checked = self.rules.stable_span(unix);
+        let span = self.rules.stable_span(unix);
+        self.checked = UnixTime::from_secs(span.from)..UnixTime::from_secs(span.until);
         let rules = Arc::clone(&self.rules);
         for place in 0..self.flows.capacity() {
             let Some((id, flow)) = self.flows.id_at(place).and_then(|id| Some((id, *self.flows.get(id)?)))

@@ -121,8 +121,12 @@ pub struct FlowKey {
 
 impl Hash for FlowKey {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        for word in self.addrs {
-            state.write_u64(word);
+        if self.rest & 0xff == FAMILY_V4 {
+            state.write_u64(self.addrs[1] << 32 | self.addrs[3]);
+        } else {
+            for word in self.addrs {
+                state.write_u64(word);
+            }
         }
         state.write_u64(self.rest);
     }
@@ -329,7 +333,9 @@ impl Flow {
 
     /// The time at which the flow is forgotten if nothing more passes.
     pub fn expires(&self) -> Instant {
-        self.seen + self.state.timeout()
+        // Per packet, so without the arithmetic of `Duration`: timeouts are whole seconds.
+        let timeout = self.state.timeout().as_secs() * 1_000_000_000;
+        Instant::from_nanos(self.seen.as_nanos().saturating_add(timeout))
     }
 
     /// Packets that went in `direction`.

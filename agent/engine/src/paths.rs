@@ -6,7 +6,7 @@
 //! port-restricted NATs on both sides.
 //!
 //! **Selection.** Probes only promote: a way is used for data once a pong came back over it, and among several the
-//! [`score`] decides. An authentic packet from an unknown address makes that address a candidate, no more.
+//! score decides. An authentic packet from an unknown address makes that address a candidate, no more.
 //!
 //! **Failure.** Only distress demotes. When data goes out on a direct way and nothing came in on it for
 //! [`TRUST`], the way is checked by pings; if none is answered in [`DISTRESS_AFTER`], packets take the relay again and
@@ -19,28 +19,26 @@
 //! and key agreements on behalf of peers that aren't active.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
-use std::net::{IpAddr, SocketAddr};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use arrayvec::ArrayVec;
 use ipnet::{Ipv4Net, Ipv6Net};
-use rand_chacha::ChaCha20Rng;
-use rand_core::SeedableRng as _;
 use warren_common::ids::{DeviceId, RelayId};
 use warren_common::keys::{ProbePublicKey, ProbeSecretKey};
 use warren_common::time::Instant;
-use warren_common::wire::probe::{
-    self, Candidate, CandidateKind, MAX_CANDIDATES, MAX_PROBE_LEN, Message, ProbeKeys, TAG_LEN,
-};
+use warren_common::wire::probe::{self, MAX_CANDIDATES, Message, ProbeKeys, TAG_LEN};
 
 use crate::event::{Event, Path, PingToken};
 use crate::io::{Destination, LocalSocket, Outbox, Source};
 
 mod active;
 mod score;
+mod shared;
 
 use active::Active;
+use shared::Shared;
+pub(crate) use shared::is_endpoint;
 
 /// Silence on a direct way after which sending on it starts a check: short, so that a dead path costs seconds; a
 /// one-way stream then pays one ping per two seconds.
@@ -156,22 +154,6 @@ pub(crate) struct Paths {
     shared: Shared,
 }
 
-/// What all peers' state machines use.
-pub(crate) struct Shared {
-    local: Vec<LocalSocket>,
-    reflexive: Vec<SocketAddr>,
-    observed: ArrayVec<SocketAddr, MAX_OBSERVED>,
-    own: ArrayVec<Candidate, MAX_CANDIDATES>,
-    overlay: Option<(Ipv4Net, Ipv6Net)>,
-    relays: BTreeSet<RelayId>,
-    signal: bool,
-    rng: ChaCha20Rng,
-    queue: VecDeque<(Destination, ArrayVec<u8, MAX_PROBE_LEN>)>,
-    events: VecDeque<Event>,
-    ready: VecDeque<PeerIdx>,
-    counters: PathCounters,
-}
-
 /// A peer: what the netmap says, and its state machine while it is in use.
 struct Entry {
     device: DeviceId,
@@ -211,20 +193,7 @@ impl Paths {
             tags: BTreeMap::new(),
             timers: BinaryHeap::new(),
             derivations: Rate::default(),
-            shared: Shared {
-                local: Vec::new(),
-                reflexive: Vec::new(),
-                observed: ArrayVec::new(),
-                own: ArrayVec::new(),
-                overlay: None,
-                relays: BTreeSet::new(),
-                signal: false,
-                rng: ChaCha20Rng::from_seed(seed),
-                queue: VecDeque::new(),
-                events: VecDeque::new(),
-                ready: VecDeque::new(),
-                counters: PathCounters::default(),
-            },
+            shared: Shared::new(seed),
         }
     }
 
@@ -566,84 +535,6 @@ impl Paths {
             self.timers.push(Reverse((at, idx)));
         }
     }
-}
-
-impl Shared {
-    /// True if `addr` may be an endpoint of a peer.
-    fn accepts(&self, addr: SocketAddr) -> bool {
-        is_endpoint(self.overlay, addr) && !self.local.iter().any(|l| l.addr == addr)
-    }
-
-    /// Lists our own addresses anew: STUN, what peers saw where STUN knows nothing, interfaces. True if that changed
-    /// the list.
-    fn rebuild_own(&mut self) -> bool {
-        let mut own = ArrayVec::<Candidate, MAX_CANDIDATES>::new();
-        let stunned = |addr: &SocketAddr| self.reflexive.iter().any(|r| r.is_ipv4() == addr.is_ipv4());
-        let local = self.local.iter().map(|l| (CandidateKind::Local, l.addr));
-        let reflexive = self.reflexive.iter().map(|a| (CandidateKind::Reflexive, *a));
-        let observed = self.observed.iter().filter(|a| !stunned(a)).map(|a| (CandidateKind::Observed, *a));
-        // Those from outside come first: should the list overflow, they are the ones that count.
-        for (kind, addr) in reflexive.chain(observed).chain(local) {
-            let known = own.iter().any(|c| c.addr == addr);
-            if is_endpoint(self.overlay, addr) && !known && !own.is_full() {
-                own.push(Candidate { kind, addr });
-            }
-        }
-        own.sort_unstable();
-        let changed = own != self.own;
-        self.own = own;
-        changed
-    }
-
-    /// A peer saw us at `addr`. Worth passing on only if it is news and STUN is silent.
-    fn observe(&mut self, addr: SocketAddr) {
-        let known = self.own.iter().any(|c| c.addr == addr) || self.observed.contains(&addr);
-        if !known && is_endpoint(self.overlay, addr) {
-            if self.observed.is_full() {
-                self.observed.remove(0);
-            }
-            self.observed.push(addr);
-            self.rebuild_own();
-        }
-    }
-
-    fn enqueue(&mut self, to: Destination, probe: ArrayVec<u8, MAX_PROBE_LEN>) {
-        if self.queue.len() >= MAX_QUEUED {
-            self.counters.probe_queue_full += 1;
-        } else {
-            self.queue.push_back((to, probe));
-        }
-    }
-
-    fn push_event(&mut self, event: Event) {
-        if self.events.len() >= MAX_PATH_EVENTS {
-            self.events.pop_front();
-        }
-        self.events.push_back(event);
-    }
-}
-
-/// True for a unicast address with a port, outside the overlay: all that is ever sent to.
-pub(crate) fn is_endpoint(overlay: Option<(Ipv4Net, Ipv6Net)>, addr: SocketAddr) -> bool {
-    let fine = match addr.ip() {
-        IpAddr::V4(ip) => {
-            !(ip.octets()[0] == 0
-                || ip.is_loopback()
-                || ip.is_multicast()
-                || ip.is_broadcast()
-                || ip.is_link_local()
-                || overlay.is_some_and(|(v4, _)| v4.contains(&ip)))
-        }
-        IpAddr::V6(ip) => {
-            !(ip.is_unspecified()
-                || ip.is_loopback()
-                || ip.is_multicast()
-                || ip.is_unicast_link_local()
-                || ip.to_ipv4_mapped().is_some()
-                || overlay.is_some_and(|(_, v6)| v6.contains(&ip)))
-        }
-    };
-    fine && addr.port() != 0
 }
 
 #[cfg(test)]

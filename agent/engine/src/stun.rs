@@ -239,3 +239,122 @@ fn binding_response(datagram: &[u8]) -> Option<SocketAddr> {
     let mapped = SocketAddr::new(mapped.ip().to_canonical(), mapped.port());
     (mapped.port() != 0 && !mapped.ip().is_unspecified()).then_some(mapped)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use rand_chacha::ChaCha20Rng;
+    use rand_core::SeedableRng as _;
+
+    const RELAY: RelayId = RelayId::from_bytes([1; 16]);
+    const START: Instant = Instant::from_nanos(1_000_000_000);
+
+    fn local() -> Vec<LocalSocket> {
+        vec![LocalSocket { id: 0, addr: "10.0.0.2:51820".parse().unwrap() }]
+    }
+
+    fn answer(txid: &[u8], mapped: SocketAddr) -> Vec<u8> {
+        let txid = TransactionId::new(txid.try_into().unwrap());
+        let mut message = Message::<Attribute>::new(MessageClass::SuccessResponse, BINDING, txid);
+        message.add_attribute(XorMappedAddress::new(mapped));
+        MessageEncoder::new().encode_into_bytes(message).unwrap()
+    }
+
+    fn client(servers: &[&str]) -> (Stun, ChaCha20Rng) {
+        let mut stun = Stun::default();
+        assert!(stun.set_servers(servers.iter().map(|s| (RELAY, s.parse().unwrap()))));
+        stun.start(START, &local());
+        (stun, ChaCha20Rng::seed_from_u64(1))
+    }
+
+    /// What each server sees, in order.
+    fn mapping(servers: &[(&str, &str)]) -> Option<Mapping> {
+        let names: Vec<&str> = servers.iter().map(|(server, _)| *server).collect();
+        let (mut stun, mut rng) = client(&names);
+        while let Some(asked) = stun.poll(START, &mut rng) {
+            for (_, seen) in servers.iter().filter(|(server, _)| asked.server.to_string() == *server) {
+                stun.handle(START, 0, asked.server, &reply(&asked, seen));
+            }
+        }
+        assert!(!stun.is_asking());
+        stun.mapping(&local())
+    }
+
+    fn reply(asked: &Asked, seen: &str) -> Vec<u8> {
+        answer(&asked.bytes[8..20], seen.parse().unwrap())
+    }
+
+    #[test]
+    fn mappings_are_told_apart() {
+        let (a, b, a2) = ("198.51.100.1:1", "198.51.100.2:1", "198.51.100.1:2");
+        let (x, y) = ("203.0.113.1:1000", "203.0.113.1:1001");
+        assert_eq!(mapping(&[(a, x)]), None, "one answer tells nothing");
+        assert_eq!(mapping(&[(a, "10.0.0.2:51820")]), Some(Mapping::None));
+        assert_eq!(mapping(&[(a, x), (b, x)]), Some(Mapping::EndpointIndependent));
+        assert_eq!(mapping(&[(a, x), (b, y)]), Some(Mapping::AddressDependent));
+        assert_eq!(mapping(&[(a, x), (a2, x), (b, y)]), Some(Mapping::AddressDependent));
+        assert_eq!(mapping(&[(a, x), (a2, y)]), Some(Mapping::AddressAndPortDependent));
+    }
+
+    #[test]
+    fn only_the_asked_server_answers_and_only_once() {
+        let (mut stun, mut rng) = client(&["198.51.100.1:1"]);
+        let asked = stun.poll(START, &mut rng).unwrap();
+        assert_eq!(asked.bytes.len(), REQUEST_LEN);
+        let good = answer(&asked.bytes[8..20], "203.0.113.1:9".parse().unwrap());
+        let later = START + Duration::from_millis(30);
+        assert_eq!(stun.handle(later, 0, "198.51.100.9:1".parse().unwrap(), &good), None);
+        assert_eq!(stun.handle(later, 1, asked.server, &good), None);
+        let guessed = answer(&[0; 12], "203.0.113.1:9".parse().unwrap());
+        assert_eq!(stun.handle(later, 0, asked.server, &guessed), None);
+        let zero = answer(&asked.bytes[8..20], "203.0.113.1:0".parse().unwrap());
+        assert_eq!(stun.handle(later, 0, asked.server, &zero), None);
+        let got = stun.handle(later, 0, asked.server, &good).unwrap();
+        assert_eq!((got.mapped.port(), got.rtt), (9, Duration::from_millis(30)));
+        assert_eq!(stun.handle(later, 0, asked.server, &good), None);
+        assert!(!stun.is_asking() && stun.poll_timeout().is_none());
+    }
+
+    #[test]
+    fn a_silent_server_is_asked_a_few_times_with_growing_pauses() {
+        let (mut stun, mut rng) = client(&["198.51.100.1:1"]);
+        let (mut now, mut asked) = (START, Vec::new());
+        while let Some(at) = stun.poll_timeout() {
+            now = at;
+            stun.handle_timeout(now);
+            asked.extend(stun.poll(now, &mut rng));
+        }
+        assert_eq!(asked.len(), usize::from(MAX_ATTEMPTS));
+        assert_eq!(now.since(START), Duration::from_millis(500 + 1_000 + 2_000 + 4_000));
+        assert_ne!(asked[0].bytes, asked[1].bytes, "transaction ids are never used twice");
+    }
+
+    #[test]
+    fn servers_and_requests_are_bounded() {
+        let mut stun = Stun::default();
+        stun.set_servers((0..200).map(|n| (RELAY, SocketAddr::from(([198, 51, 100, n], 1)))));
+        let many: Vec<_> =
+            (0..40).map(|id| LocalSocket { id, addr: "10.0.0.2:1".parse().unwrap() }).collect();
+        stun.start(START, &many);
+        assert_eq!((stun.servers.len(), stun.requests.len()), (MAX_SERVERS, MAX_REQUESTS));
+    }
+
+    proptest! {
+        #[test]
+        fn no_answer_panics(
+            garbage in proptest::collection::vec(any::<u8>(), 0..600), at in 0usize..32, value in any::<u8>(),
+        ) {
+            let (mut stun, mut rng) = client(&["198.51.100.1:1"]);
+            let asked = stun.poll(START, &mut rng).unwrap();
+            stun.handle(START, 0, asked.server, &garbage);
+            let mut head = vec![1, 1, 0, garbage.len() as u8];
+            head.extend(&asked.bytes[4..20]);
+            head.extend(&garbage);
+            stun.handle(START, 0, asked.server, &head);
+            let mut changed = answer(&asked.bytes[8..20], "203.0.113.1:9".parse().unwrap());
+            changed[at] = value;
+            stun.handle(START, 0, asked.server, &changed);
+        }
+    }
+}

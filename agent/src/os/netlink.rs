@@ -455,6 +455,8 @@ fn problem(what: &str, error: &rtnetlink::Error) -> Problem {
 /// Tells that the host's network changed.
 pub struct NetworkChanges {
     messages: Pin<Box<dyn Stream<Item = ()> + Send>>,
+    /// When the burst that began is over.
+    due: Option<tokio::time::Instant>,
     _task: AbortOnDropHandle<()>,
 }
 
@@ -476,21 +478,26 @@ impl NetworkChanges {
         .map_err(|e| problem("watch the network", &rtnetlink::Error::InvalidNla(io_text(&e))))?;
         #[expect(clippy::disallowed_methods, reason = "owned by the handle: dropping it aborts the task")]
         let task = tokio::task::spawn(connection);
-        Ok(Self { messages: Box::pin(messages.map(|_| ())), _task: AbortOnDropHandle::new(task) })
+        Ok(Self { messages: Box::pin(messages.map(|_| ())), due: None, _task: AbortOnDropHandle::new(task) })
     }
 
-    /// Waits for a change and for its burst to end. Cancel safe, but a cancelled wait may lose a burst that began: the
-    /// caller compares snapshots and loses nothing but time.
+    /// Waits for a change and for its burst to end. Cancel safe.
     pub async fn changed(&mut self) {
-        if self.messages.next().await.is_none() {
-            return std::future::pending().await;
-        }
-        let end = tokio::time::sleep(DEBOUNCE);
-        tokio::pin!(end);
         loop {
+            let Some(due) = self.due else {
+                if self.messages.next().await.is_none() {
+                    return std::future::pending().await;
+                }
+                self.due = Some(tokio::time::Instant::now() + DEBOUNCE);
+                continue;
+            };
             tokio::select! {
-                () = &mut end => return,
-                more = self.messages.next() => if more.is_none() { return },
+                biased;
+                () = tokio::time::sleep_until(due) => {
+                    self.due = None;
+                    return;
+                }
+                more = self.messages.next() => if more.is_none() { return std::future::pending().await },
             }
         }
     }

@@ -56,6 +56,7 @@ fn plan() -> HostPlan {
         tun: "wtest0".into(),
         addrs: vec!["100.64.0.1".parse().unwrap(), "fd00:77::1".parse().unwrap()],
         pools: vec!["100.64.0.0/16".parse().unwrap(), "fd00:77::/64".parse().unwrap()],
+        mtu: 1_300,
     }
 }
 
@@ -73,7 +74,8 @@ fn up_routes_guards_and_a_clean_stop_leaves_nothing() {
         let tun = Tun::open("wtest0").unwrap();
         host_os.check_collision(&plan()).await.unwrap();
         let applied = host_os.apply(&plan(), &state).await.unwrap();
-        assert_eq!(applied, Applied { mtu: MAX_MTU, ipv6: true });
+        assert_eq!(applied, Applied { ipv6: true });
+        assert!(run("ip link show wtest0").contains("mtu 1300"));
         assert!(run("ip route get 100.64.9.9").contains("dev wtest0"));
         assert!(run("ip -6 route get fd00:77::9").contains("dev wtest0"));
         // Our own sockets never see the overlay's routes.
@@ -154,6 +156,9 @@ fn surroundings_hold_our_addresses_and_notice_a_move() {
     in_namespace(async {
         let host_os = Host::open().unwrap();
         let mut changes = host_os.watch().unwrap();
+        assert_eq!(host_os.tunnel_mtu("wtest0").await.unwrap(), MAX_MTU);
+        run("ip link set out0 mtu 1400");
+        assert_eq!(host_os.tunnel_mtu("wtest0").await.unwrap(), 1_320);
         let before = host_os.surroundings("wtest0").await.unwrap();
         let sockets = before.sockets(&[(0, "0.0.0.0:7".parse().unwrap()), (1, "[::]:7".parse().unwrap())]);
         assert_eq!(sockets, [LocalSocket { id: 0, addr: "192.0.2.5:7".parse().unwrap() }]);

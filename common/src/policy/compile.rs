@@ -64,6 +64,8 @@ pub(crate) struct CompiledRule {
     /// Gives capabilities and opens nothing.
     pub(crate) app: bool,
     pub(crate) protos: Vec<u8>,
+    /// A denial of every protocol.
+    pub(super) every_proto: bool,
     pub(crate) active: Option<Vec<UnixInterval>>,
     pub(crate) src: usize,
     pub(crate) dst_alt: Option<usize>,
@@ -295,6 +297,7 @@ impl Compiled {
                         action,
                         staged: rule.staged,
                         app,
+                        every_proto: protos == deny_protos,
                         protos,
                         active: active.clone(),
                         src,

@@ -13,7 +13,7 @@ use super::posture::Truth;
 use super::selector::Selector;
 use super::ssh::SshRule;
 use super::world::{Device, set_overlaps};
-use crate::filter::{Action, FilterDst, FilterRule, IpRange, RuleId, UnixInterval};
+use crate::filter::{Action, FilterDst, FilterRule, IpRange, PortRange, RuleId, UnixInterval};
 
 /// What one device lets in, offers and sees.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -407,6 +407,9 @@ impl Compiled {
                 self.routes_through(rule, &mut through);
             }
         }
+        let (no_reach, not_reached) = self.silenced(slot, device);
+        reach.subtract(&no_reach);
+        reached.subtract(&not_reached);
         reach.remove(slot);
         reached.remove(slot);
         let mut seen = reach.clone();
@@ -419,6 +422,47 @@ impl Compiled {
                 Some((self.world.device(peer)?.name.clone(), need))
             })
             .collect()
+    }
+
+    /// Devices that this one can certainly not reach, and that can certainly not reach it, since a denial without
+    /// conditions of time covers everything between them. It need not know of them (promise 3).
+    fn silenced(&self, slot: usize, device: &Device) -> (NodeSet, NodeSet) {
+        let (mut no_reach, mut not_reached) = (NodeSet::new(), NodeSet::new());
+        let plain = |d: &Device| d.routes.is_empty() && !d.exit;
+        for rule in &self.rules {
+            let whole = rule.action == Action::Deny && rule.every_proto && !rule.staged && !rule.own;
+            if !whole || rule.active.is_some() {
+                continue;
+            }
+            let source = &self.sources[rule.src];
+            let wholly_from = |s: usize, d: &Device| {
+                source.nodes.has(s) && source.named.has(s) && (source.key.any || plain(d))
+            };
+            let wholly_to = |s: usize, d: &Device| {
+                let covers = |t: &Target| {
+                    t.ports.contains(&PortRange::ALL)
+                        && match t.kind {
+                            TargetKind::Any => true,
+                            TargetKind::Identity(id) => d.has(id) && plain(d),
+                            TargetKind::Literal(_) | TargetKind::Own => false,
+                        }
+                };
+                rule.dst_nodes.has(s) && rule.targets.iter().any(covers)
+            };
+            if wholly_from(slot, device) {
+                let to = rule.dst_nodes.iter();
+                no_reach.extend(
+                    &to.filter(|s| self.world.device(*s).is_some_and(|d| wholly_to(*s, d))).collect(),
+                );
+            }
+            if wholly_to(slot, device) {
+                let from = source.nodes.iter();
+                not_reached.extend(
+                    &from.filter(|s| self.world.device(*s).is_some_and(|d| wholly_from(*s, d))).collect(),
+                );
+            }
+        }
+        (no_reach, not_reached)
     }
 
     fn routes_through(&self, rule: &CompiledRule, through: &mut BTreeMap<usize, (BTreeSet<IpNet>, bool)>) {

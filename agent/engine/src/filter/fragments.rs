@@ -101,6 +101,12 @@ impl Fragments {
             .map(|datagram| datagram.flow)
     }
 
+    /// Peers with datagrams in fragments, counted per direction.
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.peers.len()
+    }
+
     /// Drops what is known of a peer.
     pub(super) fn forget(&mut self, peer: u32) {
         self.peers.retain(|(_, known), _| *known != peer);

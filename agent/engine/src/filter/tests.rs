@@ -1,15 +1,18 @@
 //! Each rule of the design's section on flows, in both families.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use warren_common::filter::{
     Action, FilterDst, IpRange, PROTO_ICMP, PROTO_ICMPV6, PROTO_TCP, PROTO_UDP, PortRange,
 };
-use warren_common::time::UnixTime;
 
 use super::*;
 use crate::flow::{FlowState, TCP_ESTABLISHED, TCP_TRANSITORY};
 use crate::packet::{Addrs, ParseError, TCP_ACK, TCP_FIN, TCP_SYN, build};
+
+mod fragments;
+mod why;
 
 const PEER: u32 = 7;
 const START: i64 = 1_800_000_000;

@@ -6,7 +6,8 @@
 //!
 //! **Eviction.** An owner may hold [`MAX_FLOWS_PER_OWNER`]; beyond that its new flow takes the place of one of its
 //! own. When the whole table is full the owner with the most flows gives one up. The victim is of the least valuable
-//! kind ([`Kind`]'s order), the longest unused of it; a connection that is established and was used within
+//! kind (ended, closed, ICMP query, unanswered, TCP opening or closing, answered, established), the longest unused of
+//! it; a connection that is established and was used within
 //! [`PROTECTED`] is never evicted: then the new flow is refused. An evicted TCP connection is re-learnt from its next
 //! packet in the permitted direction.
 
@@ -27,7 +28,7 @@ pub const MAX_FLOWS_PER_OWNER: usize = MAX_FLOWS / 2;
 pub const PROTECTED: Duration = Duration::from_secs(5 * 60);
 
 /// How stale a flow's place in the orders may get. Moving it at every packet would touch five flows' memory.
-const REORDER_EVERY: Duration = Duration::from_secs(1);
+const REORDER_EVERY_NANOS: u64 = 1_000_000_000;
 
 /// Flows of one idle time and value, the least valuable first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -135,7 +136,7 @@ impl FlowTable {
 
     /// An empty table for at most `max` flows, of one owner at most `max_per_owner`.
     pub fn with_limits(seed: [u64; 2], max: usize, max_per_owner: usize) -> Self {
-        let hash = FlowHash { seed };
+        let hash = FlowHash::new(seed);
         Self {
             max,
             max_per_owner,
@@ -185,7 +186,7 @@ impl FlowTable {
         let before = slot.flow.state;
         let after = change(&mut slot.flow);
         slot.flow.seen = now;
-        if before == after && now.since(slot.ordered) < REORDER_EVERY {
+        if before == after && now.as_nanos().saturating_sub(slot.ordered.as_nanos()) < REORDER_EVERY_NANOS {
             return;
         }
         self.unlink(id.0);
@@ -410,14 +411,28 @@ impl FlowTable {
 /// doesn't know the seed can't aim at one bucket.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct FlowHash {
-    pub(crate) seed: [u64; 2],
+    state: u64,
+    factor: u64,
+}
+
+impl FlowHash {
+    /// A factor with few bits would hardly mix, so the seed is spread first (the finaliser of SplitMix64).
+    pub(crate) const fn new(seed: [u64; 2]) -> Self {
+        const fn spread(word: u64) -> u64 {
+            let word = word.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let word = (word ^ word >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            let word = (word ^ word >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+            word ^ word >> 31
+        }
+        Self { state: spread(seed[0]), factor: spread(seed[1]) | 1 }
+    }
 }
 
 impl BuildHasher for FlowHash {
     type Hasher = FlowHasher;
 
     fn build_hasher(&self) -> FlowHasher {
-        FlowHasher { state: self.seed[0], factor: self.seed[1] | 1 }
+        FlowHasher { state: self.state, factor: self.factor }
     }
 }
 
@@ -452,3 +467,6 @@ fn fold(a: u64, b: u64) -> u64 {
     let wide = u128::from(a) * u128::from(b);
     wide as u64 ^ (wide >> 64) as u64
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,223 @@
+//! Bounds: what a remote party can make grow, and how often it can make us speak.
 
+use super::*;
+use warren_common::wire::probe::{Candidate, CandidateKind, TXID_LEN};
+
+const B: DeviceId = DeviceId::from_bytes([2; 16]);
+const RELAY: RelayId = RelayId::from_bytes([3; 16]);
+const START: Instant = Instant::from_nanos(1_000_000_000_000);
+
+/// A's paths with B as peer 0, and B's keys.
+fn pair() -> (Paths, ProbeKeys) {
+    let (a, b) = (ProbeSecretKey::from_bytes([1; 32]), ProbeSecretKey::from_bytes([2; 32]));
+    let keys = ProbeKeys::derive(&b, &b.public(), &a.public()).unwrap();
+    let mut paths = Paths::new(a, [5; 32]);
+    paths.set_overlay(START, "100.64.0.0/10".parse().unwrap(), "fd00::/48".parse().unwrap());
+    paths.set_local(START, &[LocalSocket { id: 0, addr: "192.0.2.1:1000".parse().unwrap() }]);
+    paths.set_relay(START, RELAY, true);
+    paths.insert(0, B, b.public(), Some(RELAY));
+    (paths, keys)
+}
+
+fn relayed() -> Source {
+    Source::Relay { relay: RELAY, device: B }
+}
+
+fn direct(n: u16) -> Source {
+    let [high, low] = n.to_be_bytes();
+    Source::Direct { socket: 0, remote: SocketAddr::from(([203, 0, high, low], 1 + n)) }
+}
+
+fn nonce(n: u32) -> [u8; 24] {
+    let mut nonce = [0; 24];
+    nonce[..4].copy_from_slice(&n.to_be_bytes());
+    nonce
+}
+
+fn candidates(from: u8) -> Message {
+    let one = |n: u8| Candidate {
+        kind: CandidateKind::Reflexive,
+        addr: SocketAddr::from(([203, 0, from, n + 1], 5_000)),
+    };
+    Message::Candidates { request: true, candidates: (0..MAX_CANDIDATES as u8).map(one).collect() }
+}
+
+/// What was sent, by kind, as B reads it.
+fn sent(paths: &mut Paths, keys: &ProbeKeys) -> (usize, usize, usize) {
+    let mut out = Outbox::with_capacity(1 << 22);
+    let mut counts = (0, 0, 0);
+    loop {
+        let done = paths.poll_transmit(&mut out);
+        for (_, probe) in out.datagrams() {
+            match keys.open(probe).unwrap() {
+                Message::Ping { .. } => counts.0 += 1,
+                Message::Pong { .. } => counts.1 += 1,
+                Message::Candidates { .. } => counts.2 += 1,
+                Message::Unknown => panic!("unknown"),
+            }
+        }
+        out.clear();
+        if done {
+            return counts;
+        }
+    }
+}
+
+fn active(paths: &Paths) -> &Active {
+    paths.peers[0].as_ref().unwrap().active.as_ref().unwrap()
+}
+
+#[test]
+fn addresses_and_probes_are_bounded_whatever_the_peer_lists() {
+    let (mut paths, keys) = pair();
+    let mut now = START;
+    for n in 0..=255 {
+        paths.handle_probe(now, relayed(), &keys.seal(&candidates(n), nonce(n.into())));
+        now += Duration::from_millis(100);
+        paths.handle_timeout(now);
+        let remotes = active(&paths).remotes();
+        assert!(remotes <= MAX_REMOTES);
+    }
+    let (pings, _, announced) = sent(&mut paths, &keys);
+    assert!(pings as u32 <= MAX_PROBES_PER_MINUTE, "{pings} pings in 26 s");
+    assert!(announced as u32 <= MAX_CHECKS_PER_MINUTE);
+    assert!(paths.counters().probe_limited > 0);
+}
+
+#[test]
+fn answers_are_bounded() {
+    let (mut paths, keys) = pair();
+    let asked = MAX_PONGS_PER_MINUTE + 100;
+    let mut pongs = 0;
+    for n in 0..asked {
+        let ping = keys.seal(&Message::Ping { txid: [n as u8; TXID_LEN] }, nonce(n));
+        paths.handle_probe(START, relayed(), &ping);
+        pongs += sent(&mut paths, &keys).1;
+    }
+    assert_eq!(pongs as u32, MAX_PONGS_PER_MINUTE);
+}
+
+#[test]
+fn pings_from_many_addresses_bring_few_pings_and_few_addresses() {
+    let (mut paths, keys) = pair();
+    paths.route(START, 0);
+    for n in 0..400u16 {
+        let ping = keys.seal(&Message::Ping { txid: [1; TXID_LEN] }, nonce(n.into()));
+        paths.handle_probe(START, direct(n), &ping);
+    }
+    assert_eq!(active(&paths).remotes(), MAX_REMOTES);
+    let (pings, pongs, _) = sent(&mut paths, &keys);
+    assert!(pings as u32 <= MAX_PROBES_PER_MINUTE && pongs == 400);
+}
+
+#[test]
+fn the_queue_of_probes_is_bounded() {
+    let (mut paths, _) = pair();
+    let b = ProbeSecretKey::from_bytes([2; 32]).public();
+    for idx in 1..=(MAX_QUEUED as u32 + 50) {
+        let mut id = [9; 16];
+        id[..4].copy_from_slice(&idx.to_be_bytes());
+        paths.insert(idx, DeviceId::from_bytes(id), b, Some(RELAY));
+        paths.route(START, idx);
+    }
+    assert_eq!(paths.shared.queue.len(), MAX_QUEUED);
+    assert_eq!(paths.counters().probe_queue_full, 50);
+    assert!(paths.shared.events.len() <= MAX_PATH_EVENTS);
+}
+
+#[test]
+fn forged_probes_cost_a_bounded_number_of_key_agreements_and_activate_nobody() {
+    let (mut paths, keys) = pair();
+    let mut forged = keys.seal(&Message::Ping { txid: [1; TXID_LEN] }, nonce(1));
+    *forged.last_mut().unwrap() ^= 1;
+    for _ in 0..MAX_DERIVATIONS_PER_SECOND + 50 {
+        paths.handle_probe(START, relayed(), &forged);
+    }
+    assert!(!paths.is_active(0));
+    assert_eq!(paths.counters().probe_forged, u64::from(MAX_DERIVATIONS_PER_SECOND));
+    assert_eq!(paths.counters().probe_limited, 50);
+    assert!(paths.poll_timeout().is_none(), "an idle peer has no timer");
+}
+
+#[test]
+fn a_pong_counts_once_and_only_from_where_its_ping_went() {
+    let (mut paths, keys) = pair();
+    let one = Candidate { kind: CandidateKind::Local, addr: "203.0.113.1:5000".parse().unwrap() };
+    let list = Message::Candidates { request: false, candidates: [one].into_iter().collect() };
+    paths.handle_probe(START, relayed(), &keys.seal(&list, nonce(1)));
+    let mut out = Outbox::new();
+    assert!(paths.poll_transmit(&mut out));
+    let txid = out.datagrams().find_map(|(_, probe)| match keys.open(probe) {
+        Ok(Message::Ping { txid }) => Some(txid),
+        _ => None,
+    });
+    let pong = keys.seal(&Message::Pong { txid: txid.unwrap(), observed: None }, nonce(2));
+    paths.handle_probe(START, direct(7), &pong);
+    assert!(!matches!(paths.path(0).0, Path::Direct { .. }));
+    assert_eq!(paths.counters().pong_unexpected, 1);
+    let right = Source::Direct { socket: 0, remote: one.addr };
+    paths.handle_probe(START, right, &pong);
+    assert_eq!(paths.path(0).0, Path::Direct { endpoint: one.addr });
+    paths.handle_probe(START, right, &pong);
+    assert_eq!(paths.counters().pong_unexpected, 2);
+    let guessed = keys.seal(&Message::Pong { txid: [0; TXID_LEN], observed: None }, nonce(3));
+    paths.handle_probe(START, right, &guessed);
+    assert_eq!(paths.counters().pong_unexpected, 3);
+}
+
+#[test]
+fn forbidden_addresses_are_never_pinged() {
+    let (mut paths, keys) = pair();
+    let bad = [
+        "100.64.0.9:1",
+        "127.0.0.1:1",
+        "224.0.0.1:1",
+        "255.255.255.255:1",
+        "169.254.0.1:1",
+        "0.0.0.1:1",
+        "[fd00::9]:1",
+        "[::1]:1",
+        "[ff02::1]:1",
+        "[fe80::1]:1",
+        "192.0.2.1:1000",
+        "198.51.100.1:0",
+    ];
+    let list =
+        bad.iter().map(|a| Candidate { kind: CandidateKind::Local, addr: a.parse().unwrap() }).collect();
+    let list = Message::Candidates { request: false, candidates: list };
+    paths.handle_probe(START, relayed(), &keys.seal(&list, nonce(1)));
+    assert_eq!(active(&paths).remotes(), 0);
+    assert_eq!(paths.counters().candidate_refused, bad.len() as u64);
+    assert_eq!(sent(&mut paths, &keys).0, 0);
+}
+
+#[test]
+fn user_pings_are_bounded_and_each_has_a_result() {
+    let (mut paths, _) = pair();
+    paths.set_relay(START, RELAY, false);
+    for n in 0..MAX_USER_PINGS as u64 + 5 {
+        paths.ping(START, 0, PingToken(n));
+    }
+    let results = |paths: &mut Paths| {
+        std::iter::from_fn(|| paths.poll_event())
+            .filter(|e| matches!(e, Event::PingResult { rtt: None, .. }))
+            .count()
+    };
+    assert_eq!(results(&mut paths), 5);
+    paths.handle_timeout(START + PING_TIMEOUT);
+    assert_eq!(results(&mut paths), MAX_USER_PINGS);
+}
+
+#[test]
+fn our_addresses_are_bounded_and_what_peers_saw_counts_only_where_stun_is_silent() {
+    let (mut paths, _) = pair();
+    for n in 0..10 {
+        paths.shared.observe(SocketAddr::from(([198, 51, 100, n], 9)));
+    }
+    let observed =
+        |paths: &Paths| paths.shared.own.iter().filter(|c| c.kind == CandidateKind::Observed).count();
+    assert_eq!(observed(&paths), MAX_OBSERVED);
+    let mapped = (0..100).map(|n| SocketAddr::from(([203, 0, 113, n], 9)));
+    paths.set_reflexive(START, mapped);
+    assert_eq!((observed(&paths), paths.shared.own.len()), (0, MAX_CANDIDATES));
+}

@@ -27,6 +27,8 @@ mod peer;
 mod receive;
 mod replay;
 mod session;
+#[cfg(test)]
+mod tests;
 mod timers;
 
 use std::ops::Range;

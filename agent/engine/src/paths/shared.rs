@@ -1,0 +1,126 @@
+//! What all peers' state machines share: our own addresses, relays, the generator, and the queues out.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+
+use arrayvec::ArrayVec;
+use ipnet::{Ipv4Net, Ipv6Net};
+use rand_chacha::ChaCha20Rng;
+use rand_core::SeedableRng as _;
+use warren_common::ids::RelayId;
+use warren_common::wire::probe::{Candidate, CandidateKind, MAX_CANDIDATES, MAX_PROBE_LEN};
+
+use super::{MAX_OBSERVED, MAX_PATH_EVENTS, MAX_QUEUED, PathCounters, PeerIdx};
+use crate::event::Event;
+use crate::io::{Destination, LocalSocket};
+
+/// What all peers' state machines use.
+pub(super) struct Shared {
+    pub(super) local: Vec<LocalSocket>,
+    pub(super) reflexive: Vec<SocketAddr>,
+    pub(super) observed: ArrayVec<SocketAddr, MAX_OBSERVED>,
+    pub(super) own: ArrayVec<Candidate, MAX_CANDIDATES>,
+    pub(super) overlay: Option<(Ipv4Net, Ipv6Net)>,
+    pub(super) relays: BTreeSet<RelayId>,
+    pub(super) signal: bool,
+    pub(super) rng: ChaCha20Rng,
+    pub(super) queue: VecDeque<(Destination, ArrayVec<u8, MAX_PROBE_LEN>)>,
+    pub(super) events: VecDeque<Event>,
+    pub(super) ready: VecDeque<PeerIdx>,
+    pub(super) counters: PathCounters,
+}
+
+impl Shared {
+    pub(super) fn new(seed: [u8; 32]) -> Self {
+        Self {
+            local: Vec::new(),
+            reflexive: Vec::new(),
+            observed: ArrayVec::new(),
+            own: ArrayVec::new(),
+            overlay: None,
+            relays: BTreeSet::new(),
+            signal: false,
+            rng: ChaCha20Rng::from_seed(seed),
+            queue: VecDeque::new(),
+            events: VecDeque::new(),
+            ready: VecDeque::new(),
+            counters: PathCounters::default(),
+        }
+    }
+
+    /// True if `addr` may be an endpoint of a peer.
+    pub(super) fn accepts(&self, addr: SocketAddr) -> bool {
+        is_endpoint(self.overlay, addr) && !self.local.iter().any(|l| l.addr == addr)
+    }
+
+    /// Lists our own addresses anew: STUN, what peers saw where STUN knows nothing, interfaces. True if that changed
+    /// the list.
+    pub(super) fn rebuild_own(&mut self) -> bool {
+        let mut own = ArrayVec::<Candidate, MAX_CANDIDATES>::new();
+        let stunned = |addr: &SocketAddr| self.reflexive.iter().any(|r| r.is_ipv4() == addr.is_ipv4());
+        let local = self.local.iter().map(|l| (CandidateKind::Local, l.addr));
+        let reflexive = self.reflexive.iter().map(|a| (CandidateKind::Reflexive, *a));
+        let observed = self.observed.iter().filter(|a| !stunned(a)).map(|a| (CandidateKind::Observed, *a));
+        // Those from outside come first: should the list overflow, they are the ones that count.
+        for (kind, addr) in reflexive.chain(observed).chain(local) {
+            let known = own.iter().any(|c| c.addr == addr);
+            if is_endpoint(self.overlay, addr) && !known && !own.is_full() {
+                own.push(Candidate { kind, addr });
+            }
+        }
+        own.sort_unstable();
+        let changed = own != self.own;
+        self.own = own;
+        changed
+    }
+
+    /// A peer saw us at `addr`. Worth passing on only if it is news and STUN is silent.
+    pub(super) fn observe(&mut self, addr: SocketAddr) {
+        let known = self.own.iter().any(|c| c.addr == addr) || self.observed.contains(&addr);
+        if !known && is_endpoint(self.overlay, addr) {
+            if self.observed.is_full() {
+                self.observed.remove(0);
+            }
+            self.observed.push(addr);
+            self.rebuild_own();
+        }
+    }
+
+    pub(super) fn enqueue(&mut self, to: Destination, probe: ArrayVec<u8, MAX_PROBE_LEN>) {
+        if self.queue.len() >= MAX_QUEUED {
+            self.counters.probe_queue_full += 1;
+        } else {
+            self.queue.push_back((to, probe));
+        }
+    }
+
+    pub(super) fn push_event(&mut self, event: Event) {
+        if self.events.len() >= MAX_PATH_EVENTS {
+            self.events.pop_front();
+        }
+        self.events.push_back(event);
+    }
+}
+
+/// True for a unicast address with a port, outside the overlay: all that is ever sent to.
+pub(crate) fn is_endpoint(overlay: Option<(Ipv4Net, Ipv6Net)>, addr: SocketAddr) -> bool {
+    let fine = match addr.ip() {
+        IpAddr::V4(ip) => {
+            !(ip.octets()[0] == 0
+                || ip.is_loopback()
+                || ip.is_multicast()
+                || ip.is_broadcast()
+                || ip.is_link_local()
+                || overlay.is_some_and(|(v4, _)| v4.contains(&ip)))
+        }
+        IpAddr::V6(ip) => {
+            !(ip.is_unspecified()
+                || ip.is_loopback()
+                || ip.is_multicast()
+                || ip.is_unicast_link_local()
+                || ip.to_ipv4_mapped().is_some()
+                || overlay.is_some_and(|(_, v6)| v6.contains(&ip)))
+        }
+    };
+    fine && addr.port() != 0
+}

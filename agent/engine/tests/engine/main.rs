@@ -1,0 +1,6 @@
+//! Engines against each other in virtual time, over a small internet with NATs, a relay and a signal channel.
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a failed test panics")]
+
+mod net;
+mod paths;
+mod policy;

@@ -1,0 +1,87 @@
+//! `warrend`: the agent's daemon.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+use warren_agent::api::DEFAULT_SOCKET;
+use warren_agent::daemon::{self, DEFAULT_TUN, Options};
+use warren_agent::problem::Problem;
+
+/// The agent of this device: holds its keys, its tunnels and its filter. Runs in the foreground; SIGTERM stops it and
+/// puts the host back as it was. RUST_LOG sets what it logs (default: info).
+///
+/// Example: warrend --state-dir /var/lib/warren --socket /run/warren/warren.sock
+#[derive(Debug, Parser)]
+#[command(name = "warrend", version)]
+struct Args {
+    /// Where keys and the last netmap are kept (made with mode 0700).
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/warren")]
+    state_dir: PathBuf,
+    /// Where `warren` finds the daemon.
+    #[arg(long, value_name = "PATH", env = "WARREN_SOCKET", default_value = DEFAULT_SOCKET)]
+    socket: PathBuf,
+    /// Name of the TUN device.
+    #[arg(long, value_name = "NAME", default_value = DEFAULT_TUN)]
+    tun: String,
+    /// UDP port of tunnels; by default the last one, at first a free one.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    listen_port: Option<u16>,
+    /// User (name or number) that may run `warren up`, `down` and `logout` beside root.
+    #[arg(long, value_name = "USER")]
+    operator: Option<String>,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match start(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(problem) => {
+            tracing::error!("{problem}");
+            ExitCode::from(problem.exit)
+        }
+    }
+}
+
+fn start(args: Args) -> Result<(), Problem> {
+    let operator = args.operator.as_deref().map(user_id).transpose()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| {
+        Problem::new(
+            "runtime",
+            format!("the daemon can't start: {e}"),
+            "raise the limit of open files (ulimit -n)",
+        )
+    })?;
+    runtime.block_on(daemon::run(Options {
+        state_dir: args.state_dir,
+        socket: args.socket,
+        tun: args.tun,
+        listen_port: args.listen_port,
+        operator,
+    }))
+}
+
+/// The id of a user of this host.
+fn user_id(user: &str) -> Result<u32, Problem> {
+    if let Ok(id) = user.parse() {
+        return Ok(id);
+    }
+    let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+    passwd
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split(':');
+            (fields.next() == Some(user)).then(|| fields.nth(1)?.parse().ok()).flatten()
+        })
+        .next()
+        .ok_or_else(|| {
+            Problem::usage(
+                "unknown-user",
+                format!("there is no user `{user}` in /etc/passwd"),
+                "give --operator a user of this host, or a user id",
+            )
+        })
+}

@@ -1,0 +1,382 @@
+//! The daemon: one task that owns the engine and everything it is fed from. Nothing in it locks.
+//!
+//! Each turn waits for one thing (a readable TUN or socket, a control or relay event, a local call, a network change,
+//! a timer, a finished save), feeds it to the engine in bounded batches and drains the engine's outputs. A netmap update
+//! is checked, saved on a helper thread and only then applied; meanwhile packets flow and control events wait.
+
+mod packets;
+mod session;
+mod status;
+mod verbs;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use rand_core::RngCore as _;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use warren_common::time::{Instant, Now};
+use warren_engine::engine::Engine;
+use warren_engine::event::PingToken;
+use warren_engine::netmap::PendingUpdate;
+
+use crate::api::{Call, Reply, Server};
+use crate::clock::{self, BootTimer, MAX_SLEEP};
+use crate::control::{ControlClient, ControlConfig, ControlEvent};
+use crate::entropy::OsEntropy;
+use crate::os::tun::{self, Tun};
+use crate::os::udp::{self, Udp};
+use crate::os::{Host, HostPlan, NetworkChanges, Surroundings};
+use crate::problem::{Problem, Severity};
+use crate::state::{DeviceKeys, Identity, Membership, NetworkDir, Settings, StateDir};
+use packets::Buffers;
+
+/// The TUN's name unless told otherwise.
+pub const DEFAULT_TUN: &str = "warren0";
+/// How often the lease and the handshake clock are saved, so that a crash forgets no more than this.
+const SAVE_INTERVAL: Duration = Duration::from_secs(120);
+/// Wait before a failed save or a failed start is tried again.
+const RETRY: Duration = Duration::from_secs(5);
+/// Control events that wait for the daemon; behind them the session's TCP window fills.
+const CONTROL_QUEUE: usize = 32;
+/// Pings of local callers under way.
+const MAX_PINGS: usize = 64;
+
+/// How the daemon is started.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where its state is.
+    pub state_dir: PathBuf,
+    /// Where it listens for `warren`.
+    pub socket: PathBuf,
+    /// The TUN's name.
+    pub tun: String,
+    /// The UDP port; any if absent.
+    pub listen_port: Option<u16>,
+    /// User id that may change the agent's state beside root.
+    pub operator: Option<u32>,
+}
+
+/// Runs until SIGTERM or SIGINT, then puts the host back.
+///
+/// # Errors
+/// Why the daemon can't start, or can't put the host back.
+pub async fn run(options: Options) -> Result<(), Problem> {
+    tun::check_name(&options.tun)?;
+    let state = StateDir::open(&options.state_dir)?;
+    let settings = state.settings()?;
+    let sockets = udp::bind(options.listen_port, settings.port)?;
+    let (server, calls) = Server::listen(&options.socket, options.operator)?;
+    let host = Host::open()?;
+    let mut daemon = Daemon::new(options, state, settings, sockets, host)?;
+    daemon.begin().await?;
+    let result = daemon.serve(calls).await;
+    drop(server);
+    daemon.stop().await?;
+    result
+}
+
+/// Everything the one task owns.
+struct Daemon {
+    options: Options,
+    boot_id: String,
+    state: std::sync::Arc<StateDir>,
+    settings: Settings,
+    host: Host,
+    changes: NetworkChanges,
+    surroundings: Surroundings,
+    sockets: Vec<Udp>,
+    buffers: Buffers,
+    timer: BootTimer,
+    up: Option<Box<Up>>,
+    /// Why the agent is not up although it should be, or must sign in again.
+    problem: Option<(Problem, Severity)>,
+    /// When to try coming up once more.
+    retry_at: Option<Instant>,
+    needs_login: bool,
+}
+
+/// What exists while the agent is up.
+struct Up {
+    dir: NetworkDir,
+    config: ControlConfig,
+    /// What the coordinator has shown; absent before the first contact.
+    identity: Option<Identity>,
+    keys: DeviceKeys,
+    membership: Option<Membership>,
+    enrolment: Option<Enrolment>,
+    control: ControlClient,
+    events: mpsc::Receiver<ControlEvent>,
+    /// When to begin a new session in place of one that could not go on.
+    reconnect_at: Option<Instant>,
+    /// Why there is no session; absent while one stands or the first attempt is under way.
+    away: Option<Problem>,
+    /// The coordinator has welcomed us in this session.
+    welcomed: bool,
+    /// Our clock less the coordinator's, in microseconds.
+    skew_us: i64,
+    engine: Option<Engine>,
+    mtu: u16,
+    tun: Option<Tun>,
+    plan: Option<HostPlan>,
+    /// This host has no IPv6.
+    no_ipv6: bool,
+    saving: Option<Saving>,
+    /// An accepted update that could not be saved, and when to try again.
+    stalled: Option<(PendingUpdate, Instant)>,
+    /// Updates went by while one was stalled: ask for a snapshot once it is through.
+    missed_update: bool,
+    save_problem: Option<Problem>,
+    next_save: Instant,
+    since: Instant,
+    waiters: Vec<Waiter>,
+    pings: Vec<(PingToken, oneshot::Sender<Reply>)>,
+}
+
+/// What a device shows to be let in.
+struct Enrolment {
+    auth_key: zeroize::Zeroizing<String>,
+    hostname: String,
+}
+
+/// A save on a helper thread, and what follows it.
+struct Saving {
+    task: JoinHandle<Result<(), Problem>>,
+    then: Then,
+}
+
+enum Then {
+    Apply { update: Box<PendingUpdate>, want_snapshot: Option<String> },
+    Confirm(Membership),
+    Nothing,
+}
+
+/// A caller of `up` that waits until the agent is connected.
+struct Waiter {
+    reply: oneshot::Sender<Reply>,
+    deadline: Instant,
+}
+
+/// What a turn of the loop begins with.
+enum Wake {
+    Tun,
+    Udp(usize),
+    Control(Option<ControlEvent>),
+    Call(Option<Call>),
+    Network,
+    Timer,
+    Saved(Result<(), Problem>),
+    Stop,
+}
+
+impl Daemon {
+    fn new(
+        options: Options,
+        state: StateDir,
+        mut settings: Settings,
+        sockets: Vec<Udp>,
+        host: Host,
+    ) -> Result<Self, Problem> {
+        let port = sockets.first().map(|s| s.bound().port());
+        if settings.port != port {
+            settings.port = port;
+            state.save_settings(&settings)?;
+        }
+        let no_timer = |e: std::io::Error| {
+            Problem::new("timer", format!("no timer: {e}"), "raise the limit of open files (ulimit -n)")
+        };
+        let no_boot_id = |_| {
+            Problem::new(
+                "boot-id",
+                "the kernel's boot id can't be read",
+                "mount /proc; leases are counted per boot",
+            )
+        };
+        Ok(Self {
+            boot_id: clock::boot_id().map_err(no_boot_id)?,
+            changes: host.watch()?,
+            timer: BootTimer::new().map_err(no_timer)?,
+            options,
+            state: std::sync::Arc::new(state),
+            settings,
+            host,
+            surroundings: Surroundings::default(),
+            sockets,
+            buffers: Buffers::default(),
+            up: None,
+            problem: None,
+            retry_at: None,
+            needs_login: false,
+        })
+    }
+
+    /// Comes up if that is wanted; otherwise removes what a killed run left on the host.
+    async fn begin(&mut self) -> Result<(), Problem> {
+        self.surroundings = self.host.surroundings(&self.options.tun).await?;
+        if self.settings.want_up && self.settings.network.is_some() {
+            // What is left of a killed run keeps guarding until it is taken over.
+            return self.rejoin().await;
+        }
+        self.host.restore(&self.state).await
+    }
+
+    async fn serve(&mut self, mut calls: mpsc::Receiver<Call>) -> Result<(), Problem> {
+        let no_signals = |e| {
+            Problem::new("signals", format!("no signal handler: {e}"), "this should not happen; report it")
+        };
+        let mut terminate = signal(SignalKind::terminate()).map_err(no_signals)?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(no_signals)?;
+        loop {
+            let now = clock::now();
+            let deadline = self.deadline(now);
+            if let Err(e) = self.timer.set(Some(deadline)) {
+                tracing::warn!("the timer can't be set: {e}");
+            }
+            let wake = tokio::select! {
+                _ = terminate.recv() => Wake::Stop,
+                _ = interrupt.recv() => Wake::Stop,
+                wake = self.next(&mut calls) => wake,
+            };
+            let now = clock::now();
+            match wake {
+                Wake::Stop | Wake::Call(None) => return Ok(()),
+                Wake::Tun => self.on_tun(now).await,
+                Wake::Udp(index) => self.on_udp(now, index),
+                Wake::Control(event) => self.on_control(now, event).await,
+                Wake::Call(Some(call)) => self.on_call(now, call).await,
+                Wake::Network => self.on_network(now).await,
+                Wake::Saved(result) => self.on_saved(now, result).await,
+                Wake::Timer => self.on_timer(now).await,
+            }
+            self.drain(clock::now());
+        }
+    }
+
+    /// Waits for the next thing to do. Cancel safe.
+    async fn next(&mut self, calls: &mut mpsc::Receiver<Call>) -> Wake {
+        let Self { up, sockets, changes, timer, .. } = self;
+        let (tun, events, saving) = match up.as_deref_mut() {
+            Some(up) => (up.tun.as_ref(), Some(&mut up.events), up.saving.as_mut()),
+            None => (None, None, None),
+        };
+        let is_saving = saving.is_some();
+        let tun_readable = async {
+            match tun {
+                Some(tun) => tun.readable().await,
+                None => std::future::pending().await,
+            }
+        };
+        let udp_readable = async {
+            match sockets.as_slice() {
+                [one] => (0, one.readable().await),
+                [one, two, ..] => tokio::select! {
+                    result = one.readable() => (0, result),
+                    result = two.readable() => (1, result),
+                },
+                [] => std::future::pending().await,
+            }
+        };
+        let control = async {
+            match events {
+                // Updates are made on top of each other: the next one waits until this one is in force.
+                Some(events) if !is_saving => events.recv().await,
+                _ => std::future::pending().await,
+            }
+        };
+        let saved = async {
+            match saving {
+                Some(saving) => (&mut saving.task).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            _ = tun_readable => Wake::Tun,
+            (index, _) = udp_readable => Wake::Udp(index),
+            () = timer.fired() => Wake::Timer,
+            event = control => Wake::Control(event),
+            result = saved => Wake::Saved(result.unwrap_or_else(|e| {
+                Err(Problem::new("save", format!("a save failed: {e}"), "this should not happen; report it"))
+            })),
+            call = calls.recv() => Wake::Call(call),
+            () = changes.changed() => Wake::Network,
+        }
+    }
+
+    /// When the timer must fire.
+    fn deadline(&mut self, now: Now) -> Instant {
+        let mut earliest = now.boot + MAX_SLEEP;
+        let mut consider = |at: Option<Instant>| {
+            if let Some(at) = at {
+                earliest = earliest.min(at);
+            }
+        };
+        consider(self.retry_at);
+        if let Some(up) = &mut self.up {
+            consider(up.engine.as_mut().and_then(|e| e.poll_timeout(now)).map(|(at, _)| at));
+            consider(up.waiters.iter().map(|w| w.deadline).min());
+            consider(up.stalled.as_ref().map(|(_, at)| *at));
+            consider(up.reconnect_at);
+            consider(Some(up.next_save));
+        }
+        earliest
+    }
+
+    async fn on_timer(&mut self, now: Now) {
+        if self.retry_at.is_some_and(|at| at <= now.boot) {
+            self.retry_at = None;
+            if let Err(problem) = self.rejoin().await {
+                self.come_down_later(now, problem).await;
+            }
+        }
+        let Some(up) = &mut self.up else { return };
+        if let Some(engine) = &mut up.engine {
+            engine.handle_timeout(now);
+        }
+        up.retry_stalled(now);
+        up.reconnect_if_due(now.boot);
+        if up.next_save <= now.boot && up.saving.is_none() {
+            up.next_save = now.boot + SAVE_INTERVAL;
+            up.save_periodically(now);
+        }
+        self.time_out_waiters(now).await;
+    }
+
+    async fn on_network(&mut self, now: Now) {
+        let surroundings = match self.host.surroundings(&self.options.tun).await {
+            Ok(surroundings) => surroundings,
+            Err(problem) => {
+                tracing::warn!("the network can't be looked at: {}", problem.text);
+                return;
+            }
+        };
+        if surroundings == self.surroundings {
+            return;
+        }
+        tracing::info!("the network changed");
+        self.surroundings = surroundings;
+        if let Some(up) = &mut self.up {
+            up.control.retry_now();
+            if let Some(engine) = &mut up.engine {
+                engine.handle_interfaces(now, &self.surroundings.sockets(&bound(&self.sockets)));
+            }
+        }
+    }
+
+    /// Ends everything and puts the host back.
+    async fn stop(&mut self) -> Result<(), Problem> {
+        tracing::info!("stopping");
+        self.come_down().await
+    }
+}
+
+fn bound(sockets: &[Udp]) -> Vec<(u8, std::net::SocketAddr)> {
+    sockets.iter().map(|s| (s.id(), s.bound())).collect()
+}
+
+/// A seed for the engine's generators, from the system.
+fn seed() -> [u8; 32] {
+    let mut seed = [0; 32];
+    OsEntropy.fill_bytes(&mut seed);
+    seed
+}

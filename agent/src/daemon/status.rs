@@ -1,0 +1,188 @@
+//! How the agent is: `status`, its health items, and the bug report.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use warren_common::time::Now;
+use warren_engine::status::{LeaseStatus, Status as EngineStatus};
+
+use super::{Daemon, Up};
+use crate::api::{Coordinator, NetworkName, Peer, SelfDevice, Status};
+use crate::problem::{HealthItem, Severity};
+
+/// A clock this far off is told of, in microseconds.
+const MAX_SKEW_US: u64 = 5 * 60 * 1_000_000;
+/// A lease with less than this left is told of: the coordinator renews long before.
+const LEASE_WARNING: Duration = Duration::from_secs(3_600);
+/// Time that relays and UDP get after coming up before their absence is told of.
+const GRACE: Duration = Duration::from_secs(5);
+
+impl Daemon {
+    /// The state in one word.
+    pub(super) fn state_word(&self) -> &'static str {
+        match &self.up {
+            Some(up) if up.plan.is_some() => "running",
+            Some(_) => "connecting",
+            None if self.needs_login || self.settings.network.is_none() => "needs-login",
+            None => "stopped",
+        }
+    }
+
+    pub(super) fn status(&self, now: Now) -> Status {
+        let engine = self.up.as_ref().and_then(|up| up.engine.as_ref()).map(|e| e.status(now));
+        let health = self.health(now, engine.as_ref());
+        let up = self.up.as_deref();
+        let network = up.and_then(|up| {
+            let name = up.identity.as_ref().map(|i| i.network_name.clone()).unwrap_or_default();
+            up.membership.map(|_| NetworkName { id: up.config.network, name })
+        });
+        let (device, peers, revision, counters) = match engine {
+            None => (None, Vec::new(), 0, json!({})),
+            Some(status) => (
+                status.device.map(|d| SelfDevice {
+                    id: d.id,
+                    name: d.name,
+                    ips: d.ips,
+                    user: d.user,
+                    tags: d.tags,
+                }),
+                status.peers.into_iter().map(peer).collect(),
+                status.revision,
+                json!({
+                    "drops": status.drops.into_iter().filter(|(_, n)| *n > 0).collect::<BTreeMap<_, _>>(),
+                    "wakes": status.wakes,
+                }),
+            ),
+        };
+        Status {
+            state: self.state_word().to_owned(),
+            network,
+            device,
+            coordinator: up.map(|up| Coordinator {
+                url: up.config.url.to_string(),
+                connected: up.welcomed,
+                revision,
+            }),
+            peers,
+            health,
+            counters,
+        }
+    }
+
+    fn health(&self, now: Now, engine: Option<&EngineStatus>) -> Vec<HealthItem> {
+        let mut out = Vec::new();
+        if let Some((problem, severity)) = &self.problem {
+            out.push(problem.health(*severity));
+        }
+        if let Some(up) = &self.up {
+            up.health(now, engine, &mut out);
+        }
+        out
+    }
+
+    /// Status, host and settings, without keys, auth keys or the addresses of others.
+    pub(super) fn bugreport(&self, now: Now) -> Value {
+        let mut status = self.status(now);
+        for peer in &mut status.peers {
+            peer.path.endpoint = None;
+            peer.name = None;
+            peer.user = None;
+        }
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "os": std::env::consts::OS,
+            "kernel": rustix::system::uname().release().to_string_lossy(),
+            "time": now.unix.to_rfc3339(),
+            "tun": self.options.tun,
+            "mtu": self.up.as_ref().map(|up| up.mtu),
+            "status": status,
+        })
+    }
+}
+
+impl Up {
+    fn health(&self, now: Now, engine: Option<&EngineStatus>, out: &mut Vec<HealthItem>) {
+        let mut add = |code: &str, severity, text: String, fix: &str| {
+            out.push(HealthItem { code: code.to_owned(), severity, text, fix: fix.to_owned() });
+        };
+        if self.skew_us.unsigned_abs() > MAX_SKEW_US {
+            let (minutes, way) = (
+                self.skew_us.unsigned_abs() / 60_000_000,
+                if self.skew_us > 0 { "ahead of" } else { "behind" },
+            );
+            add(
+                "clock-skew",
+                Severity::Warning,
+                format!("this host's clock is {minutes} minutes {way} the coordinator's"),
+                "set the clock, or switch time synchronisation on; rules with time windows act by this clock",
+            );
+        }
+        if let Some(problem) = &self.save_problem {
+            add(&problem.code, Severity::Error, problem.text.clone(), &problem.fix);
+        }
+        if let Some(problem) = self.away.as_ref().filter(|_| !self.welcomed) {
+            add(&problem.code, Severity::Warning, problem.text.clone(), &problem.fix);
+        }
+        if self.no_ipv6 {
+            add(
+                "no-ipv6",
+                Severity::Info,
+                "this host has no IPv6, so overlay addresses of IPv6 don't work on it".into(),
+                "switch IPv6 on (sysctl net.ipv6.conf.all.disable_ipv6=0) if they are needed",
+            );
+        }
+        let Some(status) = engine else { return };
+        let left = match status.lease {
+            LeaseStatus::Valid { remaining_ms } => Some(Duration::from_millis(remaining_ms)),
+            LeaseStatus::Ended => Some(Duration::ZERO),
+            LeaseStatus::None => None,
+        };
+        if let Some(left) = left.filter(|left| *left < LEASE_WARNING && (!self.welcomed || left.is_zero())) {
+            let (severity, text) = if left.is_zero() {
+                (Severity::Error, "the lease of everything granted has ended: nothing passes".to_owned())
+            } else {
+                (
+                    Severity::Warning,
+                    format!("everything granted ends in {} minutes", left.as_secs().div_ceil(60)),
+                )
+            };
+            add("lease-ending", severity, text, "make the coordinator reachable: it renews the lease");
+        }
+        let relays = &status.net.relays;
+        if now.boot.since(self.since) < GRACE || self.plan.is_none() || relays.is_empty() {
+            return;
+        }
+        if !relays.iter().any(|r| r.connected) {
+            add(
+                "relay-away",
+                Severity::Warning,
+                "no relay can be reached: peers that have no direct path are out of reach".into(),
+                "check that the relay runs and that its port is open for TCP and UDP",
+            );
+        }
+        if !status.net.udp {
+            add(
+                "udp-blocked",
+                Severity::Warning,
+                "no answer comes back by UDP: traffic goes through relays only".into(),
+                "open outgoing UDP in the firewall for better speed",
+            );
+        }
+    }
+}
+
+fn peer(status: warren_engine::status::PeerStatus) -> Peer {
+    Peer {
+        id: status.id,
+        name: status.name,
+        ips: status.ips,
+        user: status.user,
+        tags: status.tags,
+        online: status.online,
+        path: status.path.into(),
+        rx_bytes: status.rx_bytes,
+        tx_bytes: status.tx_bytes,
+        last_handshake: status.last_handshake.map(|t| t.to_rfc3339()),
+    }
+}

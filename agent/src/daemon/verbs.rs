@@ -1,0 +1,366 @@
+//! What local callers ask for.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use serde::Serialize;
+use serde_json::json;
+use tokio::sync::oneshot;
+use warren_common::auth_key::AuthKey;
+use warren_common::ids::DeviceId;
+use warren_common::keys::Fingerprint;
+use warren_common::netmap::Peer;
+use warren_common::time::Now;
+use zeroize::Zeroizing;
+
+use super::session::Join;
+use super::{Daemon, Enrolment, MAX_PINGS, Up, Waiter};
+use crate::api::{self, Call, Nat, Netcheck, RelayRtt, Reply, Verb};
+use crate::control::{ControlConfig, CoordinatorUrl};
+use crate::os::MARK;
+use crate::problem::Problem;
+
+/// Longest time that `up` waits.
+const MAX_UP_WAIT: Duration = Duration::from_secs(3_600);
+
+/// An answer that is one document.
+pub(super) fn done(value: &impl Serialize) -> Reply {
+    match serde_json::to_value(value) {
+        Ok(value) => Reply::Done(value),
+        Err(e) => {
+            Reply::Problem(Problem::new("encoding", e.to_string(), "this should not happen; report it"))
+        }
+    }
+}
+
+/// The name of this host.
+pub(super) fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+impl Daemon {
+    pub(super) async fn on_call(&mut self, now: Now, call: Call) {
+        let Call { request, reply } = call;
+        tracing::debug!(verb = ?request.verb, "local call");
+        if let Some(network) = request.network.filter(|n| Some(*n) != self.settings.network) {
+            // The caller may have gone away; here and below nobody is left to tell then.
+            let _ = reply.send(Reply::Problem(Problem::usage(
+                "unknown-network",
+                format!("this device is not in network {network}"),
+                "see `warren status`; leave --network away to mean the only one",
+            )));
+            return;
+        }
+        let answer = match request.verb {
+            Verb::Up(up) => return self.verb_up(now, up, reply).await,
+            Verb::Ping { peer } => return self.verb_ping(now, &peer, reply),
+            Verb::Down => self.verb_down().await,
+            Verb::Logout => self.verb_logout().await,
+            Verb::Status => Ok(done(&self.status(now))),
+            Verb::Netcheck => Ok(done(&self.netcheck(now))),
+            Verb::Whois { ip } => self.verb_whois(ip),
+            Verb::Why { dst, port, proto } => self.verb_why(now, &dst, port, proto),
+            Verb::Version => Ok(done(&json!({ "version": env!("CARGO_PKG_VERSION") }))),
+            Verb::Bugreport => Ok(done(&self.bugreport(now))),
+        };
+        let _ = reply.send(answer.unwrap_or_else(Reply::Problem));
+    }
+
+    async fn verb_up(&mut self, now: Now, up: api::Up, reply: oneshot::Sender<Reply>) {
+        let wait = Duration::from_millis(up.timeout_ms).min(MAX_UP_WAIT);
+        if let Err(problem) = self.bring_up(now, up).await {
+            let _ = reply.send(Reply::Problem(problem));
+            return;
+        }
+        match &mut self.up {
+            Some(up) if !wait.is_zero() => {
+                up.waiters.push(Waiter { reply, deadline: now.boot + wait });
+            }
+            Some(_) => {
+                let _ = reply.send(done(&self.status(now)));
+            }
+            None => {
+                let problem = self.problem.clone().map(|(problem, _)| problem);
+                let _ = reply.send(problem.map_or_else(|| done(&self.status(now)), Reply::Problem));
+            }
+        }
+    }
+
+    async fn bring_up(&mut self, now: Now, ask: api::Up) -> Result<(), Problem> {
+        let auth_key = ask.auth_key.map(Zeroizing::new);
+        let key = auth_key.as_ref().map(|text| text.parse::<AuthKey>()).transpose().map_err(|e| {
+            Problem::usage("bad-auth-key", e.to_string(), "copy the whole line, or use --auth-key-file")
+        })?;
+        let fingerprint: Option<Fingerprint> =
+            ask.fingerprint.map(|text| text.parse()).transpose().map_err(|e| {
+                Problem::usage("bad-fingerprint", format!("{e}"), "copy it as `warren-coordinator` prints it")
+            })?;
+        let url: Option<CoordinatorUrl> = ask.coordinator.map(|text| text.parse()).transpose()?;
+        let joined = self.settings.network.filter(|_| !self.needs_login);
+        if let Some(key) = key.as_ref().filter(|key| joined.is_some_and(|n| n != key.network)) {
+            return Err(Problem::new(
+                "already-joined",
+                format!("this device is in another network already, not in {}", key.network),
+                "run `warren logout` first, or leave the auth key away",
+            ));
+        }
+        if joined.is_some() {
+            return self.bring_up_again(url, fingerprint).await;
+        }
+        let (Some(key), Some(auth_key)) = (key, auth_key) else {
+            return Err(Problem::new(
+                "needs-login",
+                "this device is not enrolled, so it needs an auth key",
+                "run `warren up --coordinator URL --auth-key KEY`; an administrator makes keys with `warren-coordinator auth-key create`",
+            ));
+        };
+        if fingerprint.is_some_and(|wanted| wanted != key.root) {
+            return Err(wrong_fingerprint("the auth key is for a coordinator with another root key"));
+        }
+        let Some(url) = url else {
+            return Err(Problem::usage(
+                "no-coordinator",
+                "the first time, `up` must be told where the coordinator is",
+                "add --coordinator URL",
+            ));
+        };
+        self.come_down().await?;
+        if self.needs_login {
+            // The old device is of no use any more, and its keys may be on another host as well.
+            self.state.remove_network(key.network)?;
+        }
+        let dir = self.state.network(key.network)?;
+        if let Some(hostname) = ask.hostname {
+            self.settings.hostname = Some(hostname);
+        }
+        let join = Join {
+            control: ControlConfig {
+                url,
+                network: key.network,
+                root: key.root,
+                min_epoch: 0,
+                secret: dir.keys()?.control,
+                mark: MARK,
+            },
+            identity: dir.identity()?,
+            membership: None,
+            enrolment: Some(Enrolment {
+                auth_key,
+                hostname: self.settings.hostname.clone().unwrap_or_else(host_name),
+            }),
+        };
+        self.start(now, join).await
+    }
+
+    async fn bring_up_again(
+        &mut self,
+        url: Option<CoordinatorUrl>,
+        fingerprint: Option<Fingerprint>,
+    ) -> Result<(), Problem> {
+        if !self.settings.want_up {
+            self.settings.want_up = true;
+            self.state.save_settings(&self.settings)?;
+        }
+        if self.up.is_none() {
+            self.rejoin().await?;
+        }
+        let Some(up) = &mut self.up else { return Ok(()) };
+        if fingerprint.is_some_and(|wanted| wanted != up.config.root) {
+            return Err(wrong_fingerprint("the network this device is in has another root key"));
+        }
+        match url {
+            Some(url) if url != up.config.url => {
+                up.config.url = url;
+                up.reconnect();
+            }
+            _ => up.control.retry_now(),
+        }
+        Ok(())
+    }
+
+    async fn verb_down(&mut self) -> Result<Reply, Problem> {
+        self.settings.want_up = false;
+        self.retry_at = None;
+        if !self.needs_login {
+            self.problem = None;
+        }
+        self.state.save_settings(&self.settings)?;
+        self.come_down().await?;
+        Ok(done(&json!({ "state": self.state_word() })))
+    }
+
+    async fn verb_logout(&mut self) -> Result<Reply, Problem> {
+        let told = self.up.as_ref().is_some_and(|up| up.say_goodbye());
+        self.come_down().await?;
+        if let Some(network) = self.settings.network.take() {
+            self.state.remove_network(network)?;
+        }
+        self.settings.want_up = false;
+        self.state.save_settings(&self.settings)?;
+        self.problem = None;
+        self.retry_at = None;
+        self.needs_login = false;
+        Ok(done(&json!({ "state": self.state_word(), "coordinator_told": told })))
+    }
+
+    fn verb_ping(&mut self, now: Now, peer: &str, reply: oneshot::Sender<Reply>) {
+        match self.begin_ping(now, peer) {
+            Ok(token) => {
+                if let Some(up) = &mut self.up {
+                    up.pings.retain(|(_, reply)| !reply.is_closed());
+                    up.pings.push((token, reply));
+                }
+            }
+            Err(problem) => {
+                let _ = reply.send(Reply::Problem(problem));
+            }
+        }
+    }
+
+    fn begin_ping(&mut self, now: Now, peer: &str) -> Result<warren_engine::event::PingToken, Problem> {
+        let device = self.peer(peer)?.id;
+        let up = self.up.as_mut().ok_or_else(not_up)?;
+        if up.pings.len() >= MAX_PINGS {
+            return Err(Problem::new("busy", "too many pings are under way", "try again in a moment"));
+        }
+        let engine = up.engine.as_mut().ok_or_else(not_up)?;
+        engine.start_ping(now, device).ok_or_else(|| {
+            Problem::new(
+                "nothing-granted",
+                "nothing is allowed at present: the lease has ended",
+                "it is renewed when the coordinator is reached; see `warren status`",
+            )
+        })
+    }
+
+    fn verb_whois(&self, ip: IpAddr) -> Result<Reply, Problem> {
+        let engine = self.up.as_ref().and_then(|up| up.engine.as_ref()).ok_or_else(not_up)?;
+        let who = engine.whois(ip).ok_or_else(|| {
+            Problem::new(
+                "unknown-address",
+                format!("no device that this one may know has the address {ip}"),
+                "see `warren status` for the peers of this device",
+            )
+        })?;
+        Ok(done(&who))
+    }
+
+    fn verb_why(&self, now: Now, dst: &str, port: u16, proto: u8) -> Result<Reply, Problem> {
+        let engine = self.up.as_ref().and_then(|up| up.engine.as_ref()).ok_or_else(not_up)?;
+        let ip = match dst.parse() {
+            Ok(ip) => ip,
+            Err(_) => *self.peer(dst)?.addrs.first().ok_or_else(|| unknown_peer(dst))?,
+        };
+        Ok(done(&engine.why(now, ip, proto, port)))
+    }
+
+    /// The peer with this name, address or id.
+    fn peer(&self, text: &str) -> Result<&Peer, Problem> {
+        let netmap = self.up.as_ref().and_then(|up| up.engine.as_ref()).and_then(|e| e.netmap());
+        let peers = &netmap.ok_or_else(not_up)?.peers;
+        let by_id = text.parse::<DeviceId>().ok().and_then(|id| peers.get(&id));
+        let ip = text.parse::<IpAddr>().ok();
+        by_id
+            .or_else(|| {
+                peers.values().find(|p| {
+                    p.name.as_deref().is_some_and(|name| name.eq_ignore_ascii_case(text))
+                        || ip.is_some_and(|ip| p.addrs.contains(&ip))
+                })
+            })
+            .ok_or_else(|| unknown_peer(text))
+    }
+
+    fn netcheck(&self, now: Now) -> Netcheck {
+        let net =
+            self.up.as_ref().and_then(|up| up.engine.as_ref()).map(|e| e.status(now).net).unwrap_or_default();
+        Netcheck {
+            udp: net.udp,
+            ipv4: net.ipv4,
+            ipv6: net.ipv6,
+            nat: Nat::new(net.mapping),
+            port_mapping: Vec::new(),
+            relays: net
+                .relays
+                .into_iter()
+                .map(|r| RelayRtt { name: r.name, rtt_ms: r.rtt_ms.map(api::round_ms) })
+                .collect(),
+        }
+    }
+
+    /// Answers those who wait for `up`, if it is.
+    pub(super) fn settle_waiters(&mut self, now: Now) {
+        let Some(up) = &mut self.up else { return };
+        if up.waiters.is_empty() || !up.is_joined() {
+            return;
+        }
+        let waiters = std::mem::take(&mut up.waiters);
+        for waiter in waiters {
+            let _ = waiter.reply.send(done(&self.status(now)));
+        }
+    }
+
+    /// Answers those who have waited long enough. An enrolment that nobody waits for any more ends.
+    pub(super) async fn time_out_waiters(&mut self, now: Now) {
+        let Some(up) = &mut self.up else { return };
+        let (late, waiting): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut up.waiters).into_iter().partition(|w| w.deadline <= now.boot);
+        up.waiters = waiting;
+        if late.is_empty() {
+            return;
+        }
+        let problem = up.save_problem.clone().or_else(|| up.away.clone()).unwrap_or_else(|| {
+            Problem::new(
+                "timeout",
+                "the agent is not connected yet",
+                "wait longer with --timeout, and see `warren status`",
+            )
+        });
+        for waiter in late {
+            let _ = waiter.reply.send(Reply::Problem(problem.clone()));
+        }
+        if up.waiters.is_empty()
+            && up.membership.is_none()
+            && let Err(problem) = self.come_down().await
+        {
+            tracing::error!("{problem}");
+        }
+    }
+}
+
+impl Up {
+    /// True if `up` has nothing left to wait for.
+    fn is_joined(&self) -> bool {
+        self.welcomed && self.plan.is_some()
+    }
+
+    /// Tells everybody who waits for `up` that it fails.
+    pub(super) fn fail_waiters(&mut self, problem: &Problem) {
+        for waiter in self.waiters.drain(..) {
+            let _ = waiter.reply.send(Reply::Problem(problem.clone()));
+        }
+    }
+}
+
+fn not_up() -> Problem {
+    Problem::new(
+        "not-up",
+        "the agent is not up, or has no netmap yet",
+        "run `warren up`, and see `warren status`",
+    )
+}
+
+fn unknown_peer(text: &str) -> Problem {
+    Problem::new(
+        "unknown-peer",
+        format!("no peer of this device is called `{text}`"),
+        "see `warren status` for names and addresses; a peer that no policy rule connects to this device is not listed",
+    )
+}
+
+fn wrong_fingerprint(text: &str) -> Problem {
+    Problem::new(
+        "coordinator-fingerprint",
+        text,
+        "compare --coordinator-fingerprint with what the coordinator's administrator says",
+    )
+}
