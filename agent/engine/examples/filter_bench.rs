@@ -25,7 +25,7 @@ fn main() {
     let bytes: Vec<&[u8]> = packets.iter().map(Vec::as_slice).collect();
     print("parse, UDP over IPv4", || {
         for packet in &bytes {
-            black_box(Packet::parse(black_box(packet)).is_ok());
+            let _ = black_box(Packet::parse(black_box(packet)));
         }
         bytes.len()
     });

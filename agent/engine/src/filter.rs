@@ -191,11 +191,14 @@ impl Filter {
         self.judge(Direction::Ingress, now, bytes, peer)
     }
 
-    /// Counts and remembers a packet that the engine dropped for a reason of its own.
+    /// Counts and remembers a packet that the engine dropped for a reason of its own. The local application is told
+    /// as of any refused packet.
     pub fn record_drop(&mut self, direction: Direction, now: Now, bytes: &[u8], reason: DropReason) {
         self.counters[direction as usize].count(&reason);
-        if let Ok(packet) = Packet::parse(bytes) {
-            self.recent.note(direction, now, &packet, reason);
+        let Ok(packet) = Packet::parse(bytes) else { return };
+        self.recent.note(direction, now, &packet, reason);
+        if direction == Direction::Egress {
+            self.tell_local(now, &packet, None, reason);
         }
     }
 
@@ -299,7 +302,7 @@ impl Filter {
                     Ok(id) => id,
                     Err(reason) => {
                         if direction == Direction::Egress {
-                            self.tell_local(now, packet, tcp, peer, reason);
+                            self.tell_local(now, packet, Some(peer), reason);
                         }
                         return Err(reason);
                     }
@@ -397,31 +400,25 @@ impl Filter {
     }
 
     /// Lets the local application know that its packet was refused, unless it was a stray one.
-    fn tell_local(
-        &mut self,
-        now: Now,
-        packet: &Packet<'_>,
-        tcp: Option<&TcpHeader>,
-        peer: u32,
-        reason: DropReason,
-    ) {
+    fn tell_local(&mut self, now: Now, packet: &Packet<'_>, peer: Option<u32>, reason: DropReason) {
         match reason {
             DropReason::NoRule
             | DropReason::DeniedByRule(_)
             | DropReason::LeaseEnded
-            | DropReason::FlowEnded => {}
+            | DropReason::FlowEnded
+            | DropReason::NoPeer => {}
             _ => return,
         }
-        match tcp {
+        if let Transport::Tcp(tcp) = &packet.transport
+            && !tcp.opens()
+        {
             // Without a flow there was no connection to reset, see the module's description.
-            Some(tcp) if !tcp.opens() && reason == DropReason::LeaseEnded => {
-                let key = FlowKey::new(Direction::Egress, packet.addrs, packet.proto, packet.selector());
-                if self.flows.find(&key, now.boot).is_some() {
-                    self.notices.refuse(now.boot, packet, Some(tcp), peer);
-                }
+            let key = FlowKey::new(Direction::Egress, packet.addrs, packet.proto, packet.selector());
+            if self.flows.find(&key, now.boot).is_none() {
+                return;
             }
-            _ => self.notices.refuse(now.boot, packet, tcp, peer),
         }
+        self.notices.refuse(now.boot, packet, peer);
     }
 
     fn judge_fragment(

@@ -79,25 +79,26 @@ impl Notices {
         self.queue.pop_front()
     }
 
-    /// Answers a refused packet of the local host in the name of its destination.
-    pub(super) fn refuse(&mut self, now: Instant, packet: &Packet<'_>, tcp: Option<&TcpHeader>, peer: u32) {
+    /// Answers a refused packet of the local host in the name of its destination; packets to no peer have one budget.
+    pub(super) fn refuse(&mut self, now: Instant, packet: &Packet<'_>, peer: Option<u32>) {
         // RFC 1122, section 3.2.2: no errors about resets, errors, replies or packets to many.
-        let answerable = match (tcp, &packet.transport) {
-            (Some(tcp), _) => !tcp.has(TCP_RST),
-            (None, Transport::Other(Selector::Echo { request, .. })) => *request,
-            (None, Transport::Other(Selector::Icmp { .. })) => false,
-            (None, transport) => matches!(transport, Transport::Other(_)),
+        let answerable = match &packet.transport {
+            Transport::Tcp(tcp) => !tcp.has(TCP_RST),
+            Transport::Other(Selector::Echo { request, .. }) => *request,
+            Transport::Other(Selector::Icmp { .. }) => false,
+            Transport::Other(Selector::Ports { .. } | Selector::None) => true,
+            Transport::IcmpError { .. } | Transport::LaterFragment => false,
         };
         if !answerable || !is_unicast(packet.src()) || !is_unicast(packet.dst()) {
             return;
         }
-        let slot = self.slot(peer);
+        let slot = self.slot(peer.unwrap_or(u32::MAX));
         if self.queue.len() >= MAX_OUTPUTS || !self.refusals[slot].take(now, REFUSAL_EVERY, REFUSAL_BURST) {
             return;
         }
         let addrs = packet.addrs.reversed();
-        let bytes = match tcp {
-            Some(tcp) => {
+        let bytes = match &packet.transport {
+            Transport::Tcp(tcp) => {
                 // RFC 9293, section 3.10.7.1: the reset of a connection that doesn't exist.
                 let (seq, ack) = if tcp.has(TCP_ACK) { (tcp.ack, None) } else { (0, Some(tcp.end())) };
                 build::Segment {
@@ -110,7 +111,7 @@ impl Notices {
                 }
                 .to_bytes()
             }
-            None => build::prohibited(addrs, packet.bytes),
+            _ => build::prohibited(addrs, packet.bytes),
         };
         self.queue.push_back(Output::Local(bytes));
     }
