@@ -11,4 +11,5 @@ pub mod entropy;
 pub mod os;
 pub mod policy_cli;
 pub mod problem;
+pub mod relay_client;
 pub mod state;

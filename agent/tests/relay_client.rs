@@ -1,0 +1,322 @@
+//! The relay client against a real relay on loopback. No assertion is about time.
+#![cfg(test)]
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::io::copy_bidirectional;
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use warren_agent::clock;
+use warren_agent::relay_client::{
+    RelayClient, RelayClientConfig, RelayEvent, RelayEventKind, Sent, Transport,
+};
+use warren_common::ids::{DeviceId, NetworkId, RelayId};
+use warren_common::keys::{NetmapSecretKey, ProbeSecretKey};
+use warren_common::netmap::Relay;
+use warren_common::wire::control::Signed;
+use warren_common::wire::relay::{GoneReason, MAX_PAYLOAD, RefusalCode};
+use warren_common::wire::token::RelayToken;
+use warren_relay::core::Limits;
+use warren_relay::server::{RelayServer, RelayServerConfig};
+
+/// A test that waits this long for anything has failed.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn device(n: u8) -> DeviceId {
+    DeviceId::from_bytes([n; 16])
+}
+
+fn relay_id() -> RelayId {
+    RelayId::from_bytes([2; 16])
+}
+
+fn network() -> NetworkId {
+    NetworkId::from_bytes([1; 16])
+}
+
+fn probe(n: u8) -> ProbeSecretKey {
+    ProbeSecretKey::from_bytes([n + 100; 32])
+}
+
+fn server_config(dir: &tempfile::TempDir, listen: SocketAddr) -> RelayServerConfig {
+    RelayServerConfig {
+        listen,
+        stun_listen: None,
+        state_dir: dir.path().to_owned(),
+        network: network(),
+        relay: relay_id(),
+        netmap_key: NetmapSecretKey::from_bytes([77; 32]).public(),
+        floor: 0,
+        limits: Limits::default(),
+    }
+}
+
+fn start() -> (tempfile::TempDir, RelayServer) {
+    let dir = tempfile::tempdir().unwrap();
+    let server = RelayServer::start(server_config(&dir, "127.0.0.1:0".parse().unwrap())).unwrap();
+    (dir, server)
+}
+
+/// A client and its daemon, which answers each call for a token.
+struct Agent {
+    n: u8,
+    client: RelayClient,
+    events: mpsc::Receiver<RelayEvent>,
+    revision: u64,
+    peers: Vec<u8>,
+    tokens: usize,
+}
+
+impl Agent {
+    fn new(n: u8, cert_sha256: [u8; 32], addr: SocketAddr, peers: &[u8]) -> Self {
+        Self::with_key(n, probe(n), cert_sha256, addr, peers)
+    }
+
+    fn with_key(n: u8, key: ProbeSecretKey, cert_sha256: [u8; 32], addr: SocketAddr, peers: &[u8]) -> Self {
+        let relay = Relay { id: relay_id(), name: "r".into(), addrs: vec![addr], stun: vec![], cert_sha256 };
+        let (sender, events) = mpsc::channel(64);
+        let config = RelayClientConfig { relay, network: network(), probe: key, mark: 0 };
+        let client = RelayClient::spawn(config, sender);
+        Self { n, client, events, revision: 1, peers: peers.to_vec(), tokens: 0 }
+    }
+
+    fn of(n: u8, server: &RelayServer, peers: &[u8]) -> Self {
+        Self::new(n, server.cert_sha256(), server.local_addr(), peers)
+    }
+
+    fn token(&self) -> Signed {
+        RelayToken {
+            network: network(),
+            relay: relay_id(),
+            device: device(self.n),
+            probe: probe(self.n).public(),
+            revision: self.revision,
+            expires: clock::now().unix + Duration::from_secs(600),
+            peers: self.peers.iter().map(|p| device(*p)).collect(),
+        }
+        .sign(&NetmapSecretKey::from_bytes([77; 32]))
+    }
+
+    /// The next event that is not a call for a token.
+    async fn event(&mut self) -> RelayEventKind {
+        loop {
+            let event = tokio::time::timeout(PATIENCE, self.events.recv()).await.expect("nothing happened");
+            match event.unwrap().kind {
+                RelayEventKind::NeedToken => {
+                    self.tokens += 1;
+                    self.client.provide_token(self.token());
+                }
+                kind => return kind,
+            }
+        }
+    }
+
+    async fn connected(&mut self) -> Transport {
+        loop {
+            if let RelayEventKind::Connected { transport, .. } = self.event().await {
+                return transport;
+            }
+        }
+    }
+
+    async fn refused(&mut self) -> Option<RefusalCode> {
+        loop {
+            if let RelayEventKind::Disconnected { refused, .. } = self.event().await {
+                return refused;
+            }
+        }
+    }
+
+    async fn received(&mut self) -> (DeviceId, Vec<u8>) {
+        loop {
+            if let RelayEventKind::Received { src, payload } = self.event().await {
+                return (src, payload.to_vec());
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn packets_of_any_length_cross_over_quic() {
+    let (_dir, server) = start();
+    let (mut a, mut b) = (Agent::of(1, &server, &[2]), Agent::of(2, &server, &[1]));
+    assert_eq!((a.connected().await, b.connected().await), (Transport::Quic, Transport::Quic));
+    for len in [1, 148, 1_100, 1_300, MAX_PAYLOAD] {
+        let payload = vec![7; len];
+        assert_eq!(a.client.send(device(2), &payload), Sent::Queued { dropped: 0 });
+        assert_eq!(b.received().await, (device(1), payload.clone()));
+        b.client.send(device(1), &payload);
+        assert_eq!(a.received().await, (device(2), payload));
+    }
+    assert_eq!(a.client.send(device(2), &[0; MAX_PAYLOAD + 1]), Sent::Length);
+    assert_eq!((a.tokens, b.tokens), (1, 1));
+    until(|| a.client.rtt().is_some()).await;
+}
+
+#[tokio::test]
+async fn another_certificate_is_refused() {
+    let (_dir, server) = start();
+    let mut a = Agent::new(1, [0; 32], server.local_addr(), &[2]);
+    let RelayEventKind::Disconnected { why, refused } = a.event().await else { panic!("connected") };
+    assert!(why.contains("certificate"), "{why}");
+    assert_eq!((refused, a.client.is_connected()), (None, false));
+    assert_eq!(a.client.send(device(2), b"x"), Sent::NotConnected);
+    assert_eq!(server.stats().core.clients, 0);
+}
+
+#[tokio::test]
+async fn a_token_of_another_probe_key_is_of_no_use() {
+    let (_dir, server) = start();
+    let mut thief = Agent::with_key(1, probe(9), server.cert_sha256(), server.local_addr(), &[2]);
+    assert_eq!(thief.refused().await, Some(RefusalCode::Possession));
+    // It is not used again: the next attempt asks for another.
+    assert_eq!(thief.refused().await, Some(RefusalCode::Possession));
+    assert_eq!(thief.tokens, 2);
+}
+
+#[tokio::test]
+async fn a_newer_token_is_fetched_when_access_changes() {
+    let (_dir, server) = start();
+    let (mut a, mut b) = (Agent::of(1, &server, &[]), Agent::of(2, &server, &[1]));
+    a.connected().await;
+    b.connected().await;
+    // A peer that the token does not have yet.
+    a.peers = vec![2];
+    a.revision = 2;
+    a.client.send(device(2), b"too early");
+    let gone = RelayEventKind::PeerGone { device: device(2), why: GoneReason::NotPermitted };
+    assert_eq!(a.event().await, gone);
+    let both = async {
+        loop {
+            tokio::select! {
+                // Answers the call for a token.
+                event = a.event() => panic!("{event:?}"),
+                got = b.received() => return got,
+                () = tokio::time::sleep(Duration::from_millis(20)) => {}
+            }
+            a.client.send(device(2), b"now");
+        }
+    };
+    assert_eq!(both.await, (device(1), b"now".to_vec()));
+    // Suspended, then revoked.
+    b.revision = 3;
+    server.set_minimum_revision(device(2), 3);
+    let suspended = async {
+        loop {
+            tokio::select! {
+                event = b.event() => return event,
+                () = tokio::time::sleep(Duration::from_millis(20)) => {}
+            }
+            a.client.send(device(2), b"again");
+        }
+    };
+    assert!(matches!(suspended.await, RelayEventKind::Received { .. }));
+    assert_eq!(b.tokens, 2);
+    server.revoke(device(2), 4);
+    assert_eq!(b.refused().await, Some(RefusalCode::Revoked));
+    assert!(!b.client.is_connected());
+}
+
+#[tokio::test]
+async fn a_relay_that_comes_back_is_found_again() {
+    let (dir, server) = start();
+    let addr = server.local_addr();
+    let mut a = Agent::of(1, &server, &[2]);
+    a.connected().await;
+    let ((), refused) = tokio::join!(server.shutdown(), a.refused());
+    assert_eq!(refused, Some(RefusalCode::ShuttingDown));
+    let server = RelayServer::start(server_config(&dir, addr)).unwrap();
+    a.client.network_changed();
+    a.connected().await;
+    assert_eq!((server.stats().core.clients, a.tokens), (1, 1), "the token is still good");
+}
+
+#[tokio::test]
+async fn tls_where_udp_does_not_pass_and_quic_when_it_does() {
+    let (_dir, server) = start();
+    let gate = Gate::open_for_tcp(server.local_addr()).await;
+    let mut a = Agent::new(1, server.cert_sha256(), gate.addr, &[2]);
+    let mut b = Agent::of(2, &server, &[1]);
+    assert_eq!((a.connected().await, b.connected().await), (Transport::Tls, Transport::Quic));
+    for len in [1, MAX_PAYLOAD] {
+        a.client.send(device(2), &vec![len as u8; len]);
+        assert_eq!(b.received().await, (device(1), vec![len as u8; len]));
+        b.client.send(device(1), b"back");
+        assert_eq!(a.received().await, (device(2), b"back".to_vec()));
+    }
+    gate.udp.store(true, Ordering::Relaxed);
+    a.client.network_changed();
+    assert_eq!(a.connected().await, Transport::Quic);
+    b.client.send(device(1), b"over QUIC");
+    assert_eq!(a.received().await, (device(2), b"over QUIC".to_vec()));
+}
+
+#[tokio::test]
+async fn dropping_the_client_disconnects() {
+    let (_dir, server) = start();
+    let mut a = Agent::of(1, &server, &[]);
+    a.connected().await;
+    drop(a);
+    until(|| server.stats().core.clients == 0).await;
+}
+
+async fn until(mut condition: impl FnMut() -> bool) {
+    let wait = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, wait).await.expect("never so");
+}
+
+/// A firewall in front of a relay that lets TCP through, and UDP when told to.
+struct Gate {
+    addr: SocketAddr,
+    udp: Arc<AtomicBool>,
+    _tasks: JoinSet<()>,
+}
+
+impl Gate {
+    async fn open_for_tcp(to: SocketAddr) -> Self {
+        let (listener, socket) = loop {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            if let Ok(socket) = UdpSocket::bind(listener.local_addr().unwrap()).await {
+                break (listener, socket);
+            }
+        };
+        let (addr, udp) = (listener.local_addr().unwrap(), Arc::new(AtomicBool::new(false)));
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            let mut streams = JoinSet::new();
+            while let Ok((mut from, _)) = listener.accept().await {
+                streams.spawn(async move {
+                    let mut to = TcpStream::connect(to).await.unwrap();
+                    let _ = copy_bidirectional(&mut from, &mut to).await;
+                });
+            }
+        });
+        tasks.spawn(datagrams(socket, to, udp.clone()));
+        Self { addr, udp, _tasks: tasks }
+    }
+}
+
+/// Passes datagrams between the last who asked and the relay.
+async fn datagrams(inside: UdpSocket, to: SocketAddr, open: Arc<AtomicBool>) {
+    let outside = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let (mut client, mut there, mut back) = (None, [0; 2_048], [0; 2_048]);
+    loop {
+        tokio::select! {
+            got = inside.recv_from(&mut there) => if let Ok((len, from)) = got && open.load(Ordering::Relaxed) {
+                client = Some(from);
+                let _ = outside.send_to(&there[..len], to).await;
+            },
+            got = outside.recv_from(&mut back) => if let (Ok((len, _)), Some(client)) = (got, client) {
+                let _ = inside.send_to(&back[..len], client).await;
+            },
+        }
+    }
+}
