@@ -362,7 +362,7 @@ fn present(call: &Call, value: &Value) -> String {
         Call::RelayList => table(value, &["id", "name", "embedded", "joined", "addrs", "stun"]),
         Call::DeviceShow { .. } | Call::PolicyStatus | Call::PolicySet { .. } => {
             let mut shown = Table::new();
-            shown.load_preset(NOTHING);
+            shown.load_style(NOTHING);
             for (key, value) in value.as_object().into_iter().flatten() {
                 shown.add_row([key.clone(), text(value)]);
             }
@@ -382,7 +382,7 @@ fn present(call: &Call, value: &Value) -> String {
 
 fn table(rows: &Value, columns: &[&str]) -> String {
     let mut table = Table::new();
-    table.load_preset(NOTHING);
+    table.load_style(NOTHING);
     table.set_header(columns.iter().map(|c| c.to_uppercase()));
     for row in rows.as_array().into_iter().flatten() {
         table.add_row(columns.iter().map(|c| text(&row[*c])));

@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use tokio::time::{Instant, interval};
 use tokio_util::sync::CancellationToken;
-use warren_common::policy::MAX_POLICY_BYTES;
 
 use crate::domain::{Command, PolicySource, Refusal, Reply};
 use crate::server::Handle;
 
+/// Largest policy file, in bytes.
+const MAX_POLICY_BYTES: usize = 16 << 20;
 /// How often the file is looked at.
 pub const POLL: Duration = Duration::from_millis(250);
 /// How long after a change the file is read at each look, since clocks of file systems tick slowly.

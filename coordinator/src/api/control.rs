@@ -71,7 +71,7 @@ type Opened = (Session, SessionId, mpsc::Receiver<ToSession>);
 async fn handshake(socket: &mut WebSocket, shared: &Shared) -> Option<Opened> {
     socket.send(Message::Binary(Bytes::copy_from_slice(&shared.identity))).await.ok()?;
     let hello = receive(socket).await?;
-    let (session, control, answer) =
+    let (mut session, control, answer) =
         session::accept(&shared.control_key, shared.network, &hello, &mut OsEntropy)
             .inspect_err(|error| tracing::debug!(%error, "a handshake failed"))
             .ok()?;
@@ -85,10 +85,7 @@ async fn handshake(socket: &mut WebSocket, shared: &Shared) -> Option<Opened> {
                 text: refusal.to_string(),
                 fix: refusal.fix().to_owned(),
             };
-            let (_, outbound) = mpsc::channel(1);
-            let mut session = session;
             send(socket, &mut session, ServerBody::Refused(refused)).await?;
-            drop(outbound);
             None
         }
     }
