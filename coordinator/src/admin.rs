@@ -188,7 +188,11 @@ impl AdminServer {
         let (reader, mut writer) = stream.into_split();
         let answer = if peer != 0 && peer != own {
             let text = format!("user {peer} may not administer this coordinator");
-            Answer::Error(Failure { text, fix: "run the command as root or the coordinator's user".into(), usage: false })
+            Answer::Error(Failure {
+                text,
+                fix: "run the command as root or the coordinator's user".into(),
+                usage: false,
+            })
         } else {
             let mut line = String::new();
             let mut reader = BufReader::new(reader.take(MAX_CALL));
@@ -219,7 +223,8 @@ impl AdminServer {
                     Reply::AuthKey(key) => {
                         let id = key.id;
                         let text = key.expose();
-                        let found = self.look(move |c, _| c.state().auth_keys().get(&id).map(|k| view::auth_key(c, k)));
+                        let found = self
+                            .look(move |c, _| c.state().auth_keys().get(&id).map(|k| view::auth_key(c, k)));
                         let mut value = found.await?.unwrap_or_else(|| json!({}));
                         value["key"] = json!(text);
                         Ok(value)
@@ -227,15 +232,20 @@ impl AdminServer {
                     _ => Ok(json!({})),
                 }
             }
-            Call::AuthKeyList => self.look(|c, _| c.state().auth_keys().values().map(|k| view::auth_key(c, k)).collect()).await,
+            Call::AuthKeyList => {
+                self.look(|c, _| c.state().auth_keys().values().map(|k| view::auth_key(c, k)).collect()).await
+            }
             Call::AuthKeyRevoke { key } => {
                 let id = key.parse().map_err(|e| usage(&e))?;
                 self.done(Command::RevokeAuthKey(id)).await
             }
-            Call::DeviceList => self.look(|c, _| c.state().devices().values().map(|d| view::device(c, d)).collect()).await,
+            Call::DeviceList => {
+                self.look(|c, _| c.state().devices().values().map(|d| view::device(c, d)).collect()).await
+            }
             Call::DeviceShow { device } => {
                 let shown = device.clone();
-                let found = self.look(move |c, _| c.state().device_by_text(&device).map(|d| view::device_detail(c, d)));
+                let found = self
+                    .look(move |c, _| c.state().device_by_text(&device).map(|d| view::device_detail(c, d)));
                 found.await?.ok_or_else(|| not_found("device", shown))
             }
             Call::DeviceApprove { device } => {
@@ -250,7 +260,9 @@ impl AdminServer {
                 let id = self.device(device).await?;
                 self.done(Command::RemoveDevice(id)).await
             }
-            Call::UserList => self.look(|c, _| c.state().users().values().map(|u| view::user(c, u)).collect()).await,
+            Call::UserList => {
+                self.look(|c, _| c.state().users().values().map(|u| view::user(c, u)).collect()).await
+            }
             Call::UserCreate { email } => self.done(Command::CreateUser(email)).await,
             Call::UserSuspend { email } => {
                 let user = self.user(email).await?;
@@ -292,7 +304,11 @@ impl AdminServer {
                 let shown = relay.clone();
                 let found = self.look(move |c, _| {
                     let text = relay.as_str();
-                    c.state().relays().values().find(|r| r.name == text || r.id.to_string() == text).map(|r| r.id)
+                    c.state()
+                        .relays()
+                        .values()
+                        .find(|r| r.name == text || r.id.to_string() == text)
+                        .map(|r| r.id)
                 });
                 let id = found.await?.ok_or_else(|| not_found("relay", shown))?;
                 self.done(Command::RemoveRelay(id)).await
@@ -303,7 +319,8 @@ impl AdminServer {
     async fn policy_status(&self) -> Result<Value, Failure> {
         let error = self.policy_error.lock().map_or_else(|e| e.into_inner().clone(), |e| e.clone());
         let source = self.source.clone();
-        self.look(move |c, _| policy_status(c.state(), &source, error.text.as_deref())).await
+        self.look(move |c, _| policy_status(c.state(), &source, error.text.as_deref().or(c.policy_error())))
+            .await
     }
 
     async fn command(&self, command: Command) -> Result<Reply, Failure> {
@@ -364,7 +381,8 @@ pub fn call(state_dir: &Path, call: &Call) -> Result<Value, Failure> {
         Err(error) => Err(match error.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Failure {
                 text: format!("no coordinator runs on the state directory {}", state_dir.display()),
-                fix: "start one with `warren-coordinator serve`, or name its directory with --state-dir".into(),
+                fix: "start one with `warren-coordinator serve`, or name its directory with --state-dir"
+                    .into(),
                 usage: false,
             },
             io::ErrorKind::PermissionDenied => Failure {

@@ -27,7 +27,13 @@ pub struct Cli {
 #[derive(Clone, Debug, Args)]
 pub struct StateDir {
     /// The coordinator's state directory
-    #[arg(long, value_name = "DIR", env = "WARREN_COORDINATOR_STATE_DIR", default_value = "/var/lib/warren-coordinator", global = true)]
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "WARREN_COORDINATOR_STATE_DIR",
+        default_value = "/var/lib/warren-coordinator",
+        global = true
+    )]
     pub state_dir: PathBuf,
 }
 
@@ -46,22 +52,39 @@ pub struct Ask {
 #[derive(Debug, Subcommand)]
 pub enum Verb {
     /// Run the coordinator
-    #[command(after_help = "Examples:\n  warren-coordinator serve --state-dir /var/lib/warren-coordinator --listen 0.0.0.0:8080 \\\n      --public-url http://203.0.113.10:8080 --policy /etc/warren/policy.hujson")]
+    #[command(
+        after_help = "Examples:\n  warren-coordinator serve --state-dir /var/lib/warren-coordinator --listen 0.0.0.0:8080 \\\n      --public-url http://203.0.113.10:8080 --policy /etc/warren/policy.hujson"
+    )]
     Serve(Box<ServeArgs>),
     /// Make, list and revoke the keys that let devices in
-    #[command(subcommand, after_help = "Examples:\n  warren-coordinator auth-key create --tag tag:web --expires 1h\n  warren-coordinator auth-key create --user ann@example.com --reusable")]
+    #[command(
+        subcommand,
+        after_help = "Examples:\n  warren-coordinator auth-key create --tag tag:web --expires 1h\n  warren-coordinator auth-key create --user ann@example.com --reusable"
+    )]
     AuthKey(AuthKeyVerb),
     /// See and manage devices
-    #[command(subcommand, after_help = "Examples:\n  warren-coordinator device list\n  warren-coordinator device remove web-1")]
+    #[command(
+        subcommand,
+        after_help = "Examples:\n  warren-coordinator device list\n  warren-coordinator device remove web-1"
+    )]
     Device(DeviceVerb),
     /// See and manage users
-    #[command(subcommand, after_help = "Examples:\n  warren-coordinator user list\n  warren-coordinator user suspend ann@example.com")]
+    #[command(
+        subcommand,
+        after_help = "Examples:\n  warren-coordinator user list\n  warren-coordinator user suspend ann@example.com"
+    )]
     User(UserVerb),
     /// See and set the policy
-    #[command(subcommand, after_help = "Examples:\n  warren-coordinator policy status\n  warren-coordinator policy set policy.hujson")]
+    #[command(
+        subcommand,
+        after_help = "Examples:\n  warren-coordinator policy status\n  warren-coordinator policy set policy.hujson"
+    )]
     Policy(PolicyVerb),
     /// See and manage relays
-    #[command(subcommand, after_help = "Examples:\n  warren-coordinator relay create fra1\n  warren-coordinator relay list")]
+    #[command(
+        subcommand,
+        after_help = "Examples:\n  warren-coordinator relay create fra1\n  warren-coordinator relay list"
+    )]
     Relay(RelayVerb),
 }
 
@@ -281,7 +304,8 @@ pub enum RelayVerb {
 /// # Errors
 /// Anything else.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("`{text}` is not a length of time: expected a number with s, m, h or d, such as 30m");
+    let wrong =
+        || format!("`{text}` is not a length of time: expected a number with s, m, h or d, such as 30m");
     let (mut total, mut rest) = (0u64, text);
     while !rest.is_empty() {
         let digits = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit()).len();

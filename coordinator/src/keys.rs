@@ -97,7 +97,8 @@ impl Keys {
 }
 
 fn decode(text: &str) -> Option<[u8; KEY_LEN]> {
-    let bytes = BASE64URL_NOPAD.decode(text.trim().strip_prefix(PREFIX)?.as_bytes()).ok().map(Zeroizing::new)?;
+    let bytes =
+        BASE64URL_NOPAD.decode(text.trim().strip_prefix(PREFIX)?.as_bytes()).ok().map(Zeroizing::new)?;
     bytes.as_slice().try_into().ok()
 }
 

@@ -40,9 +40,8 @@ fn run(options: Options) -> Result<(), Box<ServeError>> {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
-    let failed = |what: &str, e: std::io::Error| {
-        Box::new(ServeError { text: format!("{what}: {e}"), usage: false })
-    };
+    let failed =
+        |what: &str, e: std::io::Error| Box::new(ServeError { text: format!("{what}: {e}"), usage: false });
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

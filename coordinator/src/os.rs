@@ -41,7 +41,10 @@ impl RngCore for OsEntropy {
     }
 
     #[expect(clippy::disallowed_methods, reason = "the shell's one generator")]
-    #[expect(clippy::expect_used, reason = "without entropy no key may be made: there is nothing to go on with")]
+    #[expect(
+        clippy::expect_used,
+        reason = "without entropy no key may be made: there is nothing to go on with"
+    )]
     fn fill_bytes(&mut self, dest: &mut [u8]) {
         getrandom::fill(dest).expect("the operating system gives entropy");
     }

@@ -10,17 +10,17 @@ use std::time::Duration;
 use tokio::time::{Instant, interval};
 use tokio_util::sync::CancellationToken;
 
+use warren_common::policy::MAX_POLICY_BYTES;
+
 use crate::domain::{Command, PolicySource, Refusal, Reply};
 use crate::server::Handle;
 
-/// Largest policy file, in bytes.
-const MAX_POLICY_BYTES: usize = 16 << 20;
 /// How often the file is looked at.
 pub const POLL: Duration = Duration::from_millis(250);
 /// How long after a change the file is read at each look, since clocks of file systems tick slowly.
 const SETTLE: Duration = Duration::from_secs(2);
 /// How often a file that was refused is tried again: its tests may pass once a device has joined, or the store works.
-const RETRY: Duration = Duration::from_secs(30);
+const RETRY: Duration = Duration::from_secs(5);
 
 /// What is wrong with the policy source now; `None` if nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -78,9 +78,9 @@ impl Watcher {
     /// Looks once, now; the first look puts the file in force at the start.
     pub async fn look(&mut self) {
         let now = Instant::now();
-        let stamp = fs::metadata(&self.path).ok().map(|m| {
-            (m.dev(), m.ino(), m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec(), m.len())
-        });
+        let stamp = fs::metadata(&self.path)
+            .ok()
+            .map(|m| (m.dev(), m.ino(), m.mtime(), m.mtime_nsec(), m.ctime(), m.ctime_nsec(), m.len()));
         if stamp != self.seen || self.tried.is_none() {
             self.seen = stamp;
             self.changed = now;

@@ -186,7 +186,7 @@ impl Coordinator {
     pub fn new(config: Config, state: State, now: Now) -> Self {
         let reserved = state.settings().revisions_reserved;
         let ephemeral = state.devices().values().filter(|d| d.ephemeral).map(|d| (d.id, now.boot)).collect();
-        Self {
+        let mut this = Self {
             reach: Reach::compute(&state, now.unix),
             config,
             state,
@@ -198,14 +198,16 @@ impl Coordinator {
             timers: BTreeSet::new(),
             offline_ephemeral: ephemeral,
             sweep_due: now.boot,
-            recompile_due: now.boot + RECOMPILE_INTERVAL,
+            recompile_due: now.boot,
             pending: Vec::new(),
             unsaved: Vec::new(),
             undo: Vec::new(),
             wanted: VecDeque::from([Command::ReserveRevisions]),
             outputs: VecDeque::new(),
             stats: Stats::default(),
-        }
+        };
+        this.schedule_recompile(now);
+        this
     }
 
     /// The state; between [`Coordinator::submit`] and [`Coordinator::saved`] it holds changes that may be taken back.
@@ -247,6 +249,11 @@ impl Coordinator {
     /// The netmap the device should have by the saved state; `None` unless it is an active device.
     pub fn netmap(&self, device: DeviceId) -> Option<warren_common::netmap::Netmap> {
         self.reach.netmap(&self.state, device)
+    }
+
+    /// Why the policy in force could not be compiled; nothing is allowed then.
+    pub fn policy_error(&self) -> Option<&str> {
+        self.reach.error()
     }
 
     /// A session whose handshake proved `control`. It must enrol or resume within [`GREETING_PATIENCE`].
@@ -374,7 +381,6 @@ impl Coordinator {
             self.wanted.push_back(Command::Sweep);
         }
         if now.boot >= self.recompile_due {
-            self.recompile_due = now.boot + RECOMPILE_INTERVAL;
             self.recompile(now);
         }
         let over: Vec<DeviceId> = self
@@ -395,6 +401,13 @@ impl Coordinator {
             self.timers.remove(&(at, id));
             self.session_timeout(id, now);
         }
+    }
+
+    /// When time alone changes what the policy means: a rule expires, a fact gets stale, windows run out.
+    fn schedule_recompile(&mut self, now: Now) {
+        let seconds = self.reach.reevaluate_at().map(|at| at.saturating_sub(now.unix.as_secs()).max(1));
+        let wait = seconds.map_or(RECOMPILE_INTERVAL, |s| Duration::from_secs(s.unsigned_abs()));
+        self.recompile_due = now.boot + wait.min(RECOMPILE_INTERVAL);
     }
 
     fn reserve_due(&self) -> bool {

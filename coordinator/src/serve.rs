@@ -12,6 +12,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use warren_common::ids::NetworkId;
+use warren_common::policy::Policy;
 
 use crate::admin::AdminServer;
 use crate::api::{self, MAX_HALF_OPEN, Shared};
@@ -69,7 +70,9 @@ impl std::str::FromStr for PublicUrl {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = || {
-            format!("`{text}` is not a URL that agents can use: expected http://HOST[:PORT] or https://HOST[:PORT], without a path")
+            format!(
+                "`{text}` is not a URL that agents can use: expected http://HOST[:PORT] or https://HOST[:PORT], without a path"
+            )
         };
         let trimmed = text.strip_suffix('/').unwrap_or(text);
         let (scheme, authority) = trimmed.split_once("://").ok_or_else(wrong)?;
@@ -151,7 +154,10 @@ pub async fn serve(options: Options, stop: CancellationToken) -> Result<(), Box<
     check(&options)?;
     let dir = &options.state_dir;
     os::private_dir(dir).map_err(|e| {
-        ServeError::failed(format!("can't use the state directory {}: {e}; check its owner, or name another with --state-dir", dir.display()))
+        ServeError::failed(format!(
+            "can't use the state directory {}: {e}; check its owner, or name another with --state-dir",
+            dir.display()
+        ))
     })?;
     let lock = DirLock::take(dir)
         .map_err(|e| ServeError::failed(format!("can't lock the state directory {}: {e}", dir.display())))?;
@@ -165,7 +171,8 @@ pub async fn serve(options: Options, stop: CancellationToken) -> Result<(), Box<
     let tls = tls.map_err(|e| ServeError::usage(e.to_string()))?;
     let listener = TcpListener::bind(options.listen).await.map_err(|e| bind_error(options.listen, &e))?;
 
-    let path = Database::path_of(options.database.as_deref(), dir).map_err(|e| ServeError::usage(e.to_string()))?;
+    let path =
+        Database::path_of(options.database.as_deref(), dir).map_err(|e| ServeError::usage(e.to_string()))?;
     let mut store = Database::open(&path).await?;
     let loaded = store.load().await?;
     let keys = Keys::load(dir, loaded.is_none(), &mut OsEntropy)?;
@@ -221,7 +228,9 @@ pub async fn serve(options: Options, stop: CancellationToken) -> Result<(), Box<
         "the coordinator serves"
     );
     if !options.public_url.tls {
-        tracing::warn!("the public URL is http: control sessions are protected by Noise all the same, a browser is not");
+        tracing::warn!(
+            "the public URL is http: control sessions are protected by Noise all the same, a browser is not"
+        );
     }
     while parts.join_next().await.is_some() {}
     server_stop.cancel();
@@ -247,7 +256,8 @@ fn check(options: &Options) -> Result<(), ServeError> {
     if let Some(prefix) = options.ipv6_prefix {
         let local = prefix.network().octets()[0] & 0xfe == 0xfc;
         if !local || !(8..=112).contains(&prefix.prefix_len()) {
-            let text = format!("--ipv6-prefix {prefix}: expected a prefix inside fc00::/7 between /8 and /112");
+            let text =
+                format!("--ipv6-prefix {prefix}: expected a prefix inside fc00::/7 between /8 and /112");
             return Err(ServeError::usage(text));
         }
     }
@@ -256,8 +266,12 @@ fn check(options: &Options) -> Result<(), ServeError> {
 
 fn bind_error(listen: SocketAddr, error: &std::io::Error) -> ServeError {
     let fix = match error.kind() {
-        std::io::ErrorKind::AddrInUse => "another process has it; stop that one or choose another port with --listen",
-        std::io::ErrorKind::PermissionDenied => "ports below 1024 need CAP_NET_BIND_SERVICE; choose another with --listen",
+        std::io::ErrorKind::AddrInUse => {
+            "another process has it; stop that one or choose another port with --listen"
+        }
+        std::io::ErrorKind::PermissionDenied => {
+            "ports below 1024 need CAP_NET_BIND_SERVICE; choose another with --listen"
+        }
         std::io::ErrorKind::AddrNotAvailable => "this host has no such address; see `ip address`",
         _ => "choose another address with --listen",
     };
@@ -320,9 +334,9 @@ async fn open_network(
             state.absorb(change);
             Ok(Loaded { version, state })
         }
-        Commit::Conflict(_) => {
-            Err(Box::new(ServeError::failed("another coordinator has just started on this database; try again")))
-        }
+        Commit::Conflict(_) => Err(Box::new(ServeError::failed(
+            "another coordinator has just started on this database; try again",
+        ))),
     }
 }
 
@@ -330,8 +344,12 @@ async fn open_network(
 /// Afterwards it never keeps us from starting.
 fn first_policy(options: &Options, state: &State) -> Result<(), ServeError> {
     let Some(path) = options.policy.as_ref().filter(|_| state.policy().is_none()) else { return Ok(()) };
-    policy_file::read(path).map(|_| ()).map_err(|e| {
+    let text = policy_file::read(path).map_err(|e| {
         ServeError::usage(format!("{e}; correct --policy, or leave it out to start with nothing allowed"))
+    })?;
+    Policy::parse(&text).map(|_| ()).map_err(|found| {
+        let messages: Vec<String> = found.iter().map(|d| d.render(&path.display().to_string())).collect();
+        ServeError::usage(messages.join("\n"))
     })
 }
 
@@ -345,7 +363,16 @@ mod tests {
         assert_eq!(url("https://c.example:8443/").unwrap().host, "c.example");
         assert_eq!(url("http://[fd00::1]:80").unwrap().host, "fd00::1");
         assert!(url("https://c.example").unwrap().tls);
-        for bad in ["c.example", "ftp://c", "http://", "http://c:x", "http://c/path", "http://[::1", "http://c:99999", "http://a b"] {
+        for bad in [
+            "c.example",
+            "ftp://c",
+            "http://",
+            "http://c:x",
+            "http://c/path",
+            "http://[::1",
+            "http://c:99999",
+            "http://a b",
+        ] {
             assert!(url(bad).unwrap_err().contains("expected http"), "{bad}");
         }
     }

@@ -26,7 +26,10 @@ async fn first_contact_ends_in_a_signed_snapshot() {
     assert_eq!(netmap.device.addrs.len(), 2);
     assert!(netmap.peers.is_empty() && netmap.ingress.is_empty() && netmap.egress.is_empty());
     let devices = coordinator.devices().await;
-    assert_eq!((devices[0]["name"].as_str(), devices[0]["online"].as_bool()), (Some("ann-s-laptop"), Some(true)));
+    assert_eq!(
+        (devices[0]["name"].as_str(), devices[0]["online"].as_bool()),
+        (Some("ann-s-laptop"), Some(true))
+    );
     client.send(ClientBody::Ping(Ping { nonce: 7 })).await;
     assert!(matches!(client.next_other().await, Some(ServerBody::Pong(pong)) if pong.nonce == 7));
 }
@@ -80,7 +83,8 @@ async fn a_one_use_key_makes_one_device() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_expired_key_says_so() {
     let coordinator = TestCoordinator::start().await;
-    let call = Call::AuthKeyCreate { tags: vec![], user: None, reusable: true, ephemeral: false, life_s: Some(1) };
+    let call =
+        Call::AuthKeyCreate { tags: vec![], user: None, reusable: true, ephemeral: false, life_s: Some(1) };
     let key: AuthKey = coordinator.call(call).await.unwrap()["key"].as_str().unwrap().parse().unwrap();
     tokio::time::sleep(Duration::from_millis(1_100)).await;
     let mut client = Client::connect(coordinator.addr, &key.root, &DeviceKeys::new(1)).await.unwrap();

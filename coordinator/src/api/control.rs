@@ -188,6 +188,8 @@ impl Connection {
         // The other side may be gone already: nothing depends on its hearing this.
         let _ = timeout(Duration::from_secs(1), self.socket.send(close)).await;
         // Give it the chance to close first, so that what was sent before is read and not reset.
-        let _ = timeout(Duration::from_secs(1), async { while let Some(Ok(_)) = self.socket.recv().await {} }).await;
+        let _ =
+            timeout(Duration::from_secs(1), async { while let Some(Ok(_)) = self.socket.recv().await {} })
+                .await;
     }
 }

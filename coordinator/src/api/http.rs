@@ -30,7 +30,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
     /// The certificate file.
-    #[error("can't use the certificate {path}: {why}; expected a PEM file, the chain with the server's own first")]
+    #[error(
+        "can't use the certificate {path}: {why}; expected a PEM file, the chain with the server's own first"
+    )]
     Certificate {
         /// The file.
         path: String,
@@ -38,7 +40,9 @@ pub enum TlsError {
         why: String,
     },
     /// The key file.
-    #[error("can't use the private key {path}: {why}; expected an unencrypted PEM file that belongs to the certificate")]
+    #[error(
+        "can't use the private key {path}: {why}; expected an unencrypted PEM file that belongs to the certificate"
+    )]
     Key {
         /// The file.
         path: String,
@@ -52,8 +56,10 @@ pub enum TlsError {
 /// # Errors
 /// A file can't be read, or the two don't belong together.
 pub fn tls_acceptor(cert: &Path, key: &Path) -> Result<TlsAcceptor, TlsError> {
-    let cert_error =
-        |why: &dyn std::fmt::Display| TlsError::Certificate { path: cert.display().to_string(), why: why.to_string() };
+    let cert_error = |why: &dyn std::fmt::Display| TlsError::Certificate {
+        path: cert.display().to_string(),
+        why: why.to_string(),
+    };
     let key_error =
         |why: &dyn std::fmt::Display| TlsError::Key { path: key.display().to_string(), why: why.to_string() };
     let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_file_iter(cert)

@@ -1,6 +1,6 @@
 //! From saved changes to updates: whom they touch, what is cut first, who is answered.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use warren_common::ids::DeviceId;
 use warren_common::netmap::Netmap;
@@ -15,8 +15,10 @@ use crate::domain::{Change, Command, Device, Refusal, Reply, Settings};
 /// What a batch of changes can have touched.
 #[derive(Debug, Default)]
 struct Impact {
-    /// The policy or something it speaks of: compile again.
+    /// The policy or its users: compile again.
     policy: bool,
+    /// Devices of which the policy sees something new: follow them.
+    followed: BTreeSet<DeviceId>,
     /// Everything: relays or the network's own facts.
     all: bool,
     /// Devices whose peers see something new.
@@ -32,15 +34,14 @@ impl Impact {
             match (change, inverse) {
                 (Change::PutDevice(new), Change::PutDevice(old)) => impact.device(old, new),
                 (Change::PutDevice(device), _) => {
-                    impact.policy = true;
+                    impact.followed.insert(device.id);
                     impact.devices.insert(device.id);
                 }
+                (Change::RemoveDevice(id), _) => {
+                    impact.followed.insert(*id);
+                }
                 (
-                    Change::RemoveDevice(_)
-                    | Change::PutUser(_)
-                    | Change::RemoveUser(_)
-                    | Change::PutPolicy(_)
-                    | Change::RemovePolicy,
+                    Change::PutUser(_) | Change::RemoveUser(_) | Change::PutPolicy(_) | Change::RemovePolicy,
                     _,
                 ) => impact.policy = true,
                 (Change::PutRelay(_) | Change::RemoveRelay(_), _) => impact.all = true,
@@ -66,7 +67,9 @@ impl Impact {
             (d.ipv4, d.ipv6, d.user, d.tags.clone(), d.routes.clone(), d.approved, d.expired, d.copied)
         };
         let peer = |d: &Device| (d.wg, d.probe, d.name.clone(), d.home_relay);
-        self.policy |= policy(old) != policy(new);
+        if policy(old) != policy(new) {
+            self.followed.insert(new.id);
+        }
         if policy(old) != policy(new) || peer(old) != peer(new) {
             self.devices.insert(new.id);
         }
@@ -103,50 +106,35 @@ impl Coordinator {
     fn push(&mut self, impact: Impact, now: Now) {
         let mut affected = impact.devices;
         let mut removals = None;
-        if impact.policy {
-            let reach = Reach::compute(&self.state, now.unix);
-            let old = std::mem::replace(&mut self.reach, reach);
-            let differing = old.differing(&self.reach);
-            self.cut_at_relays(&old, &differing, &impact.rekeyed, &mut removals);
-            let out: Vec<DeviceId> =
-                differing.iter().filter(|id| self.reach.view(**id).is_none()).copied().collect();
-            out.into_iter().for_each(|id| self.put_out(id, &mut removals, now));
-            affected.extend(differing);
+        if impact.policy || !impact.followed.is_empty() {
+            let difference = if impact.policy {
+                let reach = Reach::compute(&self.state, now.unix);
+                self.reach.replace(reach)
+            } else {
+                self.reach.follow(&self.state, &impact.followed, now.unix)
+            };
+            self.schedule_recompile(now);
+            let lost = difference.lost.union(&impact.rekeyed).copied().collect();
+            self.cut_at_relays(lost, difference.out.iter().copied().collect(), &mut removals);
+            difference.out.into_iter().for_each(|id| self.put_out(id, &mut removals, now));
+            affected.extend(difference.touched);
         }
         let sessions: BTreeSet<SessionId> = if impact.all {
             self.by_device.values().copied().collect()
         } else {
-            let views = affected.iter().filter_map(|id| self.reach.view(*id));
-            let peers = views.flat_map(|view| view.peers.keys());
+            let peers = affected.iter().filter_map(|id| self.reach.peers(*id)).flat_map(BTreeMap::keys);
             affected.iter().chain(peers).filter_map(|id| self.by_device.get(id)).copied().collect()
         };
         self.refresh_as(&sessions, removals, now);
     }
 
     /// Tells the relays first who lost a peer or is out, connected to us or not.
-    fn cut_at_relays(
-        &mut self,
-        old: &Reach,
-        differing: &BTreeSet<DeviceId>,
-        rekeyed: &BTreeSet<DeviceId>,
-        removals: &mut Option<u64>,
-    ) {
-        let (mut devices, mut revoked) = (rekeyed.clone(), Vec::new());
-        for id in differing {
-            match (old.view(*id), self.reach.view(*id)) {
-                (Some(_), None) => revoked.push(*id),
-                (Some(old), Some(new)) if old.peers.keys().any(|p| !new.peers.contains_key(p)) => {
-                    devices.insert(*id);
-                }
-                _ => {}
-            }
-        }
+    fn cut_at_relays(&mut self, devices: Vec<DeviceId>, revoked: Vec<DeviceId>, removals: &mut Option<u64>) {
         if devices.is_empty() && revoked.is_empty() {
             return;
         }
         // Tokens made until now carry a lower number.
         if let Some(revision) = self.number(removals) {
-            let devices = devices.into_iter().collect();
             self.outputs.push_back(Output::RelayMinimum { revision, devices, revoked });
         }
     }
@@ -249,7 +237,7 @@ impl Coordinator {
             Phase::Deciding { known } => known.take(),
             Phase::Greeting { .. } | Phase::Live(_) => return,
         };
-        if self.reach.view(device).is_none() {
+        if self.reach.peers(device).is_none() {
             // Something later in the same batch has put it out.
             let state = self.state.device(device).map(|d| self.state.device_state(d));
             let refusal = state.map_or(Refusal::UnknownDevice, |s| Self::state_refusal(s, device));

@@ -182,11 +182,13 @@ impl Store for SqliteStore {
             .execute(&mut *transaction)
             .await
             .map_err(fail)?;
-        sqlx::query("INSERT INTO state (id, version) VALUES (1, $1) ON CONFLICT (id) DO UPDATE SET version = $1")
-            .bind(next as i64)
-            .execute(&mut *transaction)
-            .await
-            .map_err(fail)?;
+        sqlx::query(
+            "INSERT INTO state (id, version) VALUES (1, $1) ON CONFLICT (id) DO UPDATE SET version = $1",
+        )
+        .bind(next as i64)
+        .execute(&mut *transaction)
+        .await
+        .map_err(fail)?;
         transaction.commit().await.map_err(fail)?;
         Ok(Commit::Committed(next))
     }

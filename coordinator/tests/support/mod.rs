@@ -21,8 +21,8 @@ use warren_common::ids::DeviceId;
 use warren_common::keys::{ControlSecretKey, Fingerprint, ProbeSecretKey, WgSecretKey};
 use warren_common::netmap::Netmap;
 use warren_common::wire::control::{
-    Ack, ClientBody, ClientMessage, ConfirmGeneration, CoordinatorIdentity, Enroll, NetmapUpdate, Refused, Resume,
-    ServerBody, ServerMessage, Signed, UpdateKind, Welcome,
+    Ack, ClientBody, ClientMessage, ConfirmGeneration, CoordinatorIdentity, Enroll, NetmapUpdate, Refused,
+    Resume, ServerBody, ServerMessage, Signed, UpdateKind, Welcome,
 };
 use warren_common::wire::session::{ClientHandshake, Session};
 use warren_coordinator::admin::{self, Call, Failure};
@@ -332,7 +332,8 @@ impl Client {
         self.disk.netmap = Some(netmap);
         self.disk.epoch = update.epoch;
         self.disk.revision = update.to;
-        let ack = Ack { epoch: update.epoch, revision: update.to, want_snapshot: false, reason: String::new() };
+        let ack =
+            Ack { epoch: update.epoch, revision: update.to, want_snapshot: false, reason: String::new() };
         self.send(ClientBody::Ack(ack)).await;
         update
     }
