@@ -6,4 +6,5 @@ pub mod model;
 pub mod nat;
 pub mod packet;
 pub mod scenario;
+pub mod stun;
 pub mod world;

@@ -117,6 +117,10 @@ impl Scenario {
         (self.rng.next_u64() % below.max(1) as u64) as usize
     }
 
+    fn draw_device(&mut self) -> DeviceNo {
+        self.draw(self.world.devices.len())
+    }
+
     fn fail(&self, what: &str) -> ! {
         panic!("seed {}: at {:?}: {what}", self.seed, self.world.now.boot)
     }
@@ -290,9 +294,10 @@ impl Scenario {
     }
 
     fn roam(&mut self) {
-        let no = self.draw(self.world.devices.len());
+        let no = self.draw_device();
         if self.draw(2) == 0 && !self.nats.is_empty() {
-            let nat = self.nats[self.draw(self.nats.len())];
+            let at = self.draw(self.nats.len());
+            let nat = self.nats[at];
             let outside = self.world.fresh_addr();
             self.world.net.renumber_nat(nat, outside);
         } else {
@@ -302,7 +307,7 @@ impl Scenario {
     }
 
     fn restart_agent(&mut self) {
-        let no = self.draw(self.world.devices.len());
+        let no = self.draw_device();
         if self.is_member(no) {
             self.world.restart_agent(no);
         }
@@ -326,7 +331,7 @@ impl Scenario {
 
     /// Removes a device for good; another one joins.
     fn replace_device(&mut self) {
-        let no = self.draw(self.world.devices.len());
+        let no = self.draw_device();
         let Some(id) = self.world.devices[no].id().filter(|_| self.world.coordinator_up()) else { return };
         if self.world.devices[no].gone {
             return;
@@ -339,7 +344,7 @@ impl Scenario {
         self.world.devices[no].gone = true;
         let new = self.add_device();
         self.pass(Duration::from_secs(1));
-        let other = self.draw(self.world.devices.len());
+        let other = self.draw_device();
         if other != new && self.is_member(other) {
             self.model.allow(new, other);
             self.model.allow(other, new);

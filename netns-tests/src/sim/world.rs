@@ -429,7 +429,7 @@ impl World {
         if host == self.relay_host {
             if port == STUN_PORT
                 && self.relay.is_some()
-                && let Some(answer) = warren_relay::stun::answer(&payload, from)
+                && let Some(answer) = super::stun::answer(&payload, from)
             {
                 self.net.send(self.now.boot, host, port, from, &answer);
             }
@@ -579,7 +579,7 @@ impl World {
                 relay::Output::Wake(conn) => {
                     while let Some(frame) = self.relay.as_mut().and_then(|r| r.next_frame(conn)) {
                         if let Some(no) = self.relay_clients.get(&conn).copied() {
-                            let parcel = Parcel::FromRelay(no, conn, frame.bytes().to_vec());
+                            let parcel = Parcel::FromRelay(no, conn, frame.bytes.to_vec());
                             self.after(STREAM_LATENCY, parcel);
                         }
                     }
