@@ -252,7 +252,7 @@ impl Router {
         } else {
             None
         };
-        let lan = Segment::new(shared, host.netns.clone(), "lan", v4, v6)?;
+        let lan = Segment::new(shared, host.netns().to_owned(), "lan", v4, v6)?;
         host.sysctl(&["net.ipv4.ip_forward=1"])?;
         if let (Some(prefix), Some(next_hop)) = (v6, wan.v6) {
             host.sysctl(&["net.ipv6.conf.all.forwarding=1"])?;
