@@ -116,7 +116,7 @@ pub(super) fn why(answer: &Value) -> Result<String, Problem> {
     }
     let ingress = &answer["filter"]["ingress"]["outcome"];
     if let Some(outcome) = ingress.as_str() {
-        let _ = writeln!(out, "  back:  connections from there to here: {}", outcome.replace('-', " "));
+        let _ = writeln!(out, "  back:  connections from there to here: {}", outcome.replace('_', " "));
     }
     Ok(out)
 }
