@@ -6,14 +6,12 @@ use rand_chacha::ChaCha20Rng;
 use rand_core::SeedableRng;
 use warren_common::auth_key::AuthKey;
 use warren_common::ids::{DeviceId, NetworkId, RelayId};
-use warren_common::keys::{
-    ControlPublicKey, ControlSecretKey, NetmapPublicKey, ProbeSecretKey, WgSecretKey,
-};
+use warren_common::keys::{ControlPublicKey, ControlSecretKey, NetmapPublicKey, ProbeSecretKey, WgSecretKey};
 use warren_common::time::{Instant, Now};
 use warren_common::wire::control::{
-    Ack, ClientBody, ConfirmGeneration, Enroll, RelayTokenRequest, Resume, ServerBody, Signal, Signed,
+    Ack, ClientBody, ConfirmGeneration, Enroll, RelayTokenRequest, Report, Resume, ServerBody, Signal, Signed,
 };
-use warren_common::wire::relay::{Binding, Challenge, Frame, TokenRef};
+use warren_common::wire::relay::{Binding, Challenge, Frame, GoneReason, TokenRef};
 use warren_coordinator::push::SessionId;
 use warren_engine::engine::{Config, Engine};
 use warren_engine::event::Event;
@@ -90,6 +88,7 @@ pub struct Device {
     token: Option<Signed>,
     sent: Vec<Sent>,
     interfaces_wanted: bool,
+    home_relay: Option<RelayId>,
     /// Revisions applied, for the properties.
     pub applied: u64,
 }
@@ -111,6 +110,7 @@ impl Device {
             token: None,
             sent: Vec::new(),
             interfaces_wanted: false,
+            home_relay: None,
             applied: 0,
         }
     }
@@ -135,6 +135,10 @@ impl Device {
         self.engine.as_ref().map(|e| e.status(now))
     }
 
+    pub(super) fn netmap_hash(&self) -> Option<[u8; 32]> {
+        self.engine.as_ref().and_then(Engine::held).map(|(_, _, hash)| hash)
+    }
+
     pub(super) fn control_key(&self) -> ControlPublicKey {
         self.control.public()
     }
@@ -157,8 +161,7 @@ impl Device {
         self.applied = 0;
         match self.disk.device {
             Some(device) => {
-                let (epoch, revision, hash) =
-                    self.engine.as_ref().and_then(Engine::held).unwrap_or_default();
+                let (epoch, revision, hash) = self.engine.as_ref().and_then(Engine::held).unwrap_or_default();
                 ClientBody::Resume(Resume {
                     device: device.to_bytes().to_vec(),
                     generation: self.disk.generation,
@@ -205,12 +208,12 @@ impl Device {
                 if self.relay.is_none() {
                     self.sent.push(Sent::ConnectRelay);
                 }
+                self.report();
             }
             ServerBody::Refused(_) => self.gone = true,
             ServerBody::Update(signed) => self.update(now, session, &signed),
             ServerBody::Signal(signal) => {
-                if let (Some(engine), Some(device)) =
-                    (&mut self.engine, DeviceId::from_slice(&signal.device))
+                if let (Some(engine), Some(device)) = (&mut self.engine, DeviceId::from_slice(&signal.device))
                 {
                     let mut sealed = signal.sealed;
                     let stride = sealed.len();
@@ -316,7 +319,9 @@ impl Device {
                     engine.handle_datagram(now, source, &mut bytes, payload.len(), tun);
                 }
             }
-            Frame::TokenWanted { .. } => self.want_token(context),
+            Frame::TokenWanted { .. } | Frame::PeerGone { why: GoneReason::NotPermitted, .. } => {
+                self.want_token(context);
+            }
             Frame::Ping { nonce } => {
                 let conn = link.conn;
                 self.sent.push(Sent::Relay(conn, Frame::Pong { nonce }.to_vec()));
@@ -361,7 +366,13 @@ impl Device {
     ) {
         if let Some(engine) = &mut self.engine {
             let stride = payload.len();
-            engine.handle_datagram(now, Source::Direct { socket: SOCKET, remote: from }, payload, stride, tun);
+            engine.handle_datagram(
+                now,
+                Source::Direct { socket: SOCKET, remote: from },
+                payload,
+                stride,
+                tun,
+            );
         }
     }
 
@@ -383,13 +394,28 @@ impl Device {
     pub(super) fn poll_tun(&mut self, tun: &mut TunOut) -> bool {
         let Some(engine) = &mut self.engine else { return false };
         let more = engine.poll_tun(tun);
-        while let Some(event) = engine.poll_event() {
-            if let (Event::Signal { device, sealed }, Some(session)) = (event, self.session) {
-                let signal = Signal { device: device.to_bytes().to_vec(), sealed };
-                self.sent.push(Sent::Control(session, ClientBody::Signal(signal)));
+        while let Some(event) = self.engine.as_mut().and_then(Engine::poll_event) {
+            match (event, self.session) {
+                (Event::Signal { device, sealed }, Some(session)) => {
+                    let signal = Signal { device: device.to_bytes().to_vec(), sealed };
+                    self.sent.push(Sent::Control(session, ClientBody::Signal(signal)));
+                }
+                (Event::HomeRelay { relay }, _) => {
+                    self.home_relay = relay;
+                    self.report();
+                }
+                _ => {}
             }
         }
         more
+    }
+
+    /// Tells the coordinator which relay it listens on.
+    fn report(&mut self) {
+        if let (Some(session), Some(relay)) = (self.session, self.home_relay) {
+            let report = Report { home_relay: relay.to_bytes().to_vec(), ..Report::default() };
+            self.sent.push(Sent::Control(session, ClientBody::Report(report)));
+        }
     }
 
     /// Where a datagram of the engine goes.

@@ -69,7 +69,7 @@ enum Owner {
     Nat(NatId),
 }
 
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 struct Host {
     realm: Realm,
     addr: IpAddr,
@@ -135,6 +135,18 @@ impl Internet {
     /// The host's own address.
     pub fn addr(&self, host: HostId) -> IpAddr {
         self.hosts[host.0].addr
+    }
+
+    /// Where the host is and how its translators behave, outermost last: for failure messages.
+    pub fn describe(&self, host: HostId) -> String {
+        let Host { mut realm, addr, link } = self.hosts[host.0];
+        let mut out = format!("{addr} {link:?}");
+        while let Realm::Behind(id) = realm {
+            let (outer, nat) = &self.nats[id.0];
+            out.push_str(&format!(" behind {id:?} {:?}", nat.behaviour));
+            realm = *outer;
+        }
+        out
     }
 
     /// The network the host is in.
@@ -263,7 +275,8 @@ impl Internet {
 
     /// The oracle: can `a` and `b` ever exchange datagrams directly, if each tells the other its own address, the one
     /// that `stun` sees, and keeps answering whatever arrives? Plays that exchange on a copy of the translators,
-    /// without time, loss or any of the product's code.
+    /// without time, loss or any of the product's code. As in ICE (RFC 8445), a path is a pair of addresses that
+    /// works both ways: each end sends to where the other's packets come from.
     pub fn direct_path_exists(&self, a: HostId, b: HostId, stun: SocketAddr) -> bool {
         const PORT: u16 = 40_000;
         const ROUNDS: usize = 6;
@@ -278,7 +291,7 @@ impl Internet {
             self.hosts.iter().map(|h| Host { realm: h.realm, addr: h.addr, link: Link::default() }).collect();
         let ends = [a, b];
         let mut known: [Vec<SocketAddr>; 2] = Default::default();
-        let mut heard = [false; 2];
+        let mut heard: [Vec<(SocketAddr, SocketAddr)>; 2] = Default::default();
         for (i, host) in ends.iter().enumerate() {
             let own = SocketAddr::new(probe.addr(*host), PORT);
             let reflexive =
@@ -295,7 +308,7 @@ impl Internet {
                     };
                     let arrived = probe.inwards(Instant::ZERO, realm, from, to);
                     if arrived == Some((ends[1 - i], PORT)) {
-                        heard[1 - i] = true;
+                        heard[i].push((to, from));
                         if !known[1 - i].contains(&from) {
                             known[1 - i].push(from);
                         }
@@ -303,7 +316,7 @@ impl Internet {
                 }
             }
         }
-        heard == [true, true]
+        heard[0].iter().any(|(to, from)| heard[1].contains(&(*from, *to)))
     }
 }
 

@@ -416,7 +416,11 @@ impl Scenario {
             if !self.has_a_way(from, to) {
                 expected.since = now;
             } else if now.since(expected.since) > DELIVERY_BOUND {
-                self.fail(&format!("{from} may reach {to} and has a way, but got no answer"));
+                self.fail(&format!(
+                    "{from} may reach {to} and has a way, but got no answer; {from}: {}; {to}: {}",
+                    self.world.describe(from, to),
+                    self.world.describe(to, from),
+                ));
             }
             self.expected.push(expected);
         }
@@ -461,7 +465,8 @@ impl Scenario {
             let path = status.and_then(|s| s.peers.into_iter().find(|p| Some(p.id) == peer)).map(|p| p.path);
             let direct = path.as_ref().is_some_and(|p| p.kind == "direct");
             if exists && !direct {
-                self.fail(&format!("{from} and {to} could talk directly, and their path is {path:?}"));
+                let [a, b] = [a, b].map(|host| self.world.net.describe(host));
+                self.fail(&format!("{from} ({a}) and {to} ({b}) could talk directly: {path:?}"));
             }
             self.summary.direct += usize::from(direct);
             self.summary.relayed += usize::from(!direct);

@@ -272,8 +272,7 @@ impl World {
 
     /// Starts a coordinator from what was saved.
     pub fn start_coordinator(&mut self) {
-        let config =
-            Config { netmap_key: self.netmap_key.clone(), lease: Duration::from_secs(24 * 3_600) };
+        let config = Config { netmap_key: self.netmap_key.clone(), lease: Duration::from_secs(24 * 3_600) };
         self.coordinator = Some(Coordinator::new(config, self.disk.clone(), self.now));
         self.drain_coordinator();
     }
@@ -339,11 +338,8 @@ impl World {
         let number = self.sequence;
         self.sequence += 1;
         let (src, dst) = (self.overlay_addr(from, v6)?, self.overlay_addr(to, v6)?);
-        let datagram = Datagram {
-            src: SocketAddr::new(src, 50_000),
-            dst: SocketAddr::new(dst, APP_PORT),
-            number,
-        };
+        let datagram =
+            Datagram { src: SocketAddr::new(src, 50_000), dst: SocketAddr::new(dst, APP_PORT), number };
         self.send_datagram(from, datagram);
         Some(number)
     }
@@ -365,6 +361,19 @@ impl World {
     /// The device with that id.
     pub fn device_no(&self, id: DeviceId) -> Option<DeviceNo> {
         self.devices.iter().position(|d| d.id() == Some(id))
+    }
+
+    /// What `at` says of its way to `peer`, and what the coordinator thinks it should know: for failure messages.
+    pub fn describe(&self, at: DeviceNo, peer: DeviceNo) -> String {
+        let id = self.devices[peer].id();
+        let status = self.devices[at].status(self.now);
+        let (revision, drops) = status.as_ref().map(|s| (s.revision, s.drops.clone())).unwrap_or_default();
+        let path = status.and_then(|s| s.peers.into_iter().find(|p| Some(p.id) == id));
+        let stale = self.devices[at].id().is_some_and(|own| {
+            let wanted = self.coordinator.as_ref().and_then(|c| c.netmap(own)).map(|m| m.hash());
+            wanted != self.devices[at].netmap_hash()
+        });
+        format!("revision {revision}, stale {stale}, peer {path:?}, drops {drops:?}")
     }
 
     /// Lets time pass until `end`, handling everything in order.
