@@ -285,6 +285,9 @@ impl Engine {
         self.end_lease_if_over(now);
         self.wg.handle_timeout(now);
         self.paths.handle_timeout(now.boot);
+        if self.paths.take_stun_wish() {
+            self.refresh_stun(now);
+        }
         if self.stun.handle_timeout(now.boot) {
             self.on_stun_news(now);
         }
@@ -375,9 +378,13 @@ impl Engine {
 
     /// What STUN said may be stale by the time it is needed for a peer that was idle.
     fn before_use(&mut self, now: Now, idx: PeerIdx) {
-        if !self.paths.is_active(idx)
-            && self.stun.last_round().is_none_or(|at| now.boot.since(at) >= STUN_FRESH)
-        {
+        if !self.paths.is_active(idx) {
+            self.refresh_stun(now);
+        }
+    }
+
+    fn refresh_stun(&mut self, now: Now) {
+        if self.stun.last_round().is_none_or(|at| now.boot.since(at) >= STUN_FRESH) {
             self.start_stun(now);
         }
     }

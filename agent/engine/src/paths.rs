@@ -271,6 +271,12 @@ impl Paths {
         }
     }
 
+    /// True if a probe round found no direct way since the last call: a router may have another address by now, which no
+    /// interface of ours tells.
+    pub(crate) const fn take_stun_wish(&mut self) -> bool {
+        std::mem::replace(&mut self.shared.wants_fresh_stun, false)
+    }
+
     fn own_changed(&mut self, now: Instant) {
         if self.shared.rebuild_own() {
             for idx in self.active_peers() {

@@ -22,8 +22,11 @@ use super::world::{APP_PORT, World};
 /// How long a datagram of an allowed pair may take to arrive, with one try a second, while the pair has a way: several
 /// handshake retries, and the time a restarted end needs to find the relay again.
 const DELIVERY_BOUND: Duration = Duration::from_secs(25);
-/// How long a calm network gets to find every direct path, at one datagram a second.
-const SETTLE: Duration = Duration::from_secs(90);
+/// How long a calm network gets to find every direct path: the engine's longest pause between probe rounds (30 s), once to
+/// learn that a router's address is another, once to use it, and a minute for what is lost on the way.
+const SETTLE: Duration = Duration::from_secs(120);
+/// Pause between the datagrams that each allowed pair exchanges meanwhile: often enough that no pair counts as idle.
+const CHATTER: Duration = Duration::from_secs(15);
 /// Wake-ups by timers per device and second, averaged over a run: far above what keep-alives, rekeys and probes of a
 /// handful of active peers need, far below a storm.
 const MAX_WAKES_PER_DEVICE_SECOND: f64 = 5.0;
@@ -443,7 +446,7 @@ impl Scenario {
                     self.sent.insert(number, (from, to));
                 }
             }
-            self.pass(Duration::from_secs(1));
+            self.pass(CHATTER);
         }
     }
 

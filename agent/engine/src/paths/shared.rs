@@ -23,6 +23,8 @@ pub(super) struct Shared {
     pub(super) overlay: Option<(Ipv4Net, Ipv6Net)>,
     pub(super) relays: BTreeSet<RelayId>,
     pub(super) signal: bool,
+    /// A round found no direct way: our reflexive address may be a former one.
+    pub(super) wants_fresh_stun: bool,
     pub(super) rng: ChaCha20Rng,
     pub(super) queue: VecDeque<(Destination, ArrayVec<u8, MAX_PROBE_LEN>)>,
     pub(super) events: VecDeque<Event>,
@@ -38,6 +40,7 @@ impl Shared {
             observed: ArrayVec::new(),
             own: ArrayVec::new(),
             overlay: None,
+            wants_fresh_stun: false,
             relays: BTreeSet::new(),
             signal: false,
             rng: ChaCha20Rng::from_seed(seed),

@@ -131,6 +131,7 @@ impl Active {
         self.probe_all(now, shared);
         let direct = self.current.is_some();
         if !direct {
+            shared.wants_fresh_stun = true;
             // The first announcement may be lost, or the peer's answer; later it may have moved.
             if self.round > 0 && (!self.listed || self.round > 3) {
                 self.owe(now, true);
