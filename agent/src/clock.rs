@@ -52,21 +52,22 @@ impl BootTimer {
         Ok(Self { fd, armed: None })
     }
 
-    /// Fires at `at` and not before; `None` never. Cheap when nothing changes.
+    /// Fires at `at` or, if it is armed already, at most a little earlier: a later deadline than the armed one costs no
+    /// system call, and a caller that wakes early just sets the timer again.
     ///
     /// # Errors
     /// Only if the kernel refuses the time.
-    pub fn set(&mut self, at: Option<Instant>) -> io::Result<()> {
-        if self.armed == at {
+    pub fn set(&mut self, at: Instant) -> io::Result<()> {
+        if self.armed.is_some_and(|armed| armed <= at) {
             return Ok(());
         }
         // All zero disarms, so a deadline in the past is the first nanosecond after boot.
-        let nanos = at.map_or(0, |at| at.as_nanos().clamp(1, i64::MAX as u64));
+        let nanos = at.as_nanos().clamp(1, i64::MAX as u64);
         let value =
             Timespec { tv_sec: (nanos / 1_000_000_000) as i64, tv_nsec: (nanos % 1_000_000_000) as i64 };
         let spec = Itimerspec { it_interval: Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: value };
         timerfd_settime(self.fd.get_ref(), TimerfdTimerFlags::ABSTIME, &spec)?;
-        self.armed = at;
+        self.armed = Some(at);
         Ok(())
     }
 
@@ -107,10 +108,11 @@ mod tests {
     async fn the_timer_fires_at_its_deadline_also_a_past_one() {
         let mut timer = BootTimer::new().unwrap();
         let deadline = now().boot + Duration::from_millis(5);
-        timer.set(Some(deadline)).unwrap();
+        timer.set(deadline).unwrap();
+        timer.set(deadline + Duration::from_secs(60)).unwrap();
         timer.fired().await;
         assert!(now().boot >= deadline);
-        timer.set(Some(Instant::ZERO)).unwrap();
+        timer.set(Instant::ZERO).unwrap();
         timer.fired().await;
     }
 }

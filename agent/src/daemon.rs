@@ -61,7 +61,7 @@ pub struct Options {
     pub operator: Option<u32>,
 }
 
-/// Runs until SIGTERM or SIGINT, then puts the host back.
+/// Runs until SIGTERM, SIGINT or SIGHUP, then puts the host back.
 ///
 /// # Errors
 /// Why the daemon can't start, or can't put the host back.
@@ -232,15 +232,17 @@ impl Daemon {
         };
         let mut terminate = signal(SignalKind::terminate()).map_err(no_signals)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(no_signals)?;
+        let mut hangup = signal(SignalKind::hangup()).map_err(no_signals)?;
         loop {
             let now = clock::now();
             let deadline = self.deadline(now);
-            if let Err(e) = self.timer.set(Some(deadline)) {
+            if let Err(e) = self.timer.set(deadline) {
                 tracing::warn!("the timer can't be set: {e}");
             }
             let wake = tokio::select! {
                 _ = terminate.recv() => Wake::Stop,
                 _ = interrupt.recv() => Wake::Stop,
+                _ = hangup.recv() => Wake::Stop,
                 wake = self.next(&mut calls) => wake,
             };
             let now = clock::now();

@@ -27,6 +27,8 @@ const IDLE: Duration = Duration::from_secs(300);
 pub(super) struct Relays {
     clients: BTreeMap<RelayId, Client>,
     home: Option<RelayId>,
+    /// Why the last connection failed or ended.
+    trouble: Option<String>,
     sender: mpsc::Sender<RelayEvent>,
     events: mpsc::Receiver<RelayEvent>,
 }
@@ -40,7 +42,7 @@ struct Client {
 impl Default for Relays {
     fn default() -> Self {
         let (sender, events) = mpsc::channel(QUEUE);
-        Self { clients: BTreeMap::new(), home: None, sender, events }
+        Self { clients: BTreeMap::new(), home: None, trouble: None, sender, events }
     }
 }
 
@@ -68,6 +70,11 @@ impl Relays {
     /// Relays that packets flow through.
     pub(super) fn connected(&self) -> impl Iterator<Item = RelayId> {
         self.clients.iter().filter(|(_, c)| c.client.is_connected()).map(|(id, _)| *id)
+    }
+
+    /// Why there is no connection, if one was tried.
+    pub(super) fn trouble(&self) -> Option<&str> {
+        self.trouble.as_deref()
     }
 
     pub(super) fn network_changed(&self) {
@@ -169,10 +176,12 @@ impl Up {
                 tracing::info!(%relay, ?transport, "relay connected");
                 tracing::debug!(%relay, %addr, "relay address");
                 engine.handle_relay_state(now, relay, true);
+                self.relays.trouble = None;
             }
             RelayEventKind::Disconnected { why, refused } => {
                 tracing::info!(%relay, ?refused, "relay disconnected: {why}");
                 engine.handle_relay_state(now, relay, false);
+                self.relays.trouble = Some(why);
             }
             RelayEventKind::NeedToken => self.ask_token(relay),
             RelayEventKind::PeerGone { device, why } => {

@@ -157,7 +157,10 @@ impl Up {
             add(
                 "relay-away",
                 Severity::Warning,
-                "no relay can be reached: peers that have no direct path are out of reach".into(),
+                format!(
+                    "no relay can be reached ({}): peers that have no direct path are out of reach",
+                    self.relays.trouble().unwrap_or("still trying")
+                ),
                 "check that the relay runs and that its port is open for TCP and UDP",
             );
         }

@@ -66,7 +66,7 @@ pub fn bind(wanted: Option<u16>, last: Option<u16>) -> Result<Vec<Udp>, Problem>
         if e.kind() == io::ErrorKind::PermissionDenied {
             return Problem::new(
                 "udp-permission",
-                format!("no permission to open a marked UDP socket on port {first}"),
+                "no permission to open a marked UDP socket",
                 "run warrend as root or with CAP_NET_ADMIN; ports below 1024 also need CAP_NET_BIND_SERVICE",
             );
         }

@@ -104,7 +104,8 @@ pub struct RelayReport {
     pub draining: bool,
 }
 
-/// A command is obeyed: nothing that it forbids has been forwarded after this was sent.
+/// A command is obeyed: the relay takes and hands out nothing any more that it forbids. What a transport had already taken
+/// to write (some 32 KiB per receiver, and the kernel's buffer) may still arrive, within milliseconds on a path that flows.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct RelayAck {
     /// The command's revision.

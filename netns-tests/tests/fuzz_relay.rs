@@ -1,0 +1,197 @@
+//! What strangers and devices can send to a relay, and a relay to a device: see `fuzz.rs` for the method.
+#![cfg(test)]
+
+use std::time::Duration;
+
+use bolero::check;
+use prost::Message as _;
+use rand_chacha::ChaCha20Rng;
+use rand_core::SeedableRng as _;
+use warren_common::ids::{DeviceId, NetworkId, RelayId};
+use warren_common::keys::{NetmapSecretKey, ProbeSecretKey};
+use warren_common::time::{Instant, Now, UnixTime};
+use warren_common::wire::control::Signed;
+use warren_common::wire::relay::{
+    Binding, Deframer, Frame, GoneReason, RefusalCode, TokenRef, WantedReason, put_on_stream,
+};
+use warren_common::wire::relay_control::{RelayJoinKey, RelayMessage, RelayServerMessage};
+use warren_common::wire::token::RelayToken;
+use warren_relay::core::{Config, ConnId, Limits, Relay};
+use warren_relay::stun;
+
+/// Inputs per target in CI; a tenth where each input costs cryptography.
+const ITERATIONS: usize = 20_000;
+
+fn iterations(cost: usize) -> usize {
+    let asked = std::env::var("WARREN_FUZZ_ITERATIONS").ok().and_then(|text| text.parse().ok());
+    asked.unwrap_or(ITERATIONS / cost)
+}
+
+/// Applies `input` as a list of edits to `seed`: flips bytes, cuts, repeats, inserts, appends.
+fn tamper(seed: &[u8], input: &[u8]) -> Vec<u8> {
+    let mut out = seed.to_vec();
+    for edit in input.chunks_exact(4).take(64) {
+        let at = usize::from(u16::from_be_bytes([edit[1], edit[2]])) % out.len().max(1);
+        match edit[0] % 5 {
+            0 if !out.is_empty() => out[at] ^= edit[3].max(1),
+            1 => out.truncate(at),
+            2 if out.len() < 65_536 => out.extend_from_within(at..),
+            3 if out.len() < 65_536 => out.insert(at, edit[3]),
+            4 => out.extend_from_slice(input),
+            _ => {}
+        }
+    }
+    out
+}
+
+fn device(n: u8) -> DeviceId {
+    DeviceId::from_bytes([n; 16])
+}
+
+fn token(n: u8) -> Signed {
+    RelayToken {
+        network: NetworkId::from_bytes([1; 16]),
+        relay: RelayId::from_bytes([2; 16]),
+        device: device(n),
+        probe: ProbeSecretKey::from_bytes([n; 32]).public(),
+        revision: 1,
+        expires: UnixTime::from_secs(1_600),
+        peers: vec![device(1), device(2)],
+    }
+    .sign(&NetmapSecretKey::from_bytes([3; 32]))
+}
+
+/// One frame of each type.
+fn frames() -> Vec<Vec<u8>> {
+    let signed = token(1);
+    let token = TokenRef::new(&signed).unwrap();
+    let challenge = warren_common::wire::relay::Challenge {
+        ephemeral: ProbeSecretKey::from_bytes([9; 32]).public(),
+        nonce: [8; 32],
+    };
+    [
+        Frame::Challenge(challenge),
+        Frame::Auth { proof: [7; 32], token },
+        Frame::Ready { revision: 1 },
+        RefusalCode::Busy.frame(),
+        Frame::Send { dst: device(2), payload: b"payload" },
+        Frame::Recv { src: device(2), payload: b"forged" },
+        Frame::Ping { nonce: 1 },
+        Frame::Pong { nonce: 1 },
+        Frame::PeerGone { device: device(2), why: GoneReason::NotConnected },
+        Frame::TokenWanted { why: WantedReason::Stale },
+        Frame::TokenRefresh { token },
+        Frame::Drain { after_ms: 1 },
+    ]
+    .map(|frame| frame.to_vec())
+    .to_vec()
+}
+
+#[test]
+fn relay_frames() {
+    let seeds = frames();
+    check!().with_iterations(iterations(1)).for_each(|input: &[u8]| {
+        for seed in &seeds {
+            let bytes = tamper(seed, input);
+            if let Ok(Some(frame)) = Frame::decode(&bytes) {
+                assert_eq!(frame.to_vec(), bytes, "one encoding per frame");
+            }
+        }
+    });
+}
+
+#[test]
+fn relay_stream() {
+    let mut seed = Vec::new();
+    frames().iter().for_each(|frame| put_on_stream(frame, &mut seed));
+    check!().with_iterations(iterations(1)).for_each(|input: &[u8]| {
+        let (stream, mut deframer) = (tamper(&seed, input), Deframer::default());
+        for part in stream.chunks(usize::from(input.first().copied().unwrap_or(0)) + 1) {
+            deframer.buffer().extend_from_slice(part);
+            loop {
+                match deframer.next_frame() {
+                    Ok(Some(frame)) => drop(Frame::decode(frame).map(|frame| frame.is_some())),
+                    Ok(None) => break,
+                    Err(_) => return, // the stream is closed
+                }
+            }
+        }
+    });
+}
+
+/// Whatever a device sends, its peer hears from that device only, and a stranger is never heard.
+#[test]
+fn relay_core() {
+    let seeds = frames();
+    let now = Now { boot: Instant::from_nanos(1), unix: UnixTime::from_secs(1_000) };
+    check!().with_iterations(iterations(10)).for_each(|input: &[u8]| {
+        let mut relay = Relay::new(Config {
+            network: NetworkId::from_bytes([1; 16]),
+            relay: RelayId::from_bytes([2; 16]),
+            cert_sha256: [4; 32],
+            netmap_key: NetmapSecretKey::from_bytes([3; 32]).public(),
+            floor: 0,
+            limits: Limits::default(),
+        });
+        let mut rng = ChaCha20Rng::seed_from_u64(1);
+        let (sender, receiver) = (join(&mut relay, &mut rng, now, 1), join(&mut relay, &mut rng, now, 2));
+        assert_eq!(relay.stats().clients, 2);
+        let stranger = relay.handle_connected(now, &mut rng);
+        for (i, edit) in input.chunks(16).take(32).enumerate() {
+            let seed = &seeds[usize::from(edit[0]) % seeds.len()];
+            let from = if edit[0] & 0x80 == 0 { sender } else { stranger };
+            relay.handle_frame(from, now + Duration::from_millis(i as u64), &tamper(seed, edit));
+            while relay.poll_output().is_some() {}
+            while let Some(frame) = relay.next_frame(receiver) {
+                if let Ok(Some(Frame::Recv { src, .. })) = Frame::decode(&frame.bytes) {
+                    assert_eq!((src, from), (device(1), sender));
+                }
+            }
+        }
+        assert!(relay.stats().clients <= 2);
+    });
+}
+
+fn join(relay: &mut Relay, rng: &mut ChaCha20Rng, now: Now, n: u8) -> ConnId {
+    let conn = relay.handle_connected(now, rng);
+    let challenge = relay.next_frame(conn).unwrap();
+    let Ok(Some(Frame::Challenge(challenge))) = Frame::decode(&challenge.bytes) else {
+        panic!("no challenge")
+    };
+    let binding = Binding {
+        network: NetworkId::from_bytes([1; 16]),
+        relay: RelayId::from_bytes([2; 16]),
+        cert_sha256: [4; 32],
+    };
+    let signed = token(n);
+    let token = TokenRef::new(&signed).unwrap();
+    let proof = challenge.prove(&ProbeSecretKey::from_bytes([n; 32]), &binding, token).unwrap();
+    relay.handle_frame(conn, now, &Frame::Auth { proof, token }.to_vec());
+    conn
+}
+
+#[test]
+fn relay_control() {
+    check!().with_iterations(iterations(1)).for_each(|input: &[u8]| {
+        let _ = RelayMessage::decode(input);
+        let _ = RelayServerMessage::decode(input);
+        let _ = format!("wrelay-{}", String::from_utf8_lossy(input)).parse::<RelayJoinKey>();
+    });
+}
+
+#[test]
+fn stun_questions() {
+    let mut seed = vec![0, 1, 0, 0, 0x21, 0x12, 0xa4, 0x42];
+    seed.extend_from_slice(&[7; 12]);
+    let from = "[2001:db8::1]:1".parse().unwrap();
+    check!().with_iterations(iterations(1)).for_each(|input: &[u8]| {
+        // As a header's length, the rest would hardly ever be right.
+        let mut whole = [&seed, input].concat();
+        whole[2..4].copy_from_slice(&(input.len() as u16).to_be_bytes());
+        for question in [input, &tamper(&seed, input), &whole] {
+            if let Some(answer) = stun::answer(question, from) {
+                assert!(answer.len() <= question.len() + stun::MAX_GROWTH);
+            }
+        }
+    });
+}
