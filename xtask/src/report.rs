@@ -61,11 +61,11 @@ impl Report {
     ) -> bool {
         self.step(name, |report| {
             let done = logged(name, command)?;
-            let mut counts = count(&done.output).unwrap_or_default();
-            // A command that fails without a failed test (a build error, a crash) is one failure; and a
-            // run of no tests at all proves nothing.
-            let ran = counts.passed + counts.failed > 0;
-            if (!done.success && counts.failed == 0) || !ran {
+            let found = count(&done.output);
+            let mut counts = found.unwrap_or_default();
+            // A command that fails without a failed test (a build error, a crash) is one failure, and so is
+            // one that tells no result.
+            if (!done.success && counts.failed == 0) || found.is_none() {
                 counts.failed += 1;
             }
             for reason in done.output.lines().filter_map(|line| line.trim_start().strip_prefix("skipped: ")) {
@@ -156,7 +156,9 @@ impl Report {
 }
 
 fn show(done: &Finished) {
-    let lines: Vec<&str> = done.output.lines().collect();
+    let progress = ["Compiling ", "Checking ", "Downloading ", "Downloaded ", "PASS ["];
+    let told = |line: &&str| !progress.iter().any(|word| line.trim_start().starts_with(word));
+    let lines: Vec<&str> = done.output.lines().filter(told).collect();
     let first = lines.len().saturating_sub(MAX_SHOWN_LINES);
     say(&format!(
         "      the last {} of {} lines of {}:",
@@ -193,7 +195,9 @@ pub(crate) fn nextest(output: &str) -> Option<Counts> {
 /// Adds up the `test result:` lines of cargo's own harness.
 pub(crate) fn libtest(output: &str) -> Option<Counts> {
     let mut counts = Counts::default();
-    for line in output.lines().filter(|line| line.starts_with("test result:")) {
+    let mut results = output.lines().filter(|line| line.starts_with("test result:")).peekable();
+    results.peek()?;
+    for line in results {
         for part in line.split(['.', ';']) {
             let mut words = part.split_whitespace();
             let Some(number) = words.next().and_then(|number| number.parse::<u64>().ok()) else {
@@ -229,6 +233,32 @@ mod tests {
         let output = "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0s\n\
                       test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out\n";
         assert_eq!(libtest(output), Some(Counts { passed: 4, failed: 2, skipped: 1 }));
+        assert_eq!(libtest("error: could not compile"), None);
+    }
+
+    /// A report on one step whose program prints `text` and ends with `code`.
+    fn told(name: &str, text: &str, code: u8) -> Report {
+        let mut report = Report::new(1);
+        let mut command = Command::new("sh");
+        command.args(["-c", r#"printf '%s\n' "$0"; exit "$1""#, text, &code.to_string()]);
+        report.tests(name, &mut command, nextest);
+        report
+    }
+
+    #[test]
+    fn skips_are_counted_and_a_run_without_a_result_is_a_failure() {
+        let summary = "Summary [ 1s] 3 tests run: 3 passed, 0 skipped";
+        let skipping =
+            told("selftest-skips", &format!("    skipped: no root\n  skipped: no root\n{summary}"), 0);
+        assert_eq!(skipping.counts, Counts { passed: 1, failed: 0, skipped: 2 });
+        assert_eq!(skipping.skips.get("no root"), Some(&2));
+        assert!(skipping.finish());
+
+        let silent = told("selftest-silent", "all is well", 0);
+        assert_eq!(silent.counts, Counts { passed: 0, failed: 1, skipped: 0 });
+        let crashed = told("selftest-crashed", summary, 101);
+        assert_eq!(crashed.counts, Counts { passed: 3, failed: 1, skipped: 0 });
+        assert!(!crashed.finish());
     }
 
     #[test]

@@ -55,7 +55,7 @@ pub(crate) fn build() -> Command {
 pub(crate) fn nextest_run(filter: &str) -> Command {
     let mut command = cargo();
     command.args(["nextest", "run", "--locked", "--workspace", "--no-fail-fast"]);
-    command.args(["--success-output", "immediate", "-E", filter]);
+    command.args(["--success-output", "immediate", "--failure-output", "final", "-E", filter]);
     command
 }
 

@@ -13,7 +13,7 @@
 //! lab calls first.
 //!
 //! A lab needs root (of the machine, or of a user namespace as in `unshare -Urnm`) and a few tools.
-//! Where these are missing [`test`] says so on one line that `cargo xtask test` counts.
+//! Where these are missing [`test()`] says so on one line that `cargo xtask test` counts.
 
 mod nat;
 mod netns;
