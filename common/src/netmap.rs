@@ -4,15 +4,20 @@
 //! [`Netmap::hash`] lets the agent check that it arrived where the coordinator meant it to. What restricts goes first:
 //! [`Netmap::without_removed`] is the step between, sent as a revision of its own before anything is added.
 
+mod narrow;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use sha2::{Digest as _, Sha256};
 
+use self::narrow::common_rules;
 use crate::filter::{Action, FilterRule, IpRange};
 use crate::ids::{DeviceId, NetworkId, RelayId};
 use crate::keys::{ProbePublicKey, WgPublicKey};
+
+pub use self::narrow::MAX_NARROW_WORK;
 
 /// Most peers one netmap may hold; more is refused as malformed. Bounds memory against a hostile coordinator.
 pub const MAX_PEERS: usize = 100_000;
@@ -182,14 +187,11 @@ impl Netmap {
         apply_rules(&mut self.egress, &delta.removed_egress, delta.egress);
     }
 
-    /// The step between `old` and `new` that only takes away: `old` without the peers, relays and allow rules that
-    /// `new` lacks, and with every deny rule of `new`. Sent first, as a revision of its own.
+    /// The step between `old` and `new` that only takes away: `old` without the peers and relays that `new` lacks, with
+    /// filters that allow what both allow and nothing else. Sent first, as a revision of its own. What both allow stays
+    /// allowed throughout, so that a flow does not end because the rule it lives under has got another source.
     #[must_use]
     pub fn without_removed(old: &Self, new: &Self) -> Self {
-        let keep = |old: &BTreeSet<FilterRule>, new: &BTreeSet<FilterRule>| -> BTreeSet<FilterRule> {
-            let kept = old.iter().filter(|r| r.action == Action::Deny || new.contains(*r));
-            kept.chain(new.iter().filter(|r| r.action == Action::Deny)).cloned().collect()
-        };
         let same_peer = |peer: &Peer| {
             new.peers
                 .get(&peer.id)
@@ -199,8 +201,8 @@ impl Netmap {
             network: old.network.clone(),
             device: old.device.clone(),
             peers: old.peers.iter().filter(|(_, p)| same_peer(p)).map(|(id, p)| (*id, p.clone())).collect(),
-            ingress: keep(&old.ingress, &new.ingress),
-            egress: keep(&old.egress, &new.egress),
+            ingress: common_rules(&old.ingress, &new.ingress),
+            egress: common_rules(&old.egress, &new.egress),
             relays: old
                 .relays
                 .iter()

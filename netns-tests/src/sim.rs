@@ -1,4 +1,10 @@
 //! The simulator: a virtual internet in virtual time. One thread, one seed, no sleeping.
 
+pub mod device;
 pub mod internet;
+pub mod model;
 pub mod nat;
+pub mod packet;
+pub mod scenario;
+pub mod stun;
+pub mod world;

@@ -1,0 +1,97 @@
+//! The JSON that the admin verbs show. Fields are only ever added.
+
+use data_encoding::HEXLOWER;
+use serde_json::{Value, json};
+use warren_common::netmap::Netmap;
+
+use crate::domain::{AuthKeyRecord, Device, PolicySource, RelayRecord, State, User};
+use crate::push::Coordinator;
+
+pub(super) fn device(coordinator: &Coordinator, device: &Device) -> Value {
+    let state = coordinator.state();
+    json!({
+        "id": device.id,
+        "name": device.name,
+        "ips": device.addrs(),
+        "user": device.user.and_then(|id| state.users().get(&id)).map(|u| &u.email),
+        "tags": device.tags,
+        "state": state.device_state(device).word(),
+        "online": coordinator.is_online(device.id),
+        "ephemeral": device.ephemeral,
+        "created_at": device.created.to_rfc3339(),
+        "os": device.os,
+        "version": device.version,
+    })
+}
+
+pub(super) fn device_detail(coordinator: &Coordinator, record: &Device) -> Value {
+    let mut value = device(coordinator, record);
+    let netmap = coordinator.netmap(record.id);
+    value["hostname"] = json!(record.hostname);
+    value["control_key"] = json!(record.control);
+    value["wg_key"] = json!(record.wg);
+    value["probe_key"] = json!(record.probe);
+    value["auth_key"] = json!(record.auth_key);
+    value["home_relay"] = json!(record.home_relay);
+    value["routes"] = json!(record.routes);
+    value["acked_revision"] = json!(coordinator.acked_revision(record.id));
+    value["peers"] = json!(netmap.as_ref().map_or_else(Vec::new, |n| n.peers.keys().collect()));
+    value["ingress_rules"] = json!(netmap.as_ref().map_or(0, |n: &Netmap| n.ingress.len()));
+    value["egress_rules"] = json!(netmap.as_ref().map_or(0, |n| n.egress.len()));
+    value
+}
+
+pub(super) fn user(coordinator: &Coordinator, user: &User) -> Value {
+    let devices = coordinator.state().devices().values().filter(|d| d.user == Some(user.id)).count();
+    json!({
+        "id": user.id,
+        "email": user.email,
+        "suspended": user.suspended,
+        "devices": devices,
+        "created_at": user.created.to_rfc3339(),
+    })
+}
+
+pub(super) fn auth_key(coordinator: &Coordinator, key: &AuthKeyRecord) -> Value {
+    let users = coordinator.state().users();
+    json!({
+        "id": key.id,
+        "user": key.user.and_then(|id| users.get(&id)).map(|u| &u.email),
+        "tags": key.tags,
+        "reusable": key.reusable,
+        "ephemeral": key.ephemeral,
+        "created_at": key.created.to_rfc3339(),
+        "expires_at": key.expires.to_rfc3339(),
+        "used_by": key.used_by,
+    })
+}
+
+pub(super) fn relay(relay: &RelayRecord) -> Value {
+    json!({
+        "id": relay.id,
+        "name": relay.name,
+        "embedded": relay.embedded,
+        "joined": relay.cert_sha256.is_some(),
+        "addrs": relay.addrs,
+        "stun": relay.stun,
+        "cert_sha256": relay.cert_sha256.map(|c| HEXLOWER.encode(&c)),
+        "created_at": relay.created.to_rfc3339(),
+    })
+}
+
+/// `policy status`: what is in force, where policy comes from, and what is wrong with what is there now.
+pub fn policy_status(state: &State, source: &PolicySource, error: Option<&str>) -> Value {
+    let (word, path) = match source {
+        PolicySource::File(path) => ("file", Some(path)),
+        PolicySource::Api => ("api", None),
+    };
+    let policy = state.policy();
+    json!({
+        "source": word,
+        "path": path,
+        "revision": policy.map_or(0, |p| p.revision),
+        "applied_at": policy.map(|p| p.applied.to_rfc3339()),
+        "sha256": policy.map(|p| HEXLOWER.encode(&p.sha256)),
+        "error": error,
+    })
+}

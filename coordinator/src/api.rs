@@ -1,0 +1,64 @@
+//! The network side: one HTTP listener for control sessions, relays, health and metrics, with or without TLS.
+
+mod control;
+mod http;
+mod metrics;
+
+pub use control::{HANDSHAKE_PATIENCE, IDLE_LIMIT, MAX_FRAME, MAX_HALF_OPEN, PING_INTERVAL, WRITE_PATIENCE};
+pub use http::{HEADER_PATIENCE, MAX_CONNECTIONS, TlsError, serve, tls_acceptor};
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use warren_common::ids::NetworkId;
+use warren_common::keys::ControlSecretKey;
+
+use crate::server::Handle;
+
+/// What every handler needs.
+#[derive(Debug)]
+pub struct Shared {
+    /// The coordinator.
+    pub handle: Handle,
+    /// The encoded, root-signed identity that each connection begins with.
+    pub identity: Vec<u8>,
+    /// The Noise static key.
+    pub control_key: ControlSecretKey,
+    /// The network, part of the prologue.
+    pub network: NetworkId,
+    /// One permit per connection that has not finished its handshake.
+    pub half_open: Arc<Semaphore>,
+    /// Cancelled at shutdown: sessions end.
+    pub stop: CancellationToken,
+}
+
+/// The routes.
+pub fn router(shared: Arc<Shared>) -> Router {
+    Router::new()
+        .route("/control/v1", get(control::upgrade))
+        .route("/healthz", get(healthz))
+        .route("/metrics", get(metrics))
+        .with_state(shared)
+}
+
+/// 200 `ok` while commands can be stored, else 503 and why.
+async fn healthz(State(shared): State<Arc<Shared>>) -> Response {
+    match shared.handle.look(|_, health| health.store_error.clone()).await {
+        Ok(None) => "ok\n".into_response(),
+        Ok(Some(error)) => (StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")).into_response(),
+        Err(stopping) => (StatusCode::SERVICE_UNAVAILABLE, format!("{stopping}\n")).into_response(),
+    }
+}
+
+async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
+    match shared.handle.look(metrics::render).await {
+        Ok(text) => ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
+        Err(stopping) => (StatusCode::SERVICE_UNAVAILABLE, format!("{stopping}\n")).into_response(),
+    }
+}

@@ -1,0 +1,80 @@
+//! Every metric of the coordinator, in Prometheus' text format (version 0.0.4). All are aggregates: no names, no addresses.
+
+use std::fmt::Write as _;
+
+use crate::push::Coordinator;
+use crate::server::Health;
+
+pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+enum Kind {
+    Counter,
+    Gauge,
+}
+
+pub(super) fn render(coordinator: &Coordinator, health: &Health) -> String {
+    use Kind::{Counter, Gauge};
+    let (state, stats) = (coordinator.state(), coordinator.stats());
+    let policy_revision = state.policy().map_or(0, |p| p.revision);
+    let metrics: [(&str, Kind, &str, u64); 24] = [
+        ("warren_devices", Gauge, "Enrolled devices.", state.devices().len() as u64),
+        ("warren_devices_online", Gauge, "Devices with a session.", coordinator.online_count() as u64),
+        ("warren_users", Gauge, "Users.", state.users().len() as u64),
+        (
+            "warren_auth_keys",
+            Gauge,
+            "Auth keys, used and expired ones included.",
+            state.auth_keys().len() as u64,
+        ),
+        ("warren_relays", Gauge, "Relays, the embedded one included.", state.relays().len() as u64),
+        (
+            "warren_sessions",
+            Gauge,
+            "Control sessions, those that are not welcomed yet included.",
+            coordinator.session_count() as u64,
+        ),
+        ("warren_revision", Gauge, "The newest netmap revision.", coordinator.revision()),
+        ("warren_policy_revision", Gauge, "How many policies were accepted.", policy_revision),
+        ("warren_snapshots_total", Counter, "Netmaps sent whole.", stats.snapshots),
+        ("warren_deltas_total", Counter, "Netmap deltas sent.", stats.deltas),
+        ("warren_leases_total", Counter, "Updates that only renewed a lease.", stats.leases),
+        ("warren_updates_rejected_total", Counter, "Updates that an agent did not apply.", stats.rejected),
+        ("warren_signals_total", Counter, "Probe messages passed on.", stats.signals),
+        ("warren_signals_dropped_total", Counter, "Probe messages dropped.", stats.signals_dropped),
+        ("warren_relay_tokens_total", Counter, "Relay tokens made.", stats.relay_tokens),
+        ("warren_refused_total", Counter, "Commands refused.", stats.refused),
+        ("warren_sessions_closed_total", Counter, "Sessions the coordinator ended.", stats.closed),
+        ("warren_copied_state_total", Counter, "Devices caught with a copied state directory.", stats.copied),
+        (
+            "warren_sessions_slow_total",
+            Counter,
+            "Sessions ended because they read too slowly.",
+            health.slow_sessions,
+        ),
+        ("warren_commits_total", Counter, "Transactions that succeeded.", health.commits),
+        ("warren_commit_failures_total", Counter, "Transactions that failed.", health.commit_failures),
+        (
+            "warren_commit_conflicts_total",
+            Counter,
+            "Transactions that another writer overtook.",
+            health.conflicts,
+        ),
+        (
+            "warren_store_up",
+            Gauge,
+            "1 if the last transaction succeeded.",
+            u64::from(health.store_error.is_none()),
+        ),
+        ("warren_epoch", Gauge, "The network's epoch.", state.settings().epoch),
+    ];
+    let mut out = String::new();
+    for (name, kind, help, value) in metrics {
+        let kind = match kind {
+            Counter => "counter",
+            Gauge => "gauge",
+        };
+        // Writing to a String can't fail.
+        let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}");
+    }
+    out
+}

@@ -1,0 +1,268 @@
+//! What the policy in force makes of the network: per device, whom it needs to know and what its filter is.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use warren_common::ids::DeviceId;
+use warren_common::netmap::{Netmap, Network, Peer, Relay, SelfDevice};
+use warren_common::policy::{Compiled, Diagnostic, Inventory, Need, Node, Policy, User, compile};
+use warren_common::time::UnixTime;
+
+use super::State;
+use super::entity::{Device, DeviceState, RelayRecord};
+
+/// How far ahead time windows are worked out: the longest lease and a day, so that an agent that hears nothing for as
+/// long as its lease lasts still opens and closes them on time. Unit: seconds.
+pub const HORIZON_S: i64 = 8 * 24 * 3_600;
+
+type Peers = BTreeMap<DeviceId, Need>;
+
+/// The policy compiled against the active devices. Devices that are not among them reach nothing.
+#[derive(Clone, Debug)]
+pub struct Reach {
+    compiled: Compiled,
+    peers: BTreeMap<DeviceId, Arc<Peers>>,
+    /// Why the policy in force could not be compiled; nothing is allowed then.
+    error: Option<String>,
+}
+
+/// What following a change has touched.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Difference {
+    /// Devices whose netmap may be another one.
+    pub touched: BTreeSet<DeviceId>,
+    /// Devices that no longer see some device they saw, and are still active.
+    pub lost: BTreeSet<DeviceId>,
+    /// Devices that are no longer active.
+    pub out: BTreeSet<DeviceId>,
+}
+
+impl Reach {
+    /// Compiles the policy in force against the devices that are active at `now`.
+    pub fn compute(state: &State, now: UnixTime) -> Self {
+        let text = state.policy().map_or("{}", |p| p.text.as_str());
+        let inventory = inventory(state);
+        let compiled = Policy::parse(text)
+            .and_then(|policy| compile(&policy, &inventory, now.as_secs(), HORIZON_S))
+            .map_err(|found| render(&found));
+        let (compiled, error) = match compiled {
+            Ok(compiled) => (Some(compiled), None),
+            // Accepted once, so only a state that no command makes gets here. Nothing is allowed then.
+            Err(error) => (compile(&Policy::empty(), &inventory, now.as_secs(), HORIZON_S).ok(), Some(error)),
+        };
+        let compiled = compiled.unwrap_or_else(|| nothing(now));
+        let ids: Vec<DeviceId> = compiled.names().filter_map(|n| n.parse().ok()).collect();
+        let peers = ids.into_iter().map(|id| (id, peers_of(&compiled, id))).collect();
+        Self { compiled, peers, error }
+    }
+
+    /// Why the policy in force could not be compiled.
+    pub fn error(&self) -> Option<&str> {
+        self.error.as_deref()
+    }
+
+    /// When it must be computed again though nothing changed, in seconds since the Unix epoch.
+    pub fn reevaluate_at(&self) -> Option<i64> {
+        self.compiled.reevaluate_at()
+    }
+
+    /// Whom an active device needs to know; symmetric. `None` for a device that is not active.
+    pub fn peers(&self, id: DeviceId) -> Option<&BTreeMap<DeviceId, Need>> {
+        self.peers.get(&id).map(Arc::as_ref)
+    }
+
+    /// Follows changes of single devices: what policy knows of them is in `state` already.
+    pub fn follow(&mut self, state: &State, devices: &BTreeSet<DeviceId>, now: UnixTime) -> Difference {
+        let mut names = BTreeSet::new();
+        // Leaving devices first: an address may pass from one to another in one batch.
+        let (stay, leave): (Vec<&DeviceId>, Vec<&DeviceId>) =
+            devices.iter().partition(|id| active(state, **id).is_some());
+        for id in leave.into_iter().chain(stay) {
+            let node = active(state, *id).map(|device| node(state, device));
+            match self.compiled.set_node(&id.to_string(), node.as_ref(), now.as_secs()) {
+                Ok(changed) => names.extend(changed),
+                Err(conflict) => {
+                    tracing::error!(%conflict, "the state has an address twice; compiling anew");
+                    return self.replace(Self::compute(state, now));
+                }
+            }
+        }
+        let ids: BTreeSet<DeviceId> = names.iter().filter_map(|n| n.parse().ok()).collect();
+        let mut difference = Difference::default();
+        for id in ids {
+            let new = self.compiled.fingerprint(&id.to_string()).map(|_| peers_of(&self.compiled, id));
+            let old = match new {
+                Some(peers) => self.peers.insert(id, peers),
+                None => self.peers.remove(&id),
+            };
+            difference.note(id, old.as_ref(), self.peers.get(&id));
+        }
+        difference
+    }
+
+    /// Puts another computation in its place.
+    pub fn replace(&mut self, new: Self) -> Difference {
+        let old = std::mem::replace(self, new);
+        let mut difference = Difference::default();
+        let changed = self.compiled.changed_since(&old.compiled);
+        for id in changed.iter().filter_map(|n| n.parse().ok()) {
+            difference.note(id, old.peers.get(&id), self.peers.get(&id));
+        }
+        difference
+    }
+
+    /// The netmap of `id`; `None` unless it is an active device.
+    pub fn netmap(&self, state: &State, id: DeviceId) -> Option<Netmap> {
+        let (device, peers) = (state.device(id)?, self.peers.get(&id)?);
+        let name = id.to_string();
+        let settings = state.settings();
+        let peers =
+            peers.iter().filter_map(|(id, need)| Some((*id, peer_record(state, state.device(*id)?, need))));
+        Some(Netmap {
+            network: Network {
+                id: settings.network,
+                name: settings.name.clone(),
+                ipv4: settings.ipv4,
+                ipv6: settings.ipv6,
+            },
+            device: SelfDevice {
+                id,
+                name: device.name.clone(),
+                addrs: device.addrs().to_vec(),
+                user: email_of(state, device),
+                tags: device.tags.clone(),
+            },
+            peers: peers.collect(),
+            ingress: self.compiled.ingress(&name).into_iter().collect(),
+            egress: self.compiled.egress(&name).into_iter().collect(),
+            relays: state.relays().values().filter_map(relay_record).map(|r| (r.id, r)).collect(),
+        })
+    }
+}
+
+impl Difference {
+    fn note(&mut self, id: DeviceId, old: Option<&Arc<Peers>>, new: Option<&Arc<Peers>>) {
+        self.touched.insert(id);
+        match (old, new) {
+            (Some(_), None) => {
+                self.out.insert(id);
+            }
+            (Some(old), Some(new)) if old.keys().any(|p| !new.contains_key(p)) => {
+                self.lost.insert(id);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Checks that `text` is a policy that can be put in force over `state`, its own tests included.
+///
+/// # Errors
+/// What is wrong with it, for people, over several lines.
+pub fn check(state: &State, text: &str, now: UnixTime) -> Result<(), String> {
+    let policy = Policy::parse(text).map_err(|found| render(&found))?;
+    let mut inventory = inventory(state);
+    inventory.own_domains = domains(state, "");
+    let compiled = compile(&policy, &inventory, now.as_secs(), 0).map_err(|found| render(&found))?;
+    let failures: Vec<String> = compiled
+        .run_tests()
+        .results
+        .iter()
+        .flat_map(|test| {
+            test.failures.iter().map(move |why| format!("{} (line {}): {why}", test.name, test.line))
+        })
+        .collect();
+    if failures.is_empty() { Ok(()) } else { Err(failures.join("\n")) }
+}
+
+fn render(found: &[Diagnostic]) -> String {
+    found.iter().map(|d| d.render("policy")).collect::<Vec<_>>().join("\n")
+}
+
+#[expect(clippy::expect_used, reason = "an empty policy over no devices has nothing that could conflict")]
+fn nothing(now: UnixTime) -> Compiled {
+    compile(&Policy::empty(), &Inventory::default(), now.as_secs(), HORIZON_S).expect("nothing conflicts")
+}
+
+fn active(state: &State, id: DeviceId) -> Option<&Device> {
+    state.device(id).filter(|d| state.device_state(d) == DeviceState::Active)
+}
+
+fn peers_of(compiled: &Compiled, id: DeviceId) -> Arc<Peers> {
+    let node = compiled.node(&id.to_string());
+    let peers = node.map(|n| n.peers).unwrap_or_default();
+    Arc::new(peers.into_iter().filter_map(|(name, need)| Some((name.parse().ok()?, need))).collect())
+}
+
+/// The network as the policy compiler wants it: active devices by their id.
+fn inventory(state: &State) -> Inventory {
+    let devices = state.devices().values().filter(|d| state.device_state(d) == DeviceState::Active);
+    Inventory {
+        users: state
+            .users()
+            .values()
+            .map(|u| User {
+                id: u.id.to_string(),
+                name: u.email.clone(),
+                email: Some(u.email.clone()),
+                ..User::default()
+            })
+            .collect(),
+        nodes: devices.map(|d| (d.id.to_string(), node(state, d))).collect(),
+        own_domains: domains(state, state.policy().map_or("", |p| p.text.as_str())),
+    }
+}
+
+/// The mail domains of the network: those of its users. A policy in force keeps those that it names after its last user
+/// there has gone, since it was accepted with them.
+fn domains(state: &State, in_force: &str) -> BTreeSet<String> {
+    let users = state.users().values().filter_map(|u| Some(u.email.rsplit_once('@')?.1.to_owned()));
+    let named = in_force.split("*@").skip(1).map(|rest| {
+        rest.chars().take_while(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-')).collect::<String>()
+    });
+    users.chain(named.map(|d| d.to_ascii_lowercase())).filter(|d| !d.is_empty()).collect()
+}
+
+fn node(state: &State, device: &Device) -> Node {
+    Node {
+        hostname: device.name.clone(),
+        user: device.user.map(|id| id.to_string()).filter(|_| email_of(state, device).is_some()),
+        tags: device.tags.iter().cloned().collect(),
+        ipv4: Some(device.ipv4.into()),
+        ipv6: Some(device.ipv6.into()),
+        routable_ips: device.routes.iter().copied().collect(),
+        ..Node::default()
+    }
+}
+
+fn email_of(state: &State, device: &Device) -> Option<String> {
+    device.user.and_then(|id| state.users().get(&id)).map(|u| u.email.clone())
+}
+
+fn peer_record(state: &State, peer: &Device, need: &Need) -> Peer {
+    Peer {
+        id: peer.id,
+        wg: peer.wg,
+        probe: peer.probe,
+        addrs: peer.addrs().to_vec(),
+        routes: need.routes.iter().copied().collect(),
+        // Who may only answer needs to know who asks (user, tags), not what the asking machine is called.
+        name: need.may_reach.then(|| peer.name.clone()),
+        user: email_of(state, peer),
+        tags: peer.tags.clone(),
+        home_relay: peer.home_relay,
+        key_signature: None,
+    }
+}
+
+/// A relay as devices see it; `None` until it has said where it is.
+fn relay_record(relay: &RelayRecord) -> Option<Relay> {
+    let cert_sha256 = relay.cert_sha256.filter(|_| !relay.addrs.is_empty())?;
+    Some(Relay {
+        id: relay.id,
+        name: relay.name.clone(),
+        addrs: relay.addrs.clone(),
+        stun: relay.stun.clone(),
+        cert_sha256,
+    })
+}

@@ -1,0 +1,284 @@
+//! The updates of one live session: what was sent, what is acknowledged, what comes next.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use warren_common::ids::{DeviceId, RelayId};
+use warren_common::netmap::Netmap;
+use warren_common::time::{Instant, Now};
+use warren_common::wire::control::{Ack, NetmapUpdate, Presence, ServerBody, UpdateKind};
+
+use super::bucket::Bucket;
+use super::session::{ACK_PATIENCE, Known, MAX_SNAPSHOTS_PER_MIN, Session};
+use super::{CloseReason, Coordinator, SessionId};
+
+/// Most updates on their way to one agent. Additions wait until all are acknowledged; only removals may run ahead,
+/// and beyond this they wait too: the agent on the other end enforces them already.
+pub const MAX_UNACKED: usize = 8;
+
+#[derive(Debug)]
+pub(super) struct Live {
+    pub(super) device: DeviceId,
+    /// What the agent holds once it has applied everything that was sent.
+    sent: Netmap,
+    sent_revision: u64,
+    pub(super) acked: u64,
+    unacked: VecDeque<Unacked>,
+    /// The netmap has changed since `sent`; an update follows the next acknowledgement.
+    pub(super) behind: bool,
+    lease_due: Instant,
+    snapshots: Bucket,
+    /// Relays it holds a token for, and until when.
+    pub(super) tokens: BTreeMap<RelayId, Instant>,
+}
+
+#[derive(Debug)]
+struct Unacked {
+    to: u64,
+    snapshot: bool,
+    since: Instant,
+}
+
+impl Live {
+    pub(super) fn sees(&self, other: DeviceId) -> bool {
+        self.sent.peers.contains_key(&other)
+    }
+
+    pub(super) fn peers(&self) -> Vec<DeviceId> {
+        self.sent.peers.keys().copied().collect()
+    }
+
+    pub(super) fn token_peers(&self, relay: RelayId) -> Option<Vec<DeviceId>> {
+        self.sent.relays.contains_key(&relay).then(|| self.peers())
+    }
+
+    pub(super) fn timer(&self) -> Instant {
+        let ack = self.unacked.front().map_or(Instant::FAR_FUTURE, |u| u.since + ACK_PATIENCE);
+        self.lease_due.min(ack)
+    }
+
+    pub(super) fn stuck(&self, now: Instant) -> bool {
+        self.unacked.front().is_some_and(|u| now >= u.since + ACK_PATIENCE)
+    }
+}
+
+impl Coordinator {
+    /// Makes a welcomed session live and brings its agent up to date.
+    pub(super) fn go_live(&mut self, id: SessionId, device: DeviceId, known: Option<Known>, now: Now) {
+        let Some(netmap) = self.reach.netmap(&self.state, device) else { return };
+        let epoch = self.state.settings().epoch;
+        let held = known.filter(|k| k.epoch == epoch);
+        let current = held.as_ref().is_some_and(|k| k.revision <= self.revision && k.hash == netmap.hash());
+        let revision = match &held {
+            Some(known) if current => known.revision,
+            // Never two netmaps under one number: what is sent must be newer than what the agent holds.
+            Some(known) if known.revision >= self.revision => self.next_revision().unwrap_or(self.revision),
+            _ => self.revision,
+        };
+        let live = Live {
+            device,
+            sent: netmap,
+            sent_revision: revision,
+            acked: if current { revision } else { 0 },
+            unacked: VecDeque::new(),
+            behind: false,
+            lease_due: now.boot,
+            snapshots: Bucket::new(Duration::from_secs(60) / MAX_SNAPSHOTS_PER_MIN, MAX_SNAPSHOTS_PER_MIN),
+            tokens: BTreeMap::new(),
+        };
+        let peers = live.peers();
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        session.phase = super::session::Phase::Live(Box::new(live));
+        self.by_device.insert(device, id);
+        self.offline_ephemeral.remove(&device);
+        if current {
+            self.renew_lease(id, now);
+        } else {
+            self.send_snapshot(id, now);
+        }
+        self.rearm(id);
+        self.send_presence(id, &peers);
+        self.announce(device, peers, true);
+    }
+
+    /// The step of a refresh that only takes away, as `revision` (numbered here if it is the first).
+    pub(super) fn send_removals(
+        &mut self,
+        id: SessionId,
+        target: &Netmap,
+        revision: &mut Option<u64>,
+        now: Now,
+    ) {
+        let Some(live) = self.sessions.get_mut(&id).and_then(Session::live_mut) else { return };
+        live.behind = live.sent != *target;
+        if !live.behind || live.unacked.len() >= MAX_UNACKED {
+            return;
+        }
+        let step = Netmap::without_removed(&live.sent, target);
+        if step == live.sent {
+            return;
+        }
+        live.tokens.retain(|_, until| now.boot < *until);
+        let tokens: Vec<RelayId> = live.tokens.keys().copied().collect();
+        let Some(number) = self.number(revision) else { return };
+        self.send_delta(id, step, number, now);
+        // Relays refuse its older tokens from this revision on: don't let it find out by losing packets.
+        tokens.into_iter().for_each(|relay| self.grant_token(id, relay, now));
+    }
+
+    /// The step of a refresh that completes it, as `revision`. Waits while the agent has not acknowledged what it was
+    /// sent before, the `removals` of this refresh excepted.
+    pub(super) fn send_additions(
+        &mut self,
+        id: SessionId,
+        target: Netmap,
+        removals: Option<u64>,
+        revision: &mut Option<u64>,
+        now: Now,
+    ) {
+        let Some(live) = self.sessions.get_mut(&id).and_then(Session::live_mut) else { return };
+        live.behind = live.sent != target;
+        let waiting = live.unacked.iter().any(|u| Some(u.to) != removals);
+        if !live.behind || waiting {
+            return;
+        }
+        let new: Vec<DeviceId> =
+            target.peers.keys().filter(|p| !live.sent.peers.contains_key(*p)).copied().collect();
+        let Some(number) = self.number(revision) else { return };
+        self.send_delta(id, target, number, now);
+        self.send_presence(id, &new);
+    }
+
+    /// The step that takes everything away from a device that is out.
+    pub(super) fn send_farewell(&mut self, id: SessionId, revision: &mut Option<u64>, now: Now) {
+        let Some(live) = self.sessions.get(&id).and_then(Session::live) else { return };
+        let empty = Netmap {
+            peers: BTreeMap::new(),
+            ingress: BTreeSet::new(),
+            egress: BTreeSet::new(),
+            relays: BTreeMap::new(),
+            ..live.sent.clone()
+        };
+        if let Some(number) = self.number(revision) {
+            self.send_delta(id, empty, number, now);
+        }
+    }
+
+    /// The number of a step that several sessions share: made for the first that needs it.
+    pub(super) fn number(&mut self, revision: &mut Option<u64>) -> Option<u64> {
+        if revision.is_none() {
+            *revision = self.next_revision();
+        }
+        *revision
+    }
+
+    fn send_delta(&mut self, id: SessionId, target: Netmap, revision: u64, now: Now) {
+        let Some(live) = self.sessions.get_mut(&id).and_then(Session::live_mut) else { return };
+        let delta = Netmap::diff(&live.sent, &target);
+        let from = std::mem::replace(&mut live.sent_revision, revision);
+        live.sent = target;
+        live.behind = false;
+        live.unacked.push_back(Unacked { to: revision, snapshot: false, since: now.boot });
+        self.stats.deltas += 1;
+        self.send_update(id, from, UpdateKind::Delta(Box::new(delta)), now);
+    }
+
+    fn send_snapshot(&mut self, id: SessionId, now: Now) {
+        let Some(live) = self.sessions.get_mut(&id).and_then(Session::live_mut) else { return };
+        if !live.snapshots.take(now.boot) {
+            return self.close(id, CloseReason::Flood, now);
+        }
+        live.unacked.push_back(Unacked { to: live.sent_revision, snapshot: true, since: now.boot });
+        let kind = UpdateKind::Snapshot(Box::new(live.sent.clone()));
+        self.stats.snapshots += 1;
+        self.send_update(id, 0, kind, now);
+    }
+
+    /// Sends nothing but a lease, if one is due.
+    pub(super) fn renew_lease(&mut self, id: SessionId, now: Now) {
+        let Some(live) = self.sessions.get_mut(&id).and_then(Session::live_mut) else { return };
+        if now.boot >= live.lease_due {
+            let from = live.sent_revision;
+            self.stats.leases += 1;
+            self.send_update(id, from, UpdateKind::Lease, now);
+        }
+    }
+
+    /// Signs and sends what leads to the session's `sent`.
+    fn send_update(&mut self, id: SessionId, from: u64, kind: UpdateKind, now: Now) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        let device_key = session.control;
+        let Some(live) = session.live_mut() else { return };
+        live.lease_due = now.boot + self.config.lease / 3;
+        let update = NetmapUpdate {
+            network: self.state.settings().network,
+            device: live.device,
+            device_key,
+            epoch: self.state.settings().epoch,
+            from,
+            to: live.sent_revision,
+            hash: live.sent.hash(),
+            lease_ms: u64::try_from(self.config.lease.as_millis()).unwrap_or(u64::MAX),
+            issued: now.unix,
+            kind,
+        };
+        let signed = update.sign(&self.config.netmap_key);
+        self.send(id, ServerBody::Update(signed));
+        self.rearm(id);
+    }
+
+    pub(super) fn acknowledged(&mut self, id: SessionId, ack: &Ack, now: Now) {
+        let epoch = self.state.settings().epoch;
+        let Some(live) = self.sessions.get_mut(&id).and_then(Session::live_mut) else { return };
+        if ack.want_snapshot {
+            self.stats.rejected += 1;
+            tracing::warn!(device = %live.device, reason = %ack.reason, "an agent did not apply an update");
+            // One answer per update, in order: this one is for the oldest. If a snapshot is on its way behind it,
+            // that is the answer already.
+            live.unacked.pop_front();
+            if !live.unacked.iter().any(|u| u.snapshot) {
+                self.send_snapshot(id, now);
+            }
+        } else if ack.epoch == epoch && ack.revision <= live.sent_revision {
+            live.acked = live.acked.max(ack.revision);
+            while live.unacked.front().is_some_and(|u| u.to <= ack.revision) {
+                live.unacked.pop_front();
+            }
+        }
+        let catch_up = self
+            .sessions
+            .get(&id)
+            .and_then(Session::live)
+            .is_some_and(|live| live.behind && live.unacked.len() < MAX_UNACKED);
+        if catch_up {
+            self.refresh(&BTreeSet::from([id]), now);
+        }
+        self.rearm(id);
+    }
+
+    /// Tells a session which of `peers` are connected.
+    fn send_presence(&mut self, id: SessionId, peers: &[DeviceId]) {
+        let online: Vec<Vec<u8>> =
+            peers.iter().filter(|p| self.by_device.contains_key(*p)).map(|p| p.to_bytes().to_vec()).collect();
+        if !online.is_empty() {
+            self.send(id, ServerBody::Presence(Presence { online, offline: Vec::new() }));
+        }
+    }
+
+    /// Tells the connected peers of a device that it came or went.
+    pub(super) fn announce(&mut self, device: DeviceId, peers: Vec<DeviceId>, online: bool) {
+        let id = vec![device.to_bytes().to_vec()];
+        let presence = match online {
+            true => Presence { online: id, offline: Vec::new() },
+            false => Presence { online: Vec::new(), offline: id },
+        };
+        for peer in peers {
+            let session = self.by_device.get(&peer).copied();
+            let sees =
+                |s: &SessionId| self.sessions.get(s).and_then(Session::live).is_some_and(|l| l.sees(device));
+            if let Some(session) = session.filter(sees) {
+                self.send(session, ServerBody::Presence(presence.clone()));
+            }
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! From saved changes to updates: whom they touch, what is cut first, who is answered.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use warren_common::ids::DeviceId;
+use warren_common::netmap::Netmap;
+use warren_common::time::Now;
+use warren_common::wire::control::{ServerBody, Welcome};
+
+use super::session::{Phase, Session};
+use super::{CloseReason, Coordinator, Origin, Output, SessionId};
+use crate::domain::reach::Reach;
+use crate::domain::{Change, Command, Device, Refusal, Reply, Settings};
+
+/// What a batch of changes can have touched.
+#[derive(Debug, Default)]
+struct Impact {
+    /// The policy or its users: compile again.
+    policy: bool,
+    /// Devices of which the policy sees something new: follow them.
+    followed: BTreeSet<DeviceId>,
+    /// Everything: relays or the network's own facts.
+    all: bool,
+    /// Devices whose peers see something new.
+    devices: BTreeSet<DeviceId>,
+    /// Devices whose relay tokens are void: their probe key is another one.
+    rekeyed: BTreeSet<DeviceId>,
+}
+
+impl Impact {
+    fn of(changes: &[Change], inverses: &[Change]) -> Self {
+        let mut impact = Self::default();
+        for (change, inverse) in changes.iter().zip(inverses) {
+            match (change, inverse) {
+                (Change::PutDevice(new), Change::PutDevice(old)) => impact.device(old, new),
+                (Change::PutDevice(device), _) => {
+                    impact.followed.insert(device.id);
+                    impact.devices.insert(device.id);
+                }
+                (Change::RemoveDevice(id), _) => {
+                    impact.followed.insert(*id);
+                }
+                (
+                    Change::PutUser(_) | Change::RemoveUser(_) | Change::PutPolicy(_) | Change::RemovePolicy,
+                    _,
+                ) => impact.policy = true,
+                (Change::PutRelay(_) | Change::RemoveRelay(_), _) => impact.all = true,
+                (Change::PutSettings(new), Change::PutSettings(old)) => {
+                    let numbered = Settings { revisions_reserved: old.revisions_reserved, ..(**new).clone() };
+                    impact.all |= numbered != **old;
+                }
+                (
+                    Change::PutSettings(_)
+                    | Change::PutAuthKey(_)
+                    | Change::RemoveAuthKey(_)
+                    | Change::Rest(..)
+                    | Change::EndRest(_),
+                    _,
+                ) => {}
+            }
+        }
+        impact
+    }
+
+    fn device(&mut self, old: &Device, new: &Device) {
+        let policy = |d: &Device| {
+            (d.ipv4, d.ipv6, d.user, d.tags.clone(), d.routes.clone(), d.approved, d.expired, d.copied)
+        };
+        let peer = |d: &Device| (d.wg, d.probe, d.name.clone(), d.home_relay);
+        if policy(old) != policy(new) {
+            self.followed.insert(new.id);
+        }
+        if policy(old) != policy(new) || peer(old) != peer(new) {
+            self.devices.insert(new.id);
+        }
+        if old.probe != new.probe {
+            self.rekeyed.insert(new.id);
+        }
+    }
+}
+
+impl Coordinator {
+    /// The batch is on disk: publishes it and answers its callers.
+    pub fn saved(&mut self, now: Now) {
+        let pending = std::mem::take(&mut self.pending);
+        self.publish(now);
+        for item in pending {
+            self.respond(item.origin, &item.command, item.result, now);
+        }
+    }
+
+    pub(super) fn publish(&mut self, now: Now) {
+        let changes = std::mem::take(&mut self.unsaved);
+        let inverses = std::mem::take(&mut self.undo);
+        self.revision_limit = self.state.settings().revisions_reserved;
+        let impact = Impact::of(&changes, &inverses);
+        self.track_ephemeral(&changes, now);
+        self.push(impact, now);
+    }
+
+    /// Compiles again though nothing changed, since time has passed.
+    pub(super) fn recompile(&mut self, now: Now) {
+        self.push(Impact { policy: true, ..Impact::default() }, now);
+    }
+
+    fn push(&mut self, impact: Impact, now: Now) {
+        let mut affected = impact.devices;
+        let mut removals = None;
+        if impact.policy || !impact.followed.is_empty() {
+            let difference = if impact.policy {
+                let reach = Reach::compute(&self.state, now.unix);
+                self.reach.replace(reach)
+            } else {
+                self.reach.follow(&self.state, &impact.followed, now.unix)
+            };
+            self.schedule_recompile(now);
+            let lost = difference.lost.union(&impact.rekeyed).copied().collect();
+            self.cut_at_relays(lost, difference.out.iter().copied().collect(), &mut removals);
+            difference.out.into_iter().for_each(|id| self.put_out(id, &mut removals, now));
+            affected.extend(difference.touched);
+        }
+        let sessions: BTreeSet<SessionId> = if impact.all {
+            self.by_device.values().copied().collect()
+        } else {
+            let peers = affected.iter().filter_map(|id| self.reach.peers(*id)).flat_map(BTreeMap::keys);
+            affected.iter().chain(peers).filter_map(|id| self.by_device.get(id)).copied().collect()
+        };
+        self.refresh_as(&sessions, removals, now);
+    }
+
+    /// Tells the relays first who lost a peer or is out, connected to us or not.
+    fn cut_at_relays(&mut self, devices: Vec<DeviceId>, revoked: Vec<DeviceId>, removals: &mut Option<u64>) {
+        if devices.is_empty() && revoked.is_empty() {
+            return;
+        }
+        // Tokens made until now carry a lower number.
+        if let Some(revision) = self.number(removals) {
+            self.outputs.push_back(Output::RelayMinimum { revision, devices, revoked });
+        }
+    }
+
+    /// Ends the session of a device that is removed, expired, suspended or copied: takes everything away, says why.
+    fn put_out(&mut self, device: DeviceId, removals: &mut Option<u64>, now: Now) {
+        let Some(session) = self.by_device.get(&device).copied() else { return };
+        self.send_farewell(session, removals, now);
+        let refusal = match self.state.device(device) {
+            None => Refusal::UnknownDevice,
+            Some(record) => Self::state_refusal(self.state.device_state(record), device),
+        };
+        self.refuse(session, &refusal, now);
+    }
+
+    /// Brings sessions up to date: what takes away to all of them, then what adds.
+    pub(super) fn refresh(&mut self, sessions: &BTreeSet<SessionId>, now: Now) {
+        self.refresh_as(sessions, None, now);
+    }
+
+    fn refresh_as(&mut self, sessions: &BTreeSet<SessionId>, mut removals: Option<u64>, now: Now) {
+        let targets: Vec<(SessionId, Netmap)> = sessions
+            .iter()
+            .filter_map(|id| {
+                let device = self.sessions.get(id).and_then(Session::live)?.device;
+                Some((*id, self.reach.netmap(&self.state, device)?))
+            })
+            .collect();
+        for (id, target) in &targets {
+            self.send_removals(*id, target, &mut removals, now);
+        }
+        let mut additions = None;
+        for (id, target) in targets {
+            self.send_additions(id, target, removals, &mut additions, now);
+        }
+    }
+
+    fn track_ephemeral(&mut self, changes: &[Change], now: Now) {
+        for change in changes {
+            match change {
+                Change::PutDevice(d) if d.ephemeral && !self.by_device.contains_key(&d.id) => {
+                    self.offline_ephemeral.entry(d.id).or_insert(now.boot);
+                }
+                Change::PutDevice(d) if !d.ephemeral => {
+                    self.offline_ephemeral.remove(&d.id);
+                }
+                Change::RemoveDevice(id) => {
+                    self.offline_ephemeral.remove(id);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    pub(super) fn respond(
+        &mut self,
+        origin: Origin,
+        command: &Command,
+        result: Result<Reply, Refusal>,
+        now: Now,
+    ) {
+        if let Err(refusal) = &result {
+            self.stats.refused += 1;
+            self.stats.copied += u64::from(matches!(refusal, Refusal::CopiedState { .. }));
+        }
+        let id = match origin {
+            Origin::Ticket(ticket) => return self.outputs.push_back(Output::Reply { ticket, result }),
+            Origin::Internal => {
+                if let Err(refusal) = result {
+                    tracing::warn!(%refusal, "the coordinator's own upkeep has to wait");
+                }
+                return;
+            }
+            Origin::Session(id) => id,
+        };
+        match (command, result) {
+            (Command::Enroll(_) | Command::Resume { .. }, Ok(Reply::Admitted { device, generation })) => {
+                self.welcome(id, device, generation, now);
+            }
+            (Command::Enroll(_) | Command::Resume { .. } | Command::RemoveDevice(_), Err(refusal)) => {
+                self.refuse_session(id, &refusal, now);
+            }
+            (_, Err(refusal @ (Refusal::CopiedState { .. } | Refusal::UnknownDevice))) => {
+                self.refuse_session(id, &refusal, now);
+            }
+            (_, Err(refusal)) => tracing::warn!(%refusal, "a device's report has to wait"),
+            (_, Ok(_)) => {}
+        }
+    }
+
+    fn refuse_session(&mut self, id: SessionId, refusal: &Refusal, now: Now) {
+        if self.sessions.contains_key(&id) {
+            self.refuse(id, refusal, now);
+        }
+    }
+
+    fn welcome(&mut self, id: SessionId, device: DeviceId, generation: u64, now: Now) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        let known = match &mut session.phase {
+            Phase::Deciding { known } => known.take(),
+            Phase::Greeting { .. } | Phase::Live(_) => return,
+        };
+        if self.reach.peers(device).is_none() {
+            // Something later in the same batch has put it out.
+            let state = self.state.device(device).map(|d| self.state.device_state(d));
+            let refusal = state.map_or(Refusal::UnknownDevice, |s| Self::state_refusal(s, device));
+            return self.refuse(id, &refusal, now);
+        }
+        if let Some(older) = self.by_device.get(&device).copied() {
+            self.close(older, CloseReason::Superseded, now);
+        }
+        self.outputs.push_back(Output::Trust(id));
+        let welcome =
+            Welcome { device: device.to_bytes().to_vec(), generation, unix_us: now.unix.as_micros() };
+        self.send(id, ServerBody::Welcome(welcome));
+        self.go_live(id, device, known, now);
+    }
+}

@@ -1,0 +1,379 @@
+//! `serve`: puts the parts together, runs them until a signal, and takes them apart in order.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use ipnet::{Ipv4Net, Ipv6Net};
+use prost::Message as _;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use warren_common::ids::NetworkId;
+use warren_common::policy::Policy;
+
+use crate::admin::AdminServer;
+use crate::api::{self, MAX_HALF_OPEN, Shared};
+use crate::domain::{Change, PolicySource, Settings, State, derive_ipv6_prefix};
+use crate::keys::Keys;
+use crate::os::{self, DirLock, OsEntropy};
+use crate::policy_file::{self, PolicyError, Watcher};
+use crate::push::{Config, Coordinator};
+use crate::server::{NoRelays, Server};
+use crate::store::{Commit, Database, Loaded, Store as _};
+
+/// The IPv4 pool unless `--ipv4-pool` says otherwise: the range that RFC 6598 sets aside.
+pub const DEFAULT_IPV4_POOL: &str = "100.64.0.0/10";
+/// The shortest lease: agents refuse less.
+pub const MIN_LEASE: Duration = Duration::from_secs(5 * 60);
+/// The longest lease: agents refuse more.
+pub const MAX_LEASE: Duration = Duration::from_secs(7 * 24 * 3_600);
+
+/// What `serve` is told.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where everything is kept.
+    pub state_dir: PathBuf,
+    /// Where to listen.
+    pub listen: SocketAddr,
+    /// Under which URL agents reach it.
+    pub public_url: PublicUrl,
+    /// The policy file to watch.
+    pub policy: Option<PathBuf>,
+    /// The database's URL.
+    pub database: Option<String>,
+    /// PEM files of certificate chain and key.
+    pub tls: Option<(PathBuf, PathBuf)>,
+    /// The pool of IPv4 addresses; as stored, or [`DEFAULT_IPV4_POOL`], if `None`.
+    pub ipv4_pool: Option<Ipv4Net>,
+    /// The prefix of IPv6 addresses; as stored, or derived from the network's id, if `None`.
+    pub ipv6_prefix: Option<Ipv6Net>,
+    /// The lease of netmaps.
+    pub lease: Duration,
+}
+
+/// An `http://` or `https://` URL without path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PublicUrl {
+    /// The URL without a trailing slash.
+    pub text: String,
+    /// Its host: a name or an address.
+    pub host: String,
+    /// True for `https`.
+    pub tls: bool,
+}
+
+impl std::str::FromStr for PublicUrl {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || {
+            format!(
+                "`{text}` is not a URL that agents can use: expected http://HOST[:PORT] or https://HOST[:PORT], without a path"
+            )
+        };
+        let trimmed = text.strip_suffix('/').unwrap_or(text);
+        let (scheme, authority) = trimmed.split_once("://").ok_or_else(wrong)?;
+        let tls = match scheme {
+            "http" => false,
+            "https" => true,
+            _ => return Err(wrong()),
+        };
+        let (host, port) = match authority.strip_prefix('[') {
+            Some(rest) => {
+                let (host, port) = rest.split_once(']').ok_or_else(wrong)?;
+                host.parse::<std::net::Ipv6Addr>().map_err(|_| wrong())?;
+                (host, port.strip_prefix(':').or_else(|| port.is_empty().then_some("0")))
+            }
+            None => match authority.split_once(':') {
+                Some((host, port)) => (host, Some(port)),
+                None => (authority, Some("0")),
+            },
+        };
+        let name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | ':');
+        if host.is_empty() || !host.chars().all(name) || port.and_then(|p| p.parse::<u16>().ok()).is_none() {
+            return Err(wrong());
+        }
+        Ok(Self { text: trimmed.to_owned(), host: host.to_owned(), tls })
+    }
+}
+
+/// Why `serve` ended, other than by a signal.
+#[derive(Debug, thiserror::Error)]
+#[error("{text}")]
+pub struct ServeError {
+    /// What is wrong and what to do.
+    pub text: String,
+    /// True if an argument or a given file is at fault (exit code 2).
+    pub usage: bool,
+}
+
+impl ServeError {
+    fn failed(text: impl Into<String>) -> Self {
+        Self { text: text.into(), usage: false }
+    }
+
+    fn usage(text: impl Into<String>) -> Self {
+        Self { text: text.into(), usage: true }
+    }
+}
+
+impl<E: std::error::Error + Send + Sync + 'static> From<E> for Box<ServeError>
+where
+    E: Into<Fault>,
+{
+    fn from(error: E) -> Self {
+        let fault: Fault = error.into();
+        Self::new(ServeError::failed(fault.0))
+    }
+}
+
+/// An error whose own text says what to do.
+#[derive(Debug)]
+pub struct Fault(String);
+
+impl From<crate::store::StoreError> for Fault {
+    fn from(error: crate::store::StoreError) -> Self {
+        Self(error.to_string())
+    }
+}
+
+impl From<crate::keys::KeyError> for Fault {
+    fn from(error: crate::keys::KeyError) -> Self {
+        Self(error.to_string())
+    }
+}
+
+/// Runs a coordinator until `stop` is cancelled.
+///
+/// # Errors
+/// It can't start: the text says why and what to do.
+pub async fn serve(options: Options, stop: CancellationToken) -> Result<(), Box<ServeError>> {
+    check(&options)?;
+    let dir = &options.state_dir;
+    os::private_dir(dir).map_err(|e| {
+        ServeError::failed(format!(
+            "can't use the state directory {}: {e}; check its owner, or name another with --state-dir",
+            dir.display()
+        ))
+    })?;
+    let lock = DirLock::take(dir)
+        .map_err(|e| ServeError::failed(format!("can't lock the state directory {}: {e}", dir.display())))?;
+    let Some(_lock) = lock else {
+        return Err(Box::new(ServeError::failed(format!(
+            "another coordinator runs on the state directory {}; stop it or name another directory with --state-dir",
+            dir.display()
+        ))));
+    };
+    let tls = options.tls.as_ref().map(|(cert, key)| api::tls_acceptor(cert, key)).transpose();
+    let tls = tls.map_err(|e| ServeError::usage(e.to_string()))?;
+    let listener = TcpListener::bind(options.listen).await.map_err(|e| bind_error(options.listen, &e))?;
+
+    let path =
+        Database::path_of(options.database.as_deref(), dir).map_err(|e| ServeError::usage(e.to_string()))?;
+    let mut store = Database::open(&path).await?;
+    let loaded = store.load().await?;
+    let keys = Keys::load(dir, loaded.is_none(), &mut OsEntropy)?;
+    let loaded = open_network(&options, &keys, loaded, &mut store).await?;
+    let settings = loaded.state.settings().clone();
+    first_policy(&options, &loaded.state)?;
+
+    let shared_identity = keys.identity(&settings).encode_to_vec();
+    let config = Config { netmap_key: keys.netmap.clone(), lease: options.lease };
+    let coordinator = Coordinator::new(config, loaded.state, os::now());
+    let (server, handle) = Server::new(coordinator, store, loaded.version, NoRelays);
+
+    let source = match &options.policy {
+        Some(path) => PolicySource::File(path.display().to_string()),
+        None => PolicySource::Api,
+    };
+    let policy_error = Arc::new(Mutex::new(PolicyError::default()));
+    let admin = AdminServer::bind(dir, handle.clone(), source, policy_error.clone())
+        .map_err(|e| ServeError::failed(format!("can't make the admin socket in {}: {e}", dir.display())))?;
+    let shared = Arc::new(Shared {
+        handle: handle.clone(),
+        identity: shared_identity,
+        control_key: keys.control.clone(),
+        network: settings.network,
+        half_open: Arc::new(Semaphore::new(MAX_HALF_OPEN)),
+        stop: stop.clone(),
+    });
+
+    let mut parts = JoinSet::new();
+    // The server outlives the rest, so that what they have begun is finished.
+    let (serving, server_stop) = (CancellationToken::new(), CancellationToken::new());
+    let server_task = {
+        let stop = server_stop.clone();
+        let serving = serving.clone();
+        tokio_util::task::AbortOnDropHandle::new(spawn(async move {
+            serving.cancel();
+            server.run(stop).await;
+        }))
+    };
+    serving.cancelled().await;
+    if let Some(path) = &options.policy {
+        let mut watcher = Watcher::new(path.clone(), handle.clone(), policy_error);
+        watcher.look().await;
+        parts.spawn(watcher.run(stop.clone()));
+    }
+    parts.spawn(admin.run(stop.clone()));
+    parts.spawn(api::serve(listener, tls, api::router(shared), stop.clone()));
+    tracing::info!(
+        network = %settings.network,
+        fingerprint = %settings.root,
+        listen = %options.listen,
+        url = %options.public_url.text,
+        "the coordinator serves"
+    );
+    if !options.public_url.tls {
+        tracing::warn!(
+            "the public URL is http: control sessions are protected by Noise all the same, a browser is not"
+        );
+    }
+    while parts.join_next().await.is_some() {}
+    server_stop.cancel();
+    if server_task.await.is_err() {
+        return Err(Box::new(ServeError::failed("the coordinator's task failed; see the log")));
+    }
+    tracing::info!("the coordinator has stopped");
+    Ok(())
+}
+
+#[expect(clippy::disallowed_methods, reason = "the handle is owned by an abort-on-drop guard")]
+fn spawn(task: impl Future<Output = ()> + Send + 'static) -> tokio::task::JoinHandle<()> {
+    tokio::spawn(task)
+}
+
+fn check(options: &Options) -> Result<(), ServeError> {
+    if !(MIN_LEASE..=MAX_LEASE).contains(&options.lease) {
+        return Err(ServeError::usage("--lease must be between 5m and 7d: agents refuse anything else"));
+    }
+    if let Some(pool) = options.ipv4_pool.filter(|p| p.prefix_len() > 30 || p.prefix_len() < 8) {
+        return Err(ServeError::usage(format!("--ipv4-pool {pool}: expected a prefix between /8 and /30")));
+    }
+    if let Some(prefix) = options.ipv6_prefix {
+        let local = prefix.network().octets()[0] & 0xfe == 0xfc;
+        if !local || !(8..=112).contains(&prefix.prefix_len()) {
+            let text =
+                format!("--ipv6-prefix {prefix}: expected a prefix inside fc00::/7 between /8 and /112");
+            return Err(ServeError::usage(text));
+        }
+    }
+    Ok(())
+}
+
+fn bind_error(listen: SocketAddr, error: &std::io::Error) -> ServeError {
+    let fix = match error.kind() {
+        std::io::ErrorKind::AddrInUse => {
+            "another process has it; stop that one or choose another port with --listen"
+        }
+        std::io::ErrorKind::PermissionDenied => {
+            "ports below 1024 need CAP_NET_BIND_SERVICE; choose another with --listen"
+        }
+        std::io::ErrorKind::AddrNotAvailable => "this host has no such address; see `ip address`",
+        _ => "choose another address with --listen",
+    };
+    ServeError::failed(format!("can't listen on {listen}: {error}; {fix}"))
+}
+
+/// The network as stored, its pools as asked for; a new one in an empty store.
+async fn open_network(
+    options: &Options,
+    keys: &Keys,
+    loaded: Option<Loaded>,
+    store: &mut Database,
+) -> Result<Loaded, Box<ServeError>> {
+    let now = os::now().unix;
+    let root = keys.root.public().fingerprint();
+    let (version, mut state, fresh) = match loaded {
+        Some(Loaded { version, state }) => (version, state, false),
+        None => {
+            let network = NetworkId::generate(now.as_millis(), &mut OsEntropy);
+            let ipv4 = options.ipv4_pool.or_else(|| DEFAULT_IPV4_POOL.parse().ok());
+            let settings = Settings {
+                network,
+                name: options.public_url.host.clone(),
+                root,
+                ipv4: ipv4.ok_or_else(|| ServeError::usage("--ipv4-pool is missing"))?.trunc(),
+                ipv6: options.ipv6_prefix.unwrap_or_else(|| derive_ipv6_prefix(network)).trunc(),
+                epoch: 1,
+                revisions_reserved: 0,
+            };
+            (0, State::new(settings), true)
+        }
+    };
+    let stored = state.settings().clone();
+    if stored.root != root {
+        return Err(Box::from(crate::keys::KeyError::OtherNetwork(options.state_dir.clone())));
+    }
+    let wanted = Settings {
+        ipv4: options.ipv4_pool.map_or(stored.ipv4, |p| p.trunc()),
+        ipv6: options.ipv6_prefix.map_or(stored.ipv6, |p| p.trunc()),
+        ..stored.clone()
+    };
+    let outside = state.devices().values().find(|d| {
+        d.addrs().iter().any(|a| match a {
+            IpAddr::V4(a) => !wanted.ipv4.contains(a),
+            IpAddr::V6(a) => !wanted.ipv6.contains(a),
+        })
+    });
+    if let Some(device) = outside {
+        return Err(Box::new(ServeError::usage(format!(
+            "the device {} has addresses outside of {} and {}: a pool can only grow while devices have addresses in it (now {} and {})",
+            device.name, wanted.ipv4, wanted.ipv6, stored.ipv4, stored.ipv6
+        ))));
+    }
+    if !fresh && wanted == stored {
+        return Ok(Loaded { version, state });
+    }
+    let change = Change::PutSettings(Box::new(wanted));
+    match store.commit(version, std::slice::from_ref(&change), now).await? {
+        Commit::Committed(version) => {
+            state.absorb(change);
+            Ok(Loaded { version, state })
+        }
+        Commit::Conflict(_) => Err(Box::new(ServeError::failed(
+            "another coordinator has just started on this database; try again",
+        ))),
+    }
+}
+
+/// Before any policy was accepted, a file that can't even be read or parsed is a mistake of whoever starts us.
+/// Afterwards it never keeps us from starting.
+fn first_policy(options: &Options, state: &State) -> Result<(), ServeError> {
+    let Some(path) = options.policy.as_ref().filter(|_| state.policy().is_none()) else { return Ok(()) };
+    let text = policy_file::read(path).map_err(|e| {
+        ServeError::usage(format!("{e}; correct --policy, or leave it out to start with nothing allowed"))
+    })?;
+    Policy::parse(&text).map(|_| ()).map_err(|found| {
+        let messages: Vec<String> = found.iter().map(|d| d.render(&path.display().to_string())).collect();
+        ServeError::usage(messages.join("\n"))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn public_urls() {
+        let url = |text: &str| text.parse::<PublicUrl>();
+        assert_eq!(url("https://c.example:8443/").unwrap().host, "c.example");
+        assert_eq!(url("http://[fd00::1]:80").unwrap().host, "fd00::1");
+        assert!(url("https://c.example").unwrap().tls);
+        for bad in [
+            "c.example",
+            "ftp://c",
+            "http://",
+            "http://c:x",
+            "http://c/path",
+            "http://[::1",
+            "http://c:99999",
+            "http://a b",
+        ] {
+            assert!(url(bad).unwrap_err().contains("expected http"), "{bad}");
+        }
+    }
+}

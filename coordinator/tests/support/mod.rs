@@ -1,0 +1,377 @@
+//! A small agent for tests: real WebSocket, real session, strict about what it accepts. And ways to run a coordinator.
+#![expect(dead_code, reason = "each test binary uses a part")]
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use futures_util::{SinkExt as _, StreamExt as _};
+use prost::Message as _;
+use rand_chacha::ChaCha20Rng;
+use rand_core::SeedableRng;
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::net::TcpStream;
+use tokio::task::JoinHandle;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
+use tokio_util::sync::CancellationToken;
+use warren_common::auth_key::AuthKey;
+use warren_common::ids::DeviceId;
+use warren_common::keys::{ControlSecretKey, Fingerprint, ProbeSecretKey, WgSecretKey};
+use warren_common::netmap::Netmap;
+use warren_common::wire::control::{
+    Ack, ClientBody, ClientMessage, ConfirmGeneration, CoordinatorIdentity, Enroll, NetmapUpdate, Refused,
+    Resume, ServerBody, ServerMessage, Signed, UpdateKind, Welcome,
+};
+use warren_common::wire::session::{ClientHandshake, Session};
+use warren_coordinator::admin::{self, Call, Failure};
+use warren_coordinator::serve::{Options, serve};
+
+/// Longer than anything takes on a busy machine: only a hang reaches it.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A coordinator in this process.
+pub struct TestCoordinator {
+    pub dir: TempDir,
+    pub addr: SocketAddr,
+    options: Options,
+    stop: CancellationToken,
+    task: Option<JoinHandle<Result<(), String>>>,
+}
+
+/// A port that was free a moment ago.
+pub fn free_addr() -> SocketAddr {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+impl TestCoordinator {
+    pub async fn start() -> Self {
+        Self::start_with(|_| {}).await
+    }
+
+    /// Starts with options as `edit` leaves them; paths in them may use the state directory.
+    pub async fn start_with(edit: impl FnOnce(&mut Options)) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let addr = free_addr();
+        let mut options = Options {
+            state_dir: dir.path().join("state"),
+            listen: addr,
+            public_url: format!("http://{addr}").parse().unwrap(),
+            policy: None,
+            database: None,
+            tls: None,
+            ipv4_pool: None,
+            ipv6_prefix: None,
+            lease: Duration::from_secs(3_600),
+        };
+        edit(&mut options);
+        let mut this = Self { dir, addr, options, stop: CancellationToken::new(), task: None };
+        this.begin().await;
+        this
+    }
+
+    /// Starts it again, with the same options as changed by `edit`.
+    pub async fn restart_with(&mut self, edit: impl FnOnce(&mut Options)) {
+        self.stop().await;
+        edit(&mut self.options);
+        self.stop = CancellationToken::new();
+        self.begin().await;
+    }
+
+    pub async fn restart(&mut self) {
+        self.restart_with(|_| {}).await;
+    }
+
+    async fn begin(&mut self) {
+        let (options, stop) = (self.options.clone(), self.stop.clone());
+        // On a thread and runtime of its own, as in the binary.
+        let mut task = tokio::task::spawn_blocking(move || {
+            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+            runtime.unwrap().block_on(serve(options, stop)).map_err(|e| e.text)
+        });
+        let addr = self.addr;
+        let up = async {
+            while !http_get(addr, "/healthz").await.is_some_and(|r| r.starts_with("HTTP/1.1 200")) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::select! {
+            ended = &mut task => panic!("serve ended: {ended:?}"),
+            up = tokio::time::timeout(PATIENCE, up) => up.unwrap(),
+        }
+        self.task = Some(task);
+    }
+
+    pub async fn stop(&mut self) {
+        self.stop.cancel();
+        if let Some(task) = self.task.take() {
+            task.await.unwrap().unwrap();
+        }
+    }
+
+    pub fn state_dir(&self) -> PathBuf {
+        self.options.state_dir.clone()
+    }
+
+    pub async fn call(&self, call: Call) -> Result<Value, Failure> {
+        let dir = self.state_dir();
+        tokio::task::spawn_blocking(move || admin::call(&dir, &call)).await.unwrap()
+    }
+
+    pub async fn auth_key(&self) -> AuthKey {
+        self.auth_key_with(&[], false).await
+    }
+
+    pub async fn auth_key_with(&self, tags: &[&str], reusable: bool) -> AuthKey {
+        let tags = tags.iter().map(|t| (*t).to_owned()).collect();
+        let call = Call::AuthKeyCreate { tags, user: None, reusable, ephemeral: false, life_s: None };
+        self.call(call).await.unwrap()["key"].as_str().unwrap().parse().unwrap()
+    }
+
+    pub async fn set_policy(&self, text: &str) -> Value {
+        self.call(Call::PolicySet { text: text.to_owned() }).await.unwrap()
+    }
+
+    pub async fn devices(&self) -> Vec<Value> {
+        self.call(Call::DeviceList).await.unwrap().as_array().unwrap().clone()
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "the handle is kept and awaited")]
+pub fn spawn<T: Send + 'static>(task: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
+    tokio::spawn(task)
+}
+
+/// A plain HTTP request; the whole response as text.
+pub async fn http_get(addr: SocketAddr, path: &str) -> Option<String> {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut stream = TcpStream::connect(addr).await.ok()?;
+    let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.ok()?;
+    let mut response = String::new();
+    stream.read_to_string(&mut response).await.ok()?;
+    Some(response)
+}
+
+/// A device's secrets.
+#[derive(Clone)]
+pub struct DeviceKeys {
+    pub control: ControlSecretKey,
+    pub wg: WgSecretKey,
+    pub probe: ProbeSecretKey,
+}
+
+impl DeviceKeys {
+    pub fn new(seed: u64) -> Self {
+        let mut rng = ChaCha20Rng::seed_from_u64(seed);
+        Self {
+            control: ControlSecretKey::generate(&mut rng),
+            wg: WgSecretKey::generate(&mut rng),
+            probe: ProbeSecretKey::generate(&mut rng),
+        }
+    }
+}
+
+/// What an agent has on disk.
+#[derive(Clone, Default)]
+pub struct Disk {
+    pub device: Option<DeviceId>,
+    pub generation: u64,
+    pub epoch: u64,
+    pub revision: u64,
+    pub netmap: Option<Netmap>,
+}
+
+/// A test agent with an open session.
+pub struct Client {
+    socket: WebSocketStream<MaybeTlsStream<TcpStream>>,
+    session: Session,
+    pub identity: CoordinatorIdentity,
+    pub keys: DeviceKeys,
+    pub disk: Disk,
+    /// Updates as they came: (from, to).
+    pub updates: Vec<(u64, u64)>,
+}
+
+impl Client {
+    /// Connects, checks the coordinator's identity against `root`, and shakes hands.
+    pub async fn connect(addr: SocketAddr, root: &Fingerprint, keys: &DeviceKeys) -> Result<Self, String> {
+        let (mut socket, _) =
+            connect_async(format!("ws://{addr}/control/v1")).await.map_err(|e| e.to_string())?;
+        let identity = receive(&mut socket).await.ok_or("no identity")?;
+        let identity = Signed::decode(identity.as_slice()).map_err(|e| e.to_string())?;
+        let identity = CoordinatorIdentity::verify(&identity, root).map_err(|e| e.to_string())?;
+        let mut rng = ChaCha20Rng::from_seed(*keys.control.public().as_bytes());
+        let (handshake, hello) =
+            ClientHandshake::start(&keys.control, &identity.control, identity.network, &mut rng)
+                .map_err(|e| e.to_string())?;
+        socket.send(Message::Binary(hello.into())).await.map_err(|e| e.to_string())?;
+        let answer = receive(&mut socket).await.ok_or("no answer to the handshake")?;
+        let mut session = handshake.finish(&answer).map_err(|e| e.to_string())?;
+        session.trust_peer();
+        Ok(Self { socket, session, identity, keys: keys.clone(), disk: Disk::default(), updates: Vec::new() })
+    }
+
+    pub async fn send(&mut self, body: ClientBody) {
+        let message = ClientMessage { body: Some(body) }.encode_to_vec();
+        for frame in self.session.seal(&message).unwrap() {
+            // The coordinator may have closed; what it said before is still to be read.
+            let _ = self.socket.send(Message::Binary(frame.into())).await;
+        }
+    }
+
+    /// The next message; `None` once the session is closed.
+    pub async fn next(&mut self) -> Option<ServerBody> {
+        loop {
+            let frame = receive(&mut self.socket).await?;
+            if let Some(message) = self.session.open(&frame).unwrap() {
+                return ServerMessage::decode(message.as_slice()).unwrap().body;
+            }
+        }
+    }
+
+    pub async fn enroll(&mut self, key: &AuthKey, hostname: &str) -> Result<Welcome, Refused> {
+        let enroll = Enroll {
+            auth_key: key.expose(),
+            hostname: hostname.to_owned(),
+            wg: self.keys.wg.public().as_bytes().to_vec(),
+            probe: self.keys.probe.public().as_bytes().to_vec(),
+            os: "linux".to_owned(),
+            version: "test".to_owned(),
+        };
+        self.send(ClientBody::Enroll(enroll)).await;
+        self.welcomed().await
+    }
+
+    pub async fn resume(&mut self, disk: Disk) -> Result<Welcome, Refused> {
+        self.disk = disk;
+        let resume = Resume {
+            device: self.disk.device.unwrap().to_bytes().to_vec(),
+            generation: self.disk.generation,
+            epoch: self.disk.epoch,
+            revision: self.disk.revision,
+            hash: self.disk.netmap.as_ref().map_or_else(Vec::new, |n| n.hash().to_vec()),
+            version: "test".to_owned(),
+        };
+        self.send(ClientBody::Resume(resume)).await;
+        self.welcomed().await
+    }
+
+    async fn welcomed(&mut self) -> Result<Welcome, Refused> {
+        match self.next().await {
+            Some(ServerBody::Welcome(welcome)) => {
+                self.disk.device = DeviceId::from_slice(&welcome.device);
+                Ok(welcome)
+            }
+            Some(ServerBody::Refused(refused)) => Err(refused),
+            other => panic!("expected a welcome or a refusal, got {other:?}"),
+        }
+    }
+
+    /// Keeps the generation of a welcome and says so.
+    pub async fn confirm(&mut self, welcome: &Welcome) {
+        self.disk.generation = welcome.generation;
+        self.send(ClientBody::ConfirmGeneration(ConfirmGeneration { generation: welcome.generation })).await;
+    }
+
+    /// Enrols and takes the first snapshot.
+    pub async fn join(addr: SocketAddr, key: &AuthKey, seed: u64, hostname: &str) -> Self {
+        let mut client = Self::connect(addr, &key.root, &DeviceKeys::new(seed)).await.unwrap();
+        let welcome = client.enroll(key, hostname).await.unwrap();
+        client.confirm(&welcome).await;
+        let update = client.next_update().await;
+        assert!(matches!(update.kind, UpdateKind::Snapshot(_)));
+        client
+    }
+
+    /// The next message that is not an update applied on the way; updates are applied and acknowledged.
+    pub async fn next_other(&mut self) -> Option<ServerBody> {
+        loop {
+            match self.next().await? {
+                ServerBody::Update(signed) => {
+                    self.apply(&signed).await;
+                }
+                other => return Some(other),
+            }
+        }
+    }
+
+    /// The next update, applied and acknowledged; other messages on the way are skipped.
+    pub async fn next_update(&mut self) -> NetmapUpdate {
+        loop {
+            match self.next().await.expect("the session is open") {
+                ServerBody::Update(signed) => return self.apply(&signed).await,
+                ServerBody::Refused(refused) => panic!("refused: {refused:?}"),
+                _ => {}
+            }
+        }
+    }
+
+    async fn apply(&mut self, signed: &Signed) -> NetmapUpdate {
+        let update = NetmapUpdate::verify(signed, &self.identity.netmap).unwrap();
+        assert_eq!(Some(update.device), self.disk.device);
+        assert_eq!(update.device_key, self.keys.control.public());
+        assert!(update.to >= self.disk.revision, "an older update");
+        let netmap = match &update.kind {
+            UpdateKind::Snapshot(netmap) => netmap.as_ref().clone(),
+            UpdateKind::Delta(delta) => {
+                assert_eq!(update.from, self.disk.revision);
+                assert!(update.to > update.from);
+                let mut netmap = self.disk.netmap.clone().unwrap();
+                netmap.apply(delta.as_ref().clone());
+                netmap
+            }
+            UpdateKind::Lease => {
+                assert_eq!((update.from, update.to), (self.disk.revision, self.disk.revision));
+                self.disk.netmap.clone().unwrap()
+            }
+        };
+        assert_eq!(netmap.hash(), update.hash, "the agent arrived elsewhere");
+        self.updates.push((update.from, update.to));
+        self.disk.netmap = Some(netmap);
+        self.disk.epoch = update.epoch;
+        self.disk.revision = update.to;
+        let ack =
+            Ack { epoch: update.epoch, revision: update.to, want_snapshot: false, reason: String::new() };
+        self.send(ClientBody::Ack(ack)).await;
+        update
+    }
+
+    pub fn netmap(&self) -> &Netmap {
+        self.disk.netmap.as_ref().unwrap()
+    }
+
+    pub fn id(&self) -> DeviceId {
+        self.disk.device.unwrap()
+    }
+
+    /// Closes and waits until the coordinator has seen it.
+    pub async fn close(mut self) -> Disk {
+        let _ = self.socket.close(None).await;
+        while receive(&mut self.socket).await.is_some() {}
+        self.disk
+    }
+}
+
+async fn receive(socket: &mut WebSocketStream<MaybeTlsStream<TcpStream>>) -> Option<Vec<u8>> {
+    loop {
+        match tokio::time::timeout(PATIENCE, socket.next()).await.expect("the coordinator answers")?.ok()? {
+            Message::Binary(bytes) => return Some(bytes.to_vec()),
+            Message::Close(_) => return None,
+            _ => {}
+        }
+    }
+}
+
+/// Runs the real binary.
+pub fn binary() -> std::process::Command {
+    std::process::Command::new(env!("CARGO_BIN_EXE_warren-coordinator"))
+}
+
+/// A verb on a state directory: exit code, stdout, stderr.
+pub fn verb(state_dir: &Path, args: &[&str]) -> (i32, String, String) {
+    let out = binary().args(args).arg("--state-dir").arg(state_dir).output().unwrap();
+    let text = |b: Vec<u8>| String::from_utf8(b).unwrap();
+    (out.status.code().unwrap_or(-1), text(out.stdout), text(out.stderr))
+}

@@ -1,0 +1,681 @@
+//! One network in virtual time: a coordinator, a relay, and devices that run the product's engine.
+//!
+//! What is simulated is what lies between them: datagrams cross the virtual internet, while control sessions and relay
+//! connections are ordered streams with latency that break when an end goes away. What is *not* simulated is any decision:
+//! the engine, the relay's core and the coordinator's domain are the product's own, and so are all messages.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use rand_chacha::ChaCha20Rng;
+use rand_core::{RngCore, SeedableRng};
+use warren_common::auth_key::AuthKey;
+use warren_common::ids::{DeviceId, NetworkId, RelayId};
+use warren_common::keys::{NetmapSecretKey, RootSecretKey};
+use warren_common::time::{Instant, Now, UnixTime};
+use warren_common::wire::control::{ClientBody, ServerBody};
+use warren_coordinator::domain::{
+    Command, NewAuthKey, PolicySource, Refusal, Reply, Settings, State, derive_ipv6_prefix,
+};
+use warren_coordinator::push::{Config, Coordinator, Origin, Output, SessionId};
+use warren_engine::io::{Outbox, TunOut};
+use warren_relay::core::{self as relay, ConnId, Relay};
+
+use super::device::{Device, Sent};
+use super::internet::{HostId, Internet, Link, NatId, Realm};
+use super::model::DeviceNo;
+use super::nat::NatBehaviour;
+use super::packet::Datagram;
+
+/// One-way delay of control sessions and relay connections.
+const STREAM_LATENCY: Duration = Duration::from_millis(20);
+/// How long a device waits before it connects again to the coordinator or the relay.
+const RECONNECT_AFTER: Duration = Duration::from_secs(1);
+/// The port that simulated applications listen on.
+pub const APP_PORT: u16 = 7_000;
+/// The UDP port of every agent.
+const AGENT_PORT: u16 = 41_641;
+const STUN_PORT: u16 = 3_478;
+/// Virtual time starts here: an arbitrary moment long after boot.
+const START: Now =
+    Now { boot: Instant::from_nanos(3_600_000_000_000), unix: UnixTime::from_secs(1_800_000_000) };
+
+/// Something that travels on a stream, or a device's own wake-up.
+pub(super) enum Parcel {
+    ToCoordinator(SessionId, ClientBody),
+    ToDevice(DeviceNo, SessionId, Box<ServerBody>),
+    ToRelay(ConnId, Vec<u8>),
+    FromRelay(DeviceNo, ConnId, Vec<u8>),
+    ConnectCoordinator(DeviceNo),
+    ConnectRelay(DeviceNo),
+}
+
+/// A datagram of an application that came out of a TUN.
+#[derive(Clone, Copy, Debug)]
+pub struct Delivery {
+    /// When.
+    pub at: Instant,
+    /// At which device.
+    pub device: DeviceNo,
+    /// What.
+    pub datagram: Datagram,
+}
+
+/// Counts of one run, for the bounds that a property checks.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tally {
+    /// Wake-ups of engines by their own timers.
+    pub wakes: u64,
+    /// Datagrams that agents sent into the internet.
+    pub datagrams: u64,
+    /// Frames that agents sent to the relay.
+    pub relayed: u64,
+    /// Application datagrams delivered.
+    pub delivered: u64,
+}
+
+/// The simulated world.
+pub struct World {
+    /// The time.
+    pub now: Now,
+    /// The internet, to break it.
+    pub net: Internet,
+    /// The devices ever made; a removed one stays in its place, silent.
+    pub devices: Vec<Device>,
+    /// What came out of TUNs since the last look.
+    pub deliveries: Vec<Delivery>,
+    /// Counts.
+    pub tally: Tally,
+    pub(super) rng: ChaCha20Rng,
+    pub(super) network: NetworkId,
+    pub(super) netmap_key: NetmapSecretKey,
+    coordinator: Option<Coordinator>,
+    disk: State,
+    relay: Option<Relay>,
+    relay_id: RelayId,
+    relay_host: HostId,
+    /// The last revision that took something away: a relay that starts anew must not take older tokens.
+    relay_floor: u64,
+    relay_clients: BTreeMap<ConnId, DeviceNo>,
+    sessions: BTreeMap<SessionId, DeviceNo>,
+    parcels: BTreeMap<(Instant, u64), Parcel>,
+    timers: BTreeSet<(Instant, DeviceNo)>,
+    sequence: u64,
+    next_ticket: u64,
+    replies: BTreeMap<u64, Result<Reply, Refusal>>,
+    hosts: BTreeMap<HostId, DeviceNo>,
+    outbox: Outbox,
+    tun: TunOut,
+    next_addr: u32,
+}
+
+impl std::fmt::Debug for World {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "World({} devices at {:?})", self.devices.len(), self.now.boot)
+    }
+}
+
+const RELAY_CERT: [u8; 32] = [0xce; 32];
+
+impl World {
+    /// A world with a coordinator and a relay, and no devices.
+    pub fn new(seed: u64) -> Self {
+        let mut rng = ChaCha20Rng::seed_from_u64(seed);
+        let root = RootSecretKey::generate(&mut rng);
+        let netmap_key = NetmapSecretKey::generate(&mut rng);
+        let network = NetworkId::generate(START.unix.as_millis(), &mut rng);
+        let disk = State::new(Settings {
+            network,
+            name: "sim".into(),
+            root: root.public().fingerprint(),
+            ipv4: ipnet::Ipv4Net::new_assert([100, 64, 0, 0].into(), 10),
+            ipv6: derive_ipv6_prefix(network),
+            epoch: 1,
+            revisions_reserved: 0,
+        });
+        let mut net = Internet::new(rng.next_u64());
+        let relay_addr: IpAddr = [198, 51, 100, 1].into();
+        let relay_host = net.add_host(Realm::Public, relay_addr, Link::default());
+        let mut world = Self {
+            now: START,
+            net,
+            devices: Vec::new(),
+            deliveries: Vec::new(),
+            tally: Tally::default(),
+            rng,
+            network,
+            netmap_key,
+            coordinator: None,
+            disk,
+            relay: None,
+            relay_id: RelayId::from_bytes([0; 16]),
+            relay_host,
+            relay_floor: 0,
+            relay_clients: BTreeMap::new(),
+            sessions: BTreeMap::new(),
+            parcels: BTreeMap::new(),
+            timers: BTreeSet::new(),
+            sequence: 0,
+            next_ticket: 0,
+            replies: BTreeMap::new(),
+            hosts: BTreeMap::new(),
+            outbox: Outbox::new(),
+            tun: TunOut::new(0),
+            next_addr: u32::from_be_bytes([203, 0, 113, 1]),
+        };
+        world.start_coordinator();
+        let embedded = Command::SetEmbeddedRelay {
+            name: "home".into(),
+            addrs: vec![SocketAddr::new(relay_addr, 443)],
+            stun: vec![SocketAddr::new(relay_addr, STUN_PORT)],
+            cert_sha256: RELAY_CERT,
+        };
+        world.command(embedded).unwrap_or_else(|e| panic!("the embedded relay was refused: {e}"));
+        world.relay_id =
+            *world.state().relays().keys().next().unwrap_or_else(|| panic!("there is no relay record"));
+        world.start_relay();
+        world
+    }
+
+    /// Where every device asks for its reflexive address.
+    pub fn stun_server(&self) -> SocketAddr {
+        SocketAddr::new(self.net.addr(self.relay_host), STUN_PORT)
+    }
+
+    /// The coordinator's state as saved.
+    pub fn state(&self) -> &State {
+        self.coordinator.as_ref().map_or(&self.disk, Coordinator::state)
+    }
+
+    /// A public address that nobody has.
+    pub fn fresh_addr(&mut self) -> IpAddr {
+        self.next_addr += 1;
+        std::net::Ipv4Addr::from(self.next_addr).into()
+    }
+
+    /// A translator on the public internet.
+    pub fn add_nat(&mut self, behaviour: NatBehaviour) -> NatId {
+        let outside = self.fresh_addr();
+        self.net.add_nat(Realm::Public, outside, behaviour)
+    }
+
+    /// Adds a device tagged `tag` in `realm` and starts its agent. It joins when time goes on.
+    ///
+    /// # Errors
+    /// The coordinator is away or refuses to make an auth key.
+    pub fn add_device(
+        &mut self,
+        tag: &str,
+        realm: Realm,
+        addr: IpAddr,
+        link: Link,
+    ) -> Result<DeviceNo, Refusal> {
+        let new = NewAuthKey { tags: vec![tag.to_owned()], ..NewAuthKey::default() };
+        let Reply::AuthKey(key) = self.command(Command::CreateAuthKey(new))? else {
+            return Err(Refusal::Busy("no auth key in the reply"));
+        };
+        Ok(self.install(realm, addr, link, key))
+    }
+
+    fn install(&mut self, realm: Realm, addr: IpAddr, link: Link, key: AuthKey) -> DeviceNo {
+        let no = self.devices.len();
+        let host = self.net.add_host(realm, addr, link);
+        self.devices.push(Device::new(host, key, &mut self.rng));
+        self.hosts.insert(host, no);
+        self.after(Duration::ZERO, Parcel::ConnectCoordinator(no));
+        no
+    }
+
+    /// Carries out an administrator's command.
+    ///
+    /// # Errors
+    /// The coordinator is away, or its refusal.
+    pub fn command(&mut self, command: Command) -> Result<Reply, Refusal> {
+        let (now, ticket) = (self.now, self.next_ticket);
+        self.next_ticket += 1;
+        let Some(coordinator) = &mut self.coordinator else {
+            return Err(Refusal::Busy("the coordinator is away"));
+        };
+        coordinator.run(Origin::Ticket(ticket), command, now, &mut self.rng);
+        self.drain_coordinator();
+        self.replies.remove(&ticket).unwrap_or(Err(Refusal::Busy("no answer")))
+    }
+
+    /// Puts a policy in force.
+    ///
+    /// # Errors
+    /// As [`World::command`].
+    pub fn set_policy(&mut self, text: String) -> Result<(), Refusal> {
+        self.command(Command::SetPolicy { source: PolicySource::Api, text }).map(|_| ())
+    }
+
+    /// True if a coordinator runs.
+    pub const fn coordinator_up(&self) -> bool {
+        self.coordinator.is_some()
+    }
+
+    /// True if the relay runs.
+    pub const fn relay_up(&self) -> bool {
+        self.relay.is_some()
+    }
+
+    /// Stops the coordinator as `kill -9` does: what was saved remains.
+    pub fn stop_coordinator(&mut self) {
+        if let Some(coordinator) = self.coordinator.take() {
+            self.disk = coordinator.state().clone();
+        }
+        for (session, no) in std::mem::take(&mut self.sessions) {
+            self.session_lost(no, session);
+        }
+    }
+
+    /// Starts a coordinator from what was saved.
+    pub fn start_coordinator(&mut self) {
+        let config =
+            Config { netmap_key: self.netmap_key.clone(), lease: Duration::from_secs(24 * 3_600) };
+        self.coordinator = Some(Coordinator::new(config, self.disk.clone(), self.now));
+        self.drain_coordinator();
+    }
+
+    /// Stops the relay: every connection breaks.
+    pub fn stop_relay(&mut self) {
+        self.relay = None;
+        for (conn, no) in std::mem::take(&mut self.relay_clients) {
+            self.relay_lost(no, conn);
+        }
+    }
+
+    /// Starts a relay that remembers nothing.
+    pub fn start_relay(&mut self) {
+        self.relay = Some(Relay::new(relay::Config {
+            network: self.network,
+            relay: self.relay_id,
+            cert_sha256: RELAY_CERT,
+            netmap_key: self.netmap_key.public(),
+            floor: self.relay_floor,
+            limits: relay::Limits::default(),
+        }));
+    }
+
+    /// Stops a device's agent as `kill -9` does, and starts it again from its disk.
+    pub fn restart_agent(&mut self, no: DeviceNo) {
+        if let Some(session) = self.devices[no].session {
+            self.sessions.remove(&session);
+            if let Some(coordinator) = &mut self.coordinator {
+                coordinator.disconnect(session, self.now);
+            }
+        }
+        if let Some(conn) = self.devices[no].relay_conn() {
+            self.relay_clients.remove(&conn);
+            if let Some(relay) = &mut self.relay {
+                relay.handle_disconnected(conn);
+            }
+        }
+        let seed = self.rng.next_u64();
+        let context = self.context();
+        self.devices[no].restart(self.now, &context, seed);
+        self.interfaces_changed(no);
+        self.after(RECONNECT_AFTER, Parcel::ConnectCoordinator(no));
+        self.drain_coordinator();
+        self.drain_relay();
+    }
+
+    /// Moves a device to another network.
+    pub fn move_device(&mut self, no: DeviceNo, realm: Realm, addr: IpAddr) {
+        self.net.move_host(self.devices[no].host, realm, addr);
+        self.interfaces_changed(no);
+    }
+
+    fn interfaces_changed(&mut self, no: DeviceNo) {
+        let addr = SocketAddr::new(self.net.addr(self.devices[no].host), AGENT_PORT);
+        self.devices[no].interfaces_changed(self.now, addr);
+        self.drain_device(no);
+    }
+
+    /// Sends an application's datagram from one device to another, by IPv4 or IPv6 overlay addresses. Returns its number;
+    /// `None` if either has no address yet.
+    pub fn send(&mut self, from: DeviceNo, to: DeviceNo, v6: bool) -> Option<u64> {
+        let number = self.sequence;
+        self.sequence += 1;
+        let (src, dst) = (self.overlay_addr(from, v6)?, self.overlay_addr(to, v6)?);
+        let datagram = Datagram {
+            src: SocketAddr::new(src, 50_000),
+            dst: SocketAddr::new(dst, APP_PORT),
+            number,
+        };
+        self.send_datagram(from, datagram);
+        Some(number)
+    }
+
+    fn send_datagram(&mut self, from: DeviceNo, datagram: Datagram) {
+        let Some(packet) = datagram.to_packet() else { return };
+        self.outbox.clear();
+        self.devices[from].handle_tun(self.now, &packet, &mut self.outbox);
+        self.flush_outbox(from);
+        self.drain_device(from);
+    }
+
+    /// The device's overlay address.
+    pub fn overlay_addr(&self, no: DeviceNo, v6: bool) -> Option<IpAddr> {
+        let device = self.state().device(self.devices[no].id()?)?;
+        Some(if v6 { device.ipv6.into() } else { device.ipv4.into() })
+    }
+
+    /// The device with that id.
+    pub fn device_no(&self, id: DeviceId) -> Option<DeviceNo> {
+        self.devices.iter().position(|d| d.id() == Some(id))
+    }
+
+    /// Lets time pass until `end`, handling everything in order.
+    pub fn run_until(&mut self, end: Instant) {
+        while let Some(due) = self.next_due().filter(|due| *due <= end) {
+            self.now = self.now + due.since(self.now.boot);
+            self.handle_due();
+        }
+        self.now = self.now + end.since(self.now.boot);
+    }
+
+    /// Lets `duration` pass.
+    pub fn run(&mut self, duration: Duration) {
+        self.run_until(self.now.boot + duration);
+    }
+
+    fn next_due(&self) -> Option<Instant> {
+        let parcel = self.parcels.keys().next().map(|(at, _)| *at);
+        let timer = self.timers.first().map(|(at, _)| *at);
+        let coordinator = self.coordinator.as_ref().map(Coordinator::poll_timeout);
+        let relay = self.relay.as_ref().and_then(Relay::poll_timeout);
+        [self.net.next_arrival(), parcel, timer, coordinator, relay].into_iter().flatten().min()
+    }
+
+    fn handle_due(&mut self) {
+        while let Some(arrival) = self.net.poll_arrival(self.now.boot) {
+            self.handle_arrival(arrival.host, arrival.port, arrival.from, arrival.payload);
+        }
+        while let Some(((at, _), _)) = self.parcels.first_key_value() {
+            if *at > self.now.boot {
+                break;
+            }
+            if let Some((_, parcel)) = self.parcels.pop_first() {
+                self.handle_parcel(parcel);
+            }
+        }
+        while let Some((at, no)) = self.timers.first().copied() {
+            if at > self.now.boot {
+                break;
+            }
+            self.timers.remove(&(at, no));
+            self.tally.wakes += 1;
+            self.devices[no].timer = None;
+            self.devices[no].handle_timeout(self.now);
+            self.drain_device(no);
+        }
+        if let Some(coordinator) = &mut self.coordinator
+            && coordinator.poll_timeout() <= self.now.boot
+        {
+            coordinator.handle_timeout(self.now);
+            self.drain_coordinator();
+        }
+        if let Some(relay) = &mut self.relay
+            && relay.poll_timeout().is_some_and(|due| due <= self.now.boot)
+        {
+            relay.handle_timeout(self.now);
+            self.drain_relay();
+        }
+    }
+
+    fn handle_arrival(&mut self, host: HostId, port: u16, from: SocketAddr, mut payload: Vec<u8>) {
+        if host == self.relay_host {
+            if port == STUN_PORT
+                && self.relay.is_some()
+                && let Some(answer) = super::stun::answer(&payload, from)
+            {
+                self.net.send(self.now.boot, host, port, from, &answer);
+            }
+            return;
+        }
+        let Some(no) = self.hosts.get(&host).copied() else { return };
+        if port == AGENT_PORT {
+            self.tun.clear();
+            self.devices[no].handle_datagram(self.now, from, &mut payload, &mut self.tun);
+            self.flush_tun(no);
+            self.drain_device(no);
+        }
+    }
+
+    fn handle_parcel(&mut self, parcel: Parcel) {
+        match parcel {
+            Parcel::ToCoordinator(session, body) => {
+                if let Some(coordinator) = &mut self.coordinator {
+                    coordinator.handle(session, body, self.now, &mut self.rng);
+                    if coordinator.has_batch() {
+                        coordinator.saved(self.now);
+                    }
+                    self.drain_coordinator();
+                }
+            }
+            Parcel::ToDevice(no, session, body) => {
+                if self.devices[no].session == Some(session) {
+                    let context = self.context();
+                    let seed = self.rng.next_u64();
+                    self.devices[no].handle_control(self.now, &context, *body, seed);
+                    if self.devices[no].take_interfaces_wanted() {
+                        self.interfaces_changed(no);
+                    }
+                    self.drain_device(no);
+                }
+            }
+            Parcel::ToRelay(conn, frame) => {
+                if let Some(relay) = &mut self.relay {
+                    relay.handle_frame(conn, self.now, &frame);
+                    self.drain_relay();
+                }
+            }
+            Parcel::FromRelay(no, conn, frame) => {
+                if self.devices[no].relay_conn() == Some(conn) {
+                    self.tun.clear();
+                    let context = self.context();
+                    self.devices[no].handle_relay_frame(self.now, &context, &frame, &mut self.tun);
+                    self.flush_tun(no);
+                    self.drain_device(no);
+                }
+            }
+            Parcel::ConnectCoordinator(no) => self.connect_coordinator(no),
+            Parcel::ConnectRelay(no) => self.connect_relay(no),
+        }
+    }
+
+    fn connect_coordinator(&mut self, no: DeviceNo) {
+        if self.devices[no].session.is_some() || self.devices[no].gone {
+            return;
+        }
+        let session = SessionId(self.sequence);
+        self.sequence += 1;
+        let control = self.devices[no].control_key();
+        let connected =
+            self.coordinator.as_mut().is_some_and(|c| c.connect(session, control, self.now).is_ok());
+        if !connected {
+            return self.after(RECONNECT_AFTER, Parcel::ConnectCoordinator(no));
+        }
+        self.sessions.insert(session, no);
+        let hello = self.devices[no].greet(session);
+        self.after(STREAM_LATENCY, Parcel::ToCoordinator(session, hello));
+    }
+
+    fn connect_relay(&mut self, no: DeviceNo) {
+        if self.devices[no].relay_conn().is_some() || self.devices[no].gone {
+            return;
+        }
+        let Some(relay) = &mut self.relay else {
+            return self.after(RECONNECT_AFTER, Parcel::ConnectRelay(no));
+        };
+        let conn = relay.handle_connected(self.now, &mut self.rng);
+        self.relay_clients.insert(conn, no);
+        self.devices[no].relay_connecting(conn);
+        self.drain_relay();
+        self.drain_device(no);
+    }
+
+    fn session_lost(&mut self, no: DeviceNo, session: SessionId) {
+        if self.devices[no].session == Some(session) {
+            self.devices[no].session_lost();
+            self.after(RECONNECT_AFTER, Parcel::ConnectCoordinator(no));
+        }
+    }
+
+    fn relay_lost(&mut self, no: DeviceNo, conn: ConnId) {
+        if self.devices[no].relay_conn() == Some(conn) {
+            self.devices[no].relay_lost(self.now, self.relay_id);
+            self.after(RECONNECT_AFTER, Parcel::ConnectRelay(no));
+            self.drain_device(no);
+        }
+    }
+
+    fn drain_coordinator(&mut self) {
+        while let Some(coordinator) = &mut self.coordinator {
+            if let Some(command) = coordinator.poll_command() {
+                coordinator.submit(Origin::Internal, command, self.now, &mut self.rng);
+                coordinator.saved(self.now);
+                continue;
+            }
+            let Some(output) = coordinator.poll_output() else { break };
+            match output {
+                Output::Send { session, message } => {
+                    if let Some(no) = self.sessions.get(&session).copied() {
+                        self.after(STREAM_LATENCY, Parcel::ToDevice(no, session, message));
+                    }
+                }
+                Output::Trust(_) => {}
+                Output::Close { session, .. } => {
+                    coordinator.disconnect(session, self.now);
+                    if let Some(no) = self.sessions.remove(&session) {
+                        self.session_lost(no, session);
+                    }
+                }
+                Output::Reply { ticket, result } => {
+                    self.replies.insert(ticket, result);
+                }
+                Output::RelayMinimum { revision, devices, revoked } => {
+                    self.relay_floor = revision;
+                    if let Some(relay) = &mut self.relay {
+                        for device in devices {
+                            relay.set_minimum_revision(device, revision, self.now);
+                        }
+                        for device in revoked {
+                            relay.revoke(device, revision, self.now);
+                        }
+                    }
+                    self.drain_relay();
+                }
+            }
+        }
+    }
+
+    fn drain_relay(&mut self) {
+        while let Some(relay) = &mut self.relay {
+            let Some(output) = relay.poll_output() else { break };
+            match output {
+                relay::Output::Wake(conn) => {
+                    while let Some(frame) = self.relay.as_mut().and_then(|r| r.next_frame(conn)) {
+                        if let Some(no) = self.relay_clients.get(&conn).copied() {
+                            let parcel = Parcel::FromRelay(no, conn, frame.bytes.to_vec());
+                            self.after(STREAM_LATENCY, parcel);
+                        }
+                    }
+                }
+                relay::Output::Close(conn, _) => {
+                    if let Some(no) = self.relay_clients.remove(&conn) {
+                        self.relay_lost(no, conn);
+                    }
+                }
+            }
+        }
+    }
+
+    pub(super) fn drain_device(&mut self, no: DeviceNo) {
+        loop {
+            self.outbox.clear();
+            let more = self.devices[no].poll_transmit(self.now, &mut self.outbox);
+            self.flush_outbox(no);
+            if !more {
+                break;
+            }
+        }
+        loop {
+            self.tun.clear();
+            let more = self.devices[no].poll_tun(&mut self.tun);
+            self.flush_tun(no);
+            if !more {
+                break;
+            }
+        }
+        for sent in self.devices[no].take_sent() {
+            match sent {
+                Sent::Control(session, body) => {
+                    self.after(STREAM_LATENCY, Parcel::ToCoordinator(session, body));
+                }
+                Sent::Relay(conn, frame) => self.after(STREAM_LATENCY, Parcel::ToRelay(conn, frame)),
+                Sent::ConnectRelay => self.after(Duration::ZERO, Parcel::ConnectRelay(no)),
+            }
+        }
+        let timer = self.devices[no].poll_timeout(self.now);
+        if timer != self.devices[no].timer {
+            if let Some(old) = self.devices[no].timer {
+                self.timers.remove(&(old, no));
+            }
+            self.devices[no].timer = timer;
+            self.timers.extend(timer.map(|at| (at, no)));
+        }
+    }
+
+    fn flush_outbox(&mut self, no: DeviceNo) {
+        let host = self.devices[no].host;
+        for (to, bytes) in self.outbox.datagrams() {
+            match self.devices[no].route(to, bytes) {
+                super::device::Route::Internet(remote) => {
+                    self.tally.datagrams += 1;
+                    self.net.send(self.now.boot, host, AGENT_PORT, remote, bytes);
+                }
+                super::device::Route::Relay(conn, frame) => {
+                    self.tally.relayed += 1;
+                    let at = self.now.boot + STREAM_LATENCY;
+                    self.sequence += 1;
+                    self.parcels.insert((at, self.sequence), Parcel::ToRelay(conn, frame));
+                }
+                super::device::Route::Nowhere => {}
+            }
+        }
+        self.outbox.clear();
+    }
+
+    fn flush_tun(&mut self, no: DeviceNo) {
+        let arrived: Vec<Datagram> = self.tun.iter().filter_map(Datagram::parse).collect();
+        self.tun.clear();
+        for datagram in arrived {
+            self.tally.delivered += 1;
+            self.deliveries.push(Delivery { at: self.now.boot, device: no, datagram });
+            if datagram.dst.port() == APP_PORT {
+                self.send_datagram(no, datagram.answer());
+            }
+        }
+    }
+
+    fn after(&mut self, delay: Duration, parcel: Parcel) {
+        self.sequence += 1;
+        self.parcels.insert((self.now.boot + delay, self.sequence), parcel);
+    }
+
+    fn context(&self) -> super::device::Context {
+        super::device::Context {
+            network: self.network,
+            netmap_key: self.netmap_key.public(),
+            relay: self.relay_id,
+            binding: warren_common::wire::relay::Binding {
+                network: self.network,
+                relay: self.relay_id,
+                cert_sha256: RELAY_CERT,
+            },
+        }
+    }
+}
