@@ -1,10 +1,11 @@
 //! The relay: carries sealed packets between devices that can't reach each other, and can't read, forge or replay them.
 //!
 //! [`core`] decides everything and does no I/O; [`stun`] answers questions about addresses, as bytes. [`server`] is the
-//! shell: QUIC, TLS over TCP and STUN sockets on tokio.
+//! shell: QUIC, TLS over TCP and STUN sockets on tokio. [`join`] makes it a program of its own.
 #![forbid(unsafe_code)]
 
 pub mod core;
+pub mod join;
 pub mod server;
 pub mod stun;
 pub mod tls;
