@@ -5,6 +5,7 @@
 //! is checked, saved on a helper thread and only then applied; meanwhile packets flow and control events wait.
 
 mod packets;
+mod relays;
 mod session;
 mod status;
 mod verbs;
@@ -29,8 +30,10 @@ use crate::os::tun::{self, Tun};
 use crate::os::udp::{self, Udp};
 use crate::os::{Host, HostPlan, NetworkChanges, Surroundings};
 use crate::problem::{Problem, Severity};
+use crate::relay_client::RelayEvent;
 use crate::state::{DeviceKeys, Identity, Membership, NetworkDir, Settings, StateDir};
 use packets::Buffers;
+use relays::Relays;
 
 /// The TUN's name unless told otherwise.
 pub const DEFAULT_TUN: &str = "warren0";
@@ -108,6 +111,7 @@ struct Up {
     enrolment: Option<Enrolment>,
     control: ControlClient,
     events: mpsc::Receiver<ControlEvent>,
+    relays: Relays,
     /// When to begin a new session in place of one that could not go on.
     reconnect_at: Option<Instant>,
     /// Why there is no session; absent while one stands or the first attempt is under way.
@@ -163,6 +167,7 @@ enum Wake {
     Tun,
     Udp(usize),
     Control(Option<ControlEvent>),
+    Relay(RelayEvent),
     Call(Option<Call>),
     Network,
     Timer,
@@ -244,6 +249,7 @@ impl Daemon {
                 Wake::Tun => self.on_tun(now).await,
                 Wake::Udp(index) => self.on_udp(now, index),
                 Wake::Control(event) => self.on_control(now, event).await,
+                Wake::Relay(event) => self.on_relay(now, event),
                 Wake::Call(Some(call)) => self.on_call(now, call).await,
                 Wake::Network => self.on_network(now).await,
                 Wake::Saved(result) => self.on_saved(now, result).await,
@@ -256,9 +262,9 @@ impl Daemon {
     /// Waits for the next thing to do. Cancel safe.
     async fn next(&mut self, calls: &mut mpsc::Receiver<Call>) -> Wake {
         let Self { up, sockets, changes, timer, .. } = self;
-        let (tun, events, saving) = match up.as_deref_mut() {
-            Some(up) => (up.tun.as_ref(), Some(&mut up.events), up.saving.as_mut()),
-            None => (None, None, None),
+        let (tun, events, relays, saving) = match up.as_deref_mut() {
+            Some(up) => (up.tun.as_ref(), Some(&mut up.events), Some(&mut up.relays), up.saving.as_mut()),
+            None => (None, None, None, None),
         };
         let is_saving = saving.is_some();
         let tun_readable = async {
@@ -284,6 +290,12 @@ impl Daemon {
                 _ => std::future::pending().await,
             }
         };
+        let relay = async {
+            match relays {
+                Some(relays) => relays.next().await,
+                None => std::future::pending().await,
+            }
+        };
         let saved = async {
             match saving {
                 Some(saving) => (&mut saving.task).await,
@@ -295,6 +307,7 @@ impl Daemon {
             (index, _) = udp_readable => Wake::Udp(index),
             () = timer.fired() => Wake::Timer,
             event = control => Wake::Control(event),
+            Some(event) = relay => Wake::Relay(event),
             result = saved => Wake::Saved(result.unwrap_or_else(|e| {
                 Err(Problem::new("save", format!("a save failed: {e}"), "this should not happen; report it"))
             })),
@@ -335,6 +348,7 @@ impl Daemon {
         }
         up.retry_stalled(now);
         up.reconnect_if_due(now.boot);
+        up.leave_idle_relays(now);
         if up.next_save <= now.boot && up.saving.is_none() {
             up.next_save = now.boot + SAVE_INTERVAL;
             up.save_periodically(now);
@@ -357,6 +371,7 @@ impl Daemon {
         self.surroundings = surroundings;
         if let Some(up) = &mut self.up {
             up.control.retry_now();
+            up.relays.network_changed();
             if let Some(engine) = &mut up.engine {
                 engine.handle_interfaces(now, &self.surroundings.sockets(&bound(&self.sockets)));
             }

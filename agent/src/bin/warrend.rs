@@ -1,5 +1,6 @@
 //! `warrend`: the agent's daemon.
 
+use std::io::{self, IsTerminal as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -36,11 +37,16 @@ struct Args {
 fn main() -> ExitCode {
     let args = Args::parse();
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .init();
     match start(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(problem) => {
-            tracing::error!("{problem}");
+            // A closed stderr leaves nobody to tell.
+            let _ = writeln!(io::stderr(), "warrend: {problem}");
             ExitCode::from(problem.exit)
         }
     }

@@ -22,11 +22,10 @@ pub(super) fn up(answer: &Value) -> Result<String, Problem> {
 }
 
 pub(super) fn logout(answer: &Value) -> Result<String, Problem> {
-    Ok(if answer["coordinator_told"] == true {
-        "logged out\n".into()
-    } else {
-        "logged out here; the coordinator was not reached, so an administrator should remove the device there\n"
-            .into()
+    Ok(match answer["coordinator_told"].as_bool() {
+        Some(true) => "logged out\n".into(),
+        Some(false) => "logged out here; the coordinator was not reached, so an administrator should remove the device there\n".into(),
+        None => "this device was not enrolled\n".into(),
     })
 }
 

@@ -7,6 +7,7 @@ use warren_common::wire::control::{ClientBody, Signal};
 use warren_engine::event::Event;
 use warren_engine::io::{Destination, Outbox, Source, TunOut};
 
+use super::relays::Relays;
 use super::{Daemon, Up};
 use crate::api::Pong;
 use crate::os::tun::Tun;
@@ -40,17 +41,24 @@ impl Default for Buffers {
     }
 }
 
+impl Buffers {
+    /// For packets that do not come from a socket.
+    pub(super) fn tun_out(&mut self) -> &mut TunOut {
+        &mut self.tun_out
+    }
+}
+
 impl Daemon {
     pub(super) async fn on_tun(&mut self, now: Now) {
         let Self { up: Some(up), sockets, buffers, .. } = self else { return };
-        let Up { tun: Some(tun), engine: Some(engine), mtu, .. } = up.as_mut() else { return };
+        let Up { tun: Some(tun), engine: Some(engine), mtu, relays, .. } = up.as_mut() else { return };
         let room = usize::from(*mtu) + SEAL_ROOM;
         let mut lost = None;
         for _ in 0..TUN_BUDGET {
             match tun.receive(&mut buffers.packet) {
                 Ok(len) => {
                     if !buffers.outbox.has_room(room) {
-                        send_all(&mut buffers.outbox, sockets);
+                        send_all(now, &mut buffers.outbox, sockets, relays);
                     }
                     engine.handle_tun(now, &buffers.packet[..len], &mut buffers.outbox);
                 }
@@ -61,7 +69,7 @@ impl Daemon {
                 }
             }
         }
-        send_all(&mut buffers.outbox, sockets);
+        send_all(now, &mut buffers.outbox, sockets, relays);
         if let Some(e) = lost {
             self.on_tun_lost(now, &e).await;
         }
@@ -92,10 +100,10 @@ impl Daemon {
     /// Empties the engine's outputs.
     pub(super) fn drain(&mut self, now: Now) {
         let Self { up: Some(up), sockets, buffers, .. } = self else { return };
-        let Up { engine: Some(engine), tun, .. } = up.as_mut() else { return };
+        let Up { engine: Some(engine), tun, relays, .. } = up.as_mut() else { return };
         loop {
             let more = engine.poll_transmit(now, &mut buffers.outbox);
-            send_all(&mut buffers.outbox, sockets);
+            send_all(now, &mut buffers.outbox, sockets, relays);
             if !more {
                 break;
             }
@@ -108,7 +116,7 @@ impl Daemon {
             }
         }
         while let Some(event) = up.engine.as_mut().and_then(warren_engine::engine::Engine::poll_event) {
-            up.on_event(event);
+            up.on_event(now, event);
         }
         self.settle_waiters(now);
     }
@@ -127,7 +135,7 @@ impl Daemon {
 }
 
 impl Up {
-    fn on_event(&mut self, event: Event) {
+    fn on_event(&mut self, now: Now, event: Event) {
         match event {
             Event::Signal { device, sealed } => {
                 let signal = Signal { device: device.to_bytes().to_vec(), sealed };
@@ -151,13 +159,14 @@ impl Up {
                 // The caller may have gone away; then nobody wants to know.
                 let _ = reply.send(super::verbs::done(&pong));
             }
-            Event::RelayWanted { .. } | Event::HomeRelay { .. } => {}
+            Event::RelayWanted { relay } => self.want_relay(now, relay),
+            Event::HomeRelay { relay } => self.set_home_relay(now, relay),
         }
     }
 }
 
 /// Hands plaintext packets to the host; without a TUN they are dropped.
-fn deliver(packets: &mut TunOut, tun: Option<&Tun>) {
+pub(super) fn deliver(packets: &mut TunOut, tun: Option<&Tun>) {
     if let Some(tun) = tun {
         for packet in packets.iter() {
             if let Err(e) = tun.send(packet) {
@@ -169,7 +178,7 @@ fn deliver(packets: &mut TunOut, tun: Option<&Tun>) {
 }
 
 /// Sends what the engine has sealed.
-fn send_all(outbox: &mut Outbox, sockets: &[Udp]) {
+fn send_all(now: Now, outbox: &mut Outbox, sockets: &[Udp], relays: &mut Relays) {
     for (transmit, bytes) in outbox.iter() {
         match transmit.to {
             Destination::Direct { socket, remote } => {
@@ -178,7 +187,10 @@ fn send_all(outbox: &mut Outbox, sockets: &[Udp]) {
                     tracing::trace!("send to {remote}: {e}");
                 }
             }
-            Destination::Relay { .. } => {}
+            Destination::Relay { relay, device } => {
+                let size = transmit.segment_size.unwrap_or(bytes.len()).max(1);
+                bytes.chunks(size).for_each(|packet| relays.send(now, relay, device, packet));
+            }
         }
     }
     outbox.clear();

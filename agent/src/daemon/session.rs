@@ -12,6 +12,7 @@ use warren_common::wire::control::{
 use warren_engine::engine::{Config, Engine};
 use warren_engine::netmap::{Identity as EngineIdentity, PendingUpdate, RestoreError, UpdateRefused};
 
+use super::relays::Relays;
 use super::{CONTROL_QUEUE, Daemon, Enrolment, RETRY, SAVE_INTERVAL, Saving, Then, Up, bound, seed};
 use crate::clock;
 use crate::control::{ControlClient, ControlConfig, ControlEvent};
@@ -73,6 +74,7 @@ impl Daemon {
             enrolment: join.enrolment,
             control,
             events,
+            relays: Relays::default(),
             reconnect_at: None,
             away: None,
             welcomed: false,
@@ -122,6 +124,7 @@ impl Daemon {
             engine.restore(now, &saved).map_err(|e| unusable_netmap(&up.dir.netmap_path(), &e))?;
         }
         engine.handle_interfaces(now, &self.surroundings.sockets(&bound(&self.sockets)));
+        up.relays.connected().for_each(|id| engine.handle_relay_state(now, id, true));
         up.engine = Some(engine);
         Ok(())
     }
@@ -243,7 +246,7 @@ impl Daemon {
                     engine.handle_presence(&ids(&presence.online), &ids(&presence.offline));
                 }
             }
-            ServerBody::RelayToken(_) => {}
+            ServerBody::RelayToken(grant) => up.relays.provide_token(grant),
         }
     }
 
@@ -291,7 +294,11 @@ impl Daemon {
             (Then::Apply { update, want_snapshot }, Ok(())) => {
                 up.save_problem = None;
                 if let Some(engine) = &mut up.engine {
+                    let peers = |e: &Engine| e.netmap().map(|m| m.peers.keys().copied().collect::<Vec<_>>());
+                    let before = peers(engine);
                     engine.apply_update(now, *update);
+                    let changed = before != peers(engine);
+                    up.follow_netmap(now, changed);
                 }
                 let missed = std::mem::take(&mut up.missed_update).then(|| "an update went by".to_owned());
                 up.acknowledge(want_snapshot.or(missed));
@@ -489,7 +496,7 @@ impl Up {
 
     pub(super) fn report(&self) {
         self.control.send(ClientBody::Report(Report {
-            home_relay: Vec::new(),
+            home_relay: self.relays.home().map_or_else(Vec::new, |id| id.to_bytes().to_vec()),
             hostname: super::verbs::host_name(),
             routes: Vec::new(),
         }));

@@ -192,9 +192,10 @@ impl Daemon {
     async fn verb_logout(&mut self) -> Result<Reply, Problem> {
         let told = self.up.as_ref().is_some_and(|up| up.say_goodbye());
         self.come_down().await?;
-        if let Some(network) = self.settings.network.take() {
-            self.state.remove_network(network)?;
-        }
+        let Some(network) = self.settings.network.take() else {
+            return Ok(done(&json!({ "state": self.state_word(), "coordinator_told": null })));
+        };
+        self.state.remove_network(network)?;
         self.settings.want_up = false;
         self.state.save_settings(&self.settings)?;
         self.problem = None;

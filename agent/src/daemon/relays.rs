@@ -1,0 +1,197 @@
+//! Connections to relays: the home relay for good, others while traffic flows through them.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+use warren_common::ids::{DeviceId, RelayId};
+use warren_common::netmap::{Netmap, Relay};
+use warren_common::time::{Instant, Now};
+use warren_common::wire::control::{ClientBody, RelayTokenGrant, RelayTokenRequest};
+use warren_engine::io::{Source, TunOut};
+
+use super::packets::deliver;
+use super::{Daemon, Up};
+use crate::os::MARK;
+use crate::relay_client::{RelayClient, RelayClientConfig, RelayEvent, RelayEventKind, Sent};
+
+/// Packets and news from all relays that wait for the daemon; behind them the relays' connections fill.
+const QUEUE: usize = 1_024;
+/// Events taken in one turn.
+const BUDGET: usize = 256;
+/// A relay that is not the home relay is left after so long without a packet.
+const IDLE: Duration = Duration::from_secs(300);
+
+/// All relay connections.
+pub(super) struct Relays {
+    clients: BTreeMap<RelayId, Client>,
+    home: Option<RelayId>,
+    sender: mpsc::Sender<RelayEvent>,
+    events: mpsc::Receiver<RelayEvent>,
+}
+
+struct Client {
+    relay: Relay,
+    client: RelayClient,
+    used: Instant,
+}
+
+impl Default for Relays {
+    fn default() -> Self {
+        let (sender, events) = mpsc::channel(QUEUE);
+        Self { clients: BTreeMap::new(), home: None, sender, events }
+    }
+}
+
+impl Relays {
+    /// The relay that peers find us at.
+    pub(super) fn home(&self) -> Option<RelayId> {
+        self.home
+    }
+
+    /// Waits for news. Cancel safe.
+    pub(super) async fn next(&mut self) -> Option<RelayEvent> {
+        self.events.recv().await
+    }
+
+    /// Hands a sealed packet to a relay; without a connection it is dropped, as the engine was told.
+    pub(super) fn send(&mut self, now: Now, relay: RelayId, device: DeviceId, packet: &[u8]) {
+        let Some(client) = self.clients.get_mut(&relay) else { return };
+        client.used = now.boot;
+        match client.client.send(device, packet) {
+            Sent::Queued { dropped: 0 } => {}
+            other => tracing::trace!(%relay, ?other, "a relay has no room"),
+        }
+    }
+
+    /// Relays that packets flow through.
+    pub(super) fn connected(&self) -> impl Iterator<Item = RelayId> {
+        self.clients.iter().filter(|(_, c)| c.client.is_connected()).map(|(id, _)| *id)
+    }
+
+    pub(super) fn network_changed(&self) {
+        self.clients.values().for_each(|c| c.client.network_changed());
+    }
+
+    pub(super) fn provide_token(&self, grant: RelayTokenGrant) {
+        let client = RelayId::from_slice(&grant.relay).and_then(|id| self.clients.get(&id));
+        if let (Some(client), Some(token)) = (client, grant.token) {
+            client.client.provide_token(token);
+        }
+    }
+}
+
+impl Up {
+    /// Connects to a relay of the netmap, if there is no connection yet.
+    pub(super) fn want_relay(&mut self, now: Now, id: RelayId) {
+        let relay = self.engine.as_ref().and_then(|e| e.netmap()).and_then(|m| m.relays.get(&id));
+        let Some(relay) = relay.cloned() else { return };
+        if let Some(client) = self.relays.clients.get_mut(&id) {
+            client.used = now.boot;
+            return;
+        }
+        let config = RelayClientConfig {
+            relay: relay.clone(),
+            network: self.config.network,
+            probe: self.keys.probe.clone(),
+            mark: MARK,
+        };
+        let client = RelayClient::spawn(config, self.relays.sender.clone());
+        self.relays.clients.insert(id, Client { relay, client, used: now.boot });
+    }
+
+    pub(super) fn set_home_relay(&mut self, now: Now, home: Option<RelayId>) {
+        self.relays.home = home;
+        if let Some(id) = home {
+            self.want_relay(now, id);
+        }
+        self.report();
+    }
+
+    /// The netmap changed: relays that are gone or changed are left, and tokens are renewed if the peers they must
+    /// name are others now, so that the first packet to a new peer passes.
+    pub(super) fn follow_netmap(&mut self, now: Now, peers_changed: bool) {
+        let Some(netmap) = self.engine.as_ref().and_then(|e| e.netmap()) else { return };
+        let stale = |netmap: &Netmap, c: &Client| netmap.relays.get(&c.relay.id) != Some(&c.relay);
+        let gone: Vec<RelayId> =
+            self.relays.clients.iter().filter(|(_, c)| stale(netmap, c)).map(|(id, _)| *id).collect();
+        for id in gone {
+            self.leave_relay(now, id);
+            if self.relays.home == Some(id) {
+                self.want_relay(now, id); // moved, not gone
+            }
+        }
+        if peers_changed {
+            let ids: Vec<RelayId> = self.relays.clients.keys().copied().collect();
+            ids.into_iter().for_each(|id| self.ask_token(id));
+        }
+    }
+
+    /// Leaves relays that nobody used for a while.
+    pub(super) fn leave_idle_relays(&mut self, now: Now) {
+        let home = self.relays.home;
+        let idle = |id: &RelayId, c: &Client| Some(*id) != home && now.boot.since(c.used) >= IDLE;
+        let ids: Vec<RelayId> =
+            self.relays.clients.iter().filter(|(id, c)| idle(id, c)).map(|(id, _)| *id).collect();
+        ids.into_iter().for_each(|id| self.leave_relay(now, id));
+    }
+
+    fn leave_relay(&mut self, now: Now, id: RelayId) {
+        self.relays.clients.remove(&id);
+        if let Some(engine) = &mut self.engine {
+            engine.handle_relay_state(now, id, false);
+        }
+    }
+
+    fn ask_token(&self, relay: RelayId) {
+        self.control.send(ClientBody::RelayToken(RelayTokenRequest { relay: relay.to_bytes().to_vec() }));
+    }
+
+    fn on_relay_event(&mut self, now: Now, event: RelayEvent, tun_out: &mut TunOut) {
+        let RelayEvent { relay, kind } = event;
+        // What a client said before it was dropped means nothing any more.
+        let (Some(client), Some(engine)) = (self.relays.clients.get_mut(&relay), &mut self.engine) else {
+            return;
+        };
+        match kind {
+            RelayEventKind::Received { src, payload } => {
+                client.used = now.boot;
+                let from = Source::Relay { relay, device: src };
+                let mut open = |bytes: &mut [u8]| engine.handle_datagram(now, from, bytes, 0, tun_out);
+                match Bytes::try_into_mut(payload) {
+                    Ok(mut bytes) => open(&mut bytes),
+                    Err(shared) => open(&mut shared.to_vec()),
+                }
+                deliver(tun_out, self.tun.as_ref());
+            }
+            RelayEventKind::Connected { transport, addr } => {
+                tracing::info!(%relay, ?transport, "relay connected");
+                tracing::debug!(%relay, %addr, "relay address");
+                engine.handle_relay_state(now, relay, true);
+            }
+            RelayEventKind::Disconnected { why, refused } => {
+                tracing::info!(%relay, ?refused, "relay disconnected: {why}");
+                engine.handle_relay_state(now, relay, false);
+            }
+            RelayEventKind::NeedToken => self.ask_token(relay),
+            RelayEventKind::PeerGone { device, why } => {
+                tracing::debug!(%relay, %device, ?why, "a peer is not there")
+            }
+            RelayEventKind::Draining { after } => {
+                tracing::info!(%relay, ?after, "the relay is about to close")
+            }
+        }
+    }
+}
+
+impl Daemon {
+    pub(super) fn on_relay(&mut self, now: Now, first: RelayEvent) {
+        let Self { up: Some(up), buffers, .. } = self else { return };
+        up.on_relay_event(now, first, buffers.tun_out());
+        for _ in 1..BUDGET {
+            let Ok(event) = up.relays.events.try_recv() else { return };
+            up.on_relay_event(now, event, buffers.tun_out());
+        }
+    }
+}
