@@ -151,7 +151,9 @@ impl Joined {
                 () = stop.cancelled() => return Ok(()),
                 ended = self.session() => ended,
             };
-            if ended.is_permanent() {
+            // Once it serves, a strange answer (a proxy's, mostly) is no reason to stop.
+            let strange = matches!(ended, JoinError::WrongCoordinator { .. }) && self.server.is_some();
+            if ended.is_permanent() && !strange {
                 return Err(ended);
             }
             if since.elapsed() >= STABLE {

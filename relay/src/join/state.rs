@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use warren_common::ids::{NetworkId, RelayId};
 use warren_common::keys::{ControlSecretKey, Fingerprint};
 use warren_common::wire::relay_control::{RelayJoinKey, RelayJoinSecret};
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
 use crate::os::OsRng;
 use crate::tls::write_private;
@@ -66,9 +66,14 @@ struct Stored {
     network: NetworkId,
     root: Fingerprint,
     relay: RelayId,
-    secret: Zeroizing<String>,
+    secret: SecretText,
     joined: bool,
 }
+
+/// Base 64 of the key; zeroised on drop.
+#[derive(Serialize, Deserialize, Zeroize, ZeroizeOnDrop)]
+#[serde(transparent)]
+struct SecretText(String);
 
 /// The state, and the lock that keeps it ours.
 pub(super) struct State {
@@ -112,7 +117,7 @@ impl State {
                     network: key.network,
                     root: key.root,
                     relay: key.relay,
-                    secret: Zeroizing::new(BASE64URL_NOPAD.encode(secret.expose())),
+                    secret: SecretText(BASE64URL_NOPAD.encode(secret.expose())),
                     joined: false,
                 };
                 save(&path, &stored)?;
@@ -123,7 +128,7 @@ impl State {
         if stored.version != VERSION {
             return Err(corrupt(format!("version {} is not {VERSION}", stored.version)));
         }
-        let secret = BASE64URL_NOPAD.decode(stored.secret.as_bytes()).map(Zeroizing::new);
+        let secret = BASE64URL_NOPAD.decode(stored.secret.0.as_bytes()).map(Zeroizing::new);
         let secret = secret.ok().and_then(|bytes| <[u8; 32]>::try_from(bytes.as_slice()).ok());
         let secret = ControlSecretKey::from_bytes(secret.ok_or_else(|| corrupt("no secret key".to_owned()))?);
         if let Some(key) = join_key.filter(|key| key.relay != stored.relay) {

@@ -114,12 +114,16 @@ pub(crate) enum Seen {
 
 impl Device {
     pub(crate) async fn connect(server: &RelayServer, transport: Transport) -> Self {
-        let tls = tls_config(server.cert_sha256());
+        Self::connect_at(server.local_addr(), server.cert_sha256(), transport).await
+    }
+
+    pub(crate) async fn connect_at(addr: SocketAddr, cert_sha256: [u8; 32], transport: Transport) -> Self {
+        let tls = tls_config(cert_sha256);
         let link = patient(async {
             match transport {
-                Transport::Quic => quic(server.local_addr(), tls).await,
+                Transport::Quic => quic(addr, tls).await,
                 Transport::Tls => {
-                    let stream = TcpStream::connect(server.local_addr()).await.unwrap();
+                    let stream = TcpStream::connect(addr).await.unwrap();
                     let name = ServerName::try_from(SERVER_NAME).unwrap();
                     let stream = tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, stream).await;
                     Link::Tls(Box::new(stream.unwrap()))
@@ -127,13 +131,23 @@ impl Device {
             }
         })
         .await;
-        let binding = Binding { network: network(), relay: relay_id(), cert_sha256: server.cert_sha256() };
+        let binding = Binding { network: network(), relay: relay_id(), cert_sha256 };
         Self { link, deframer: Deframer::default(), binding }
     }
 
     /// Connects and authenticates as device `n`, which may send to `peers`.
     pub(crate) async fn join(server: &RelayServer, transport: Transport, n: u8, peers: &[u8]) -> Self {
-        let mut device = Self::connect(server, transport).await;
+        Self::join_at(server.local_addr(), server.cert_sha256(), transport, n, peers).await
+    }
+
+    pub(crate) async fn join_at(
+        addr: SocketAddr,
+        cert_sha256: [u8; 32],
+        transport: Transport,
+        n: u8,
+        peers: &[u8],
+    ) -> Self {
+        let mut device = Self::connect_at(addr, cert_sha256, transport).await;
         let seen = device.authenticate(&token(n, 1, peers), &probe(n)).await;
         assert_eq!(seen, Seen::Frame(Frame::Ready { revision: 1 }.to_vec()));
         device
