@@ -50,7 +50,7 @@ struct Serve {
     coordinator: CoordinatorUrl,
     /// The key that `warren-coordinator relay create` printed; not needed any more once joined.
     #[arg(long, value_name = "KEY", env = "WARREN_RELAY_JOIN_KEY", hide_env_values = true)]
-    join_key: Option<RelayJoinKey>,
+    join_key: Option<String>,
     /// Where identity and certificate are kept.
     #[arg(long, value_name = "DIR")]
     state_dir: PathBuf,
@@ -67,7 +67,15 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     let Command::Serve(serve) = cli.command;
-    match block_on(serve) {
+    // Not clap's to parse: it would show what it could not understand.
+    let join_key = match serve.join_key.as_deref().map(str::parse::<RelayJoinKey>).transpose() {
+        Ok(key) => key,
+        Err(error) => {
+            tracing::error!("--join-key: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    match block_on(serve, join_key) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
@@ -83,7 +91,7 @@ fn main() -> ExitCode {
 }
 
 #[tokio::main]
-async fn block_on(serve: Serve) -> anyhow::Result<()> {
+async fn block_on(serve: Serve, join_key: Option<RelayJoinKey>) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let signals = async {
@@ -97,7 +105,7 @@ async fn block_on(serve: Serve) -> anyhow::Result<()> {
     let rate = serve.device_rate * 1_000_000 / 8;
     let config = JoinConfig {
         coordinator: serve.coordinator,
-        join_key: serve.join_key,
+        join_key,
         state_dir: serve.state_dir,
         listen: serve.listen,
         stun_listen: serve.stun_listen,

@@ -1,11 +1,8 @@
-//! The relay's shells over real sockets on loopback. No assertion is about time.
-
-#[cfg(test)]
-mod support;
+//! The server: both transports, STUN, its end.
 
 use std::time::Duration;
 
-use support::{Device, Seen, Transport, config, device, patient, probe, start, token};
+use crate::support::{Device, Seen, Transport, config, device, patient, probe, start, token};
 use tokio::net::UdpSocket;
 use warren_common::wire::relay::{Frame, GoneReason, MAX_PAYLOAD, RefusalCode, TokenRef, WantedReason};
 use warren_relay::core::{DropReason, Limits};
