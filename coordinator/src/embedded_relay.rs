@@ -83,11 +83,7 @@ pub async fn start(
     Ok((loaded, EmbeddedRelay(Some(server))))
 }
 
-async fn record(
-    loaded: Loaded,
-    store: &mut Database,
-    command: Command,
-) -> Result<Loaded, Box<ServeError>> {
+async fn record(loaded: Loaded, store: &mut Database, command: Command) -> Result<Loaded, Box<ServeError>> {
     let Loaded { version, mut state } = loaded;
     let now = os::now().unix;
     let (changes, _) = state

@@ -17,11 +17,11 @@ use warren_common::policy::Policy;
 use crate::admin::AdminServer;
 use crate::api::{self, MAX_HALF_OPEN, Shared};
 use crate::domain::{Change, PolicySource, Settings, State, derive_ipv6_prefix};
+use crate::embedded_relay::{self, RelayListen};
 use crate::keys::Keys;
 use crate::os::{self, DirLock, OsEntropy};
 use crate::policy_file::{self, PolicyError, Watcher};
 use crate::push::{Config, Coordinator};
-use crate::embedded_relay::{self, RelayListen};
 use crate::server::Server;
 use crate::store::{Commit, Database, Loaded, Store as _};
 

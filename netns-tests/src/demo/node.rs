@@ -74,7 +74,9 @@ impl Agent {
         command.arg("--state-dir").arg(host.dir().join("state")).arg("--socket").arg(&socket);
         let process = host.spawn(command)?;
         let agent = Self { host, socket, _process: process, _router: router };
-        eventually("warrend answers", LIMIT, || Ok(agent.warren(&["status"])?.status.success().then_some(())))?;
+        eventually("warrend answers", LIMIT, || {
+            Ok(agent.warren(&["status"])?.status.success().then_some(()))
+        })?;
         Ok(agent)
     }
 
@@ -98,7 +100,10 @@ impl Agent {
     pub(super) fn peer(&self, name: &str) -> Result<Value> {
         let status = self.json(&["status", "--json"])?;
         let peers = status["peers"].as_array().cloned().unwrap_or_default();
-        peers.into_iter().find(|peer| peer["name"] == name).with_context(|| format!("no peer {name} in {status}"))
+        peers
+            .into_iter()
+            .find(|peer| peer["name"] == name)
+            .with_context(|| format!("no peer {name} in {status}"))
     }
 
     /// The answers of `warren ping --json`; fails if one is missing.
@@ -161,7 +166,11 @@ pub(super) fn tool(host: &Host, args: &[&str]) -> Result<Value> {
     let output = host.run(workspace_binary("lab-tool")?, args)?;
     let text = String::from_utf8(output.stdout)?;
     let last = text.lines().last().with_context(|| {
-        format!("lab-tool {} said nothing: {}", args.join(" "), String::from_utf8_lossy(&output.stderr).trim())
+        format!(
+            "lab-tool {} said nothing: {}",
+            args.join(" "),
+            String::from_utf8_lossy(&output.stderr).trim()
+        )
     })?;
     serde_json::from_str(last).context("a line of lab-tool")
 }
