@@ -144,7 +144,7 @@ impl ServeArgs {
             database: self.database,
             tls: self.tls_cert.zip(self.tls_key),
             relay: (!self.no_embedded_relay)
-                .then(|| RelayListen { relay: self.relay_listen, stun: self.stun_listen }),
+                .then_some(RelayListen { relay: self.relay_listen, stun: self.stun_listen }),
             ipv4_pool: self.ipv4_pool,
             ipv6_prefix: self.ipv6_prefix,
             lease: self.lease,

@@ -97,6 +97,8 @@ fn remove_on_signal(lab: &Lab) -> Result<()> {
                 _ = terminate.recv() => {}
             }
         });
+        // The other thread must not tell of all that fails now: whoever prints waits for the end.
+        let _quiet = std::io::stdout().lock();
         remove();
         std::process::exit(130);
     });
