@@ -11,6 +11,7 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use serde_json::Value;
 
 use crate::admin::{Call, Failure, call};
+use crate::embedded_relay::RelayListen;
 use crate::policy_file;
 use crate::serve::{Options, PublicUrl};
 
@@ -116,11 +117,11 @@ pub struct ServeArgs {
     #[arg(long, conflicts_with_all = ["relay_listen", "stun_listen"])]
     pub no_embedded_relay: bool,
     /// Where the embedded relay listens (UDP and TCP)
-    #[arg(long, value_name = "ADDR:PORT")]
-    pub relay_listen: Option<SocketAddr>,
+    #[arg(long, value_name = "ADDR:PORT", default_value = "0.0.0.0:3340")]
+    pub relay_listen: SocketAddr,
     /// Where the embedded STUN server listens (UDP)
-    #[arg(long, value_name = "ADDR:PORT")]
-    pub stun_listen: Option<SocketAddr>,
+    #[arg(long, value_name = "ADDR:PORT", default_value = "0.0.0.0:3478")]
+    pub stun_listen: SocketAddr,
     /// The pool of IPv4 overlay addresses; 100.64.0.0/10 in a new network
     #[arg(long, value_name = "CIDR")]
     pub ipv4_pool: Option<Ipv4Net>,
@@ -142,6 +143,8 @@ impl ServeArgs {
             policy: self.policy,
             database: self.database,
             tls: self.tls_cert.zip(self.tls_key),
+            relay: (!self.no_embedded_relay)
+                .then_some(RelayListen { relay: self.relay_listen, stun: self.stun_listen }),
             ipv4_pool: self.ipv4_pool,
             ipv6_prefix: self.ipv6_prefix,
             lease: self.lease,

@@ -8,6 +8,7 @@ pub mod admin;
 pub mod api;
 pub mod cli;
 pub mod domain;
+pub mod embedded_relay;
 pub mod keys;
 pub mod os;
 pub mod policy_file;

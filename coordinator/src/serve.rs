@@ -17,11 +17,12 @@ use warren_common::policy::Policy;
 use crate::admin::AdminServer;
 use crate::api::{self, MAX_HALF_OPEN, Shared};
 use crate::domain::{Change, PolicySource, Settings, State, derive_ipv6_prefix};
+use crate::embedded_relay::{self, RelayListen};
 use crate::keys::Keys;
 use crate::os::{self, DirLock, OsEntropy};
 use crate::policy_file::{self, PolicyError, Watcher};
 use crate::push::{Config, Coordinator};
-use crate::server::{NoRelays, Server};
+use crate::server::Server;
 use crate::store::{Commit, Database, Loaded, Store as _};
 
 /// The IPv4 pool unless `--ipv4-pool` says otherwise: the range that RFC 6598 sets aside.
@@ -46,6 +47,8 @@ pub struct Options {
     pub database: Option<String>,
     /// PEM files of certificate chain and key.
     pub tls: Option<(PathBuf, PathBuf)>,
+    /// Where the embedded relay and STUN listen; no relay if `None`.
+    pub relay: Option<RelayListen>,
     /// The pool of IPv4 addresses; as stored, or [`DEFAULT_IPV4_POOL`], if `None`.
     pub ipv4_pool: Option<Ipv4Net>,
     /// The prefix of IPv6 addresses; as stored, or derived from the network's id, if `None`.
@@ -111,11 +114,11 @@ pub struct ServeError {
 }
 
 impl ServeError {
-    fn failed(text: impl Into<String>) -> Self {
+    pub(crate) fn failed(text: impl Into<String>) -> Self {
         Self { text: text.into(), usage: false }
     }
 
-    fn usage(text: impl Into<String>) -> Self {
+    pub(crate) fn usage(text: impl Into<String>) -> Self {
         Self { text: text.into(), usage: true }
     }
 }
@@ -177,13 +180,14 @@ pub async fn serve(options: Options, stop: CancellationToken) -> Result<(), Box<
     let loaded = store.load().await?;
     let keys = Keys::load(dir, loaded.is_none(), &mut OsEntropy)?;
     let loaded = open_network(&options, &keys, loaded, &mut store).await?;
-    let settings = loaded.state.settings().clone();
     first_policy(&options, &loaded.state)?;
+    let (loaded, relays) = embedded_relay::start(&options, &keys, loaded, &mut store).await?;
+    let settings = loaded.state.settings().clone();
 
     let shared_identity = keys.identity(&settings).encode_to_vec();
     let config = Config { netmap_key: keys.netmap.clone(), lease: options.lease };
     let coordinator = Coordinator::new(config, loaded.state, os::now());
-    let (server, handle) = Server::new(coordinator, store, loaded.version, NoRelays);
+    let (server, handle) = Server::new(coordinator, store, loaded.version, relays);
 
     let source = match &options.policy {
         Some(path) => PolicySource::File(path.display().to_string()),

@@ -1,4 +1,5 @@
 //! What tests the whole: a simulator (virtual internet, virtual time) and a lab (network namespaces, real packets).
 
+pub mod demo;
 pub mod lab;
 pub mod sim;

@@ -1,5 +1,6 @@
 //! `cargo xtask VERB`: everything a developer or CI does with this repository beyond plain cargo.
 
+mod demo;
 mod focus;
 mod report;
 mod setup;
@@ -12,6 +13,7 @@ use anyhow::Result;
 
 const HELP: &str = "\
 cargo xtask setup              install the tools that the tests need, where absent (apt, cargo install)
+cargo xtask demo [--keep]      agents behind NATs meet, talk, are denied and are cut off; --keep leaves them running
 cargo xtask test               everything that CI checks; ends with `N passed, M failed[, K skipped]`
 cargo xtask sim SEED           replay one run of the simulator, with its output
 cargo xtask lab [FILTER]       only the tests with real packets between network namespaces
@@ -29,6 +31,8 @@ fn main() -> ExitCode {
             Ok(true)
         }
         ["setup"] => setup::run().map(|()| true),
+        ["demo"] => demo::run(false),
+        ["demo", "--keep"] => demo::run(true),
         ["test"] => test::run(),
         ["sim", seed] => match seed.parse() {
             Ok(seed) => focus::sim(seed),

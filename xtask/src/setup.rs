@@ -25,17 +25,27 @@ const PROGRAMS: [(&str, &str); 11] = [
 const SUBCOMMANDS: [(&str, &str); 2] = [("cargo-nextest", "0.9.143"), ("cargo-deny", "0.20.2")];
 
 pub(crate) fn run() -> Result<()> {
-    let missing: Vec<&str> =
-        PROGRAMS.iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| *package).collect();
-    if !missing.is_empty() {
-        install_packages(&missing)?;
-    }
+    programs(&PROGRAMS)?;
     for (program, version) in SUBCOMMANDS {
         if find(program).is_none() {
             install_subcommand(program, version)?;
         }
     }
     Ok(())
+}
+
+/// Only what the demo shells out to: no minutes of compiling for what it does not need.
+pub(crate) fn for_demo() -> Result<()> {
+    let needed = ["cc", "ip", "nft", "ping", "conntrack", "unshare"];
+    let programs_needed: Vec<_> =
+        PROGRAMS.into_iter().filter(|(program, _)| needed.contains(program)).collect();
+    programs(&programs_needed)
+}
+
+fn programs(wanted: &[(&str, &'static str)]) -> Result<()> {
+    let missing: Vec<&str> =
+        wanted.iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| *package).collect();
+    if missing.is_empty() { Ok(()) } else { install_packages(&missing) }
 }
 
 fn install_packages(packages: &[&str]) -> Result<()> {

@@ -54,6 +54,14 @@ pub(crate) fn attached(command: &mut Command) -> Result<bool> {
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root()).env("CARGO_TERM_COLOR", "never");
+    // What cargo told this program about itself: build scripts (ring's) would see it as a change and build again,
+    // and once more at the next plain `cargo build`.
+    for (key, _) in std::env::vars_os() {
+        let about_us = ["CARGO_PKG_", "CARGO_MANIFEST_"];
+        if key.to_str().is_some_and(|key| about_us.iter().any(|prefix| key.starts_with(prefix))) {
+            command.env_remove(key);
+        }
+    }
     command
 }
 

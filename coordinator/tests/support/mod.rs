@@ -61,6 +61,7 @@ impl TestCoordinator {
             policy: None,
             database: None,
             tls: None,
+            relay: None,
             ipv4_pool: None,
             ipv6_prefix: None,
             lease: Duration::from_secs(3_600),

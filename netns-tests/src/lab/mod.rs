@@ -135,6 +135,17 @@ impl Lab {
         self.shared.name.dir()
     }
 
+    /// Prints the ends of all programs' logs.
+    pub fn show_logs(&self) {
+        self.shared.show_logs();
+    }
+
+    /// What removes this lab at once from any thread, for whoever handles a signal. Idempotent.
+    pub fn remover(&self) -> impl Fn() + Send + 'static {
+        let name = self.shared.name.clone();
+        move || name.remove()
+    }
+
     /// Leaves everything in place when the lab is dropped and when its owner ends, to be looked at by
     /// hand; [`sweep`]`(true)` removes it later.
     ///
