@@ -41,7 +41,7 @@ pub struct Target {
 pub enum AgentCommand {
     /// Connect this device; the first time, enrol it.
     ///
-    /// Example: warren up --coordinator https://warren.example --auth-key-file /etc/warren/key
+    /// Example: `warren up --coordinator https://warren.example --auth-key-file /etc/warren/key`
     Up(UpArgs),
     /// Disconnect and put the host back as it was. The device stays enrolled.
     ///

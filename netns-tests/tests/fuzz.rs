@@ -3,6 +3,7 @@
 //!
 //! Bounded here ([`ITERATIONS`] inputs each); `cargo bolero test` drives the same targets with a coverage-guided
 //! fuzzer. A failure prints its seed; put the input into the target's corpus folder when it is fixed.
+#![expect(clippy::unwrap_used, reason = "a test's helper fails by panicking")]
 
 use bolero::check;
 use prost::Message as _;
@@ -13,8 +14,14 @@ use warren_common::wire::control::{ClientMessage, CoordinatorIdentity, NetmapUpd
 use warren_common::wire::session::{self, ClientHandshake, Session};
 use warren_common::wire::token::RelayToken;
 
-/// Inputs per target in CI; a tenth where each input costs cryptography.
+/// Inputs per target, where nothing else is asked for; a tenth where each input costs cryptography.
 const ITERATIONS: usize = 20_000;
+
+/// `WARREN_FUZZ_ITERATIONS`, or [`ITERATIONS`].
+fn iterations() -> usize {
+    let asked = std::env::var("WARREN_FUZZ_ITERATIONS").ok().and_then(|text| text.parse().ok());
+    asked.unwrap_or(ITERATIONS)
+}
 
 /// Applies `input` as a list of edits to `seed`: flips bytes, cuts, repeats, splices.
 fn tamper(seed: &[u8], input: &[u8]) -> Vec<u8> {
@@ -53,7 +60,7 @@ fn each(input: &[u8], seeds: &[Vec<u8>], target: impl Fn(&[u8])) {
 #[test]
 fn control_messages() {
     let seeds: Vec<_> = ["snapshot", "delta", "identity"].map(golden).to_vec();
-    check!().with_iterations(ITERATIONS).for_each(|input: &[u8]| {
+    check!().with_iterations(iterations()).for_each(|input: &[u8]| {
         each(input, &seeds, |bytes| {
             let _ = ClientMessage::decode(bytes);
             let _ = ServerMessage::decode(bytes);
@@ -68,7 +75,7 @@ fn signed_documents() {
     let payloads: Vec<_> = ["snapshot", "delta", "lease", "relay_token", "identity"]
         .map(|name| Signed::decode(golden(name).as_slice()).unwrap().payload)
         .to_vec();
-    check!().with_iterations(ITERATIONS / 10).for_each(|input: &[u8]| {
+    check!().with_iterations(iterations() / 10).for_each(|input: &[u8]| {
         each(input, &payloads, |payload| {
             let sign = |signature: &[u8]| Signed { payload: payload.to_vec(), signature: signature.to_vec() };
             let update = sign(&netmap.sign(SignatureDomain::Netmap, payload));
@@ -88,7 +95,7 @@ fn control_handshake() {
     let network = NetworkId::from_bytes([1; 16]);
     let (_, hello) = ClientHandshake::start(&client, &server.public(), network, &mut rng()).unwrap();
     let (_, _, answer) = session::accept(&server, network, &hello, &mut rng()).unwrap();
-    check!().with_iterations(ITERATIONS / 10).for_each(|input: &[u8]| {
+    check!().with_iterations(iterations() / 10).for_each(|input: &[u8]| {
         each(input, std::slice::from_ref(&hello), |bytes| {
             let accepted = session::accept(&server, network, bytes, &mut rng());
             assert_eq!(accepted.is_ok(), bytes == hello, "a hello that nobody made");
@@ -101,7 +108,7 @@ fn control_handshake() {
 
 #[test]
 fn control_frames() {
-    check!().with_iterations(ITERATIONS / 10).for_each(|input: &[u8]| {
+    check!().with_iterations(iterations() / 10).for_each(|input: &[u8]| {
         let (mut client, mut server) = sessions();
         let frame = client.seal(input).unwrap().remove(0);
         let tampered = tamper(&frame, input);
@@ -111,7 +118,7 @@ fn control_frames() {
 
 #[test]
 fn auth_keys() {
-    check!().with_iterations(ITERATIONS).for_each(|input: &[u8]| {
+    check!().with_iterations(iterations()).for_each(|input: &[u8]| {
         let text = String::from_utf8_lossy(input);
         let _ = text.parse::<AuthKey>();
         let _ = format!("wkey-{text}").parse::<AuthKey>();

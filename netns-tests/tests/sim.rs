@@ -4,7 +4,7 @@
 
 use std::sync::Mutex;
 
-use warren_netns_tests::sim::scenario::{Plan, run};
+use warren_netns_tests::sim::scenario::{Plan, Summary, run};
 
 const SEEDS: u64 = 50;
 const PLAN: Plan = Plan { devices: 200, steps: 1_000, edges_per_device: 3 };
@@ -27,7 +27,7 @@ fn random_lives_keep_every_property() {
                 loop {
                     let next = queue.lock().unwrap().next();
                     let Some(seed) = next else { break };
-                    println!("seed {seed}: {:?}", run(seed, PLAN));
+                    print_summary(seed, &run(seed, PLAN));
                 }
             });
         }
@@ -39,4 +39,9 @@ fn random_lives_keep_every_property() {
 fn a_life_is_decided_by_its_seed() {
     let plan = Plan { devices: 20, steps: 100, edges_per_device: 3 };
     assert_eq!(run(7, plan), run(7, plan));
+}
+
+#[expect(clippy::print_stdout, reason = "progress of a long run")]
+fn print_summary(seed: u64, summary: &Summary) {
+    println!("seed {seed}: {summary:?}");
 }

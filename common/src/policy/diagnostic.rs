@@ -59,7 +59,7 @@ pub struct Diagnostic {
     pub column: usize,
     /// The marked bytes.
     pub span: Span,
-    /// The source line, cut to [`MAX_SNIPPET`] characters around the mark.
+    /// The source line, cut to `MAX_SNIPPET` characters around the mark.
     pub snippet: String,
     /// Where the mark starts inside `snippet`, in characters.
     pub mark_at: usize,

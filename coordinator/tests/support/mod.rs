@@ -1,5 +1,12 @@
 //! A small agent for tests: real WebSocket, real session, strict about what it accepts. And ways to run a coordinator.
-#![expect(dead_code, reason = "each test binary uses a part")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::allow_attributes,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "each test binary uses a part; a test's helper fails by panicking"
+)]
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
