@@ -3,9 +3,11 @@
 mod control;
 mod http;
 mod metrics;
+mod relay;
 
 pub use control::{HANDSHAKE_PATIENCE, IDLE_LIMIT, MAX_FRAME, MAX_HALF_OPEN, PING_INTERVAL, WRITE_PATIENCE};
 pub use http::{HEADER_PATIENCE, MAX_CONNECTIONS, TlsError, serve, tls_acceptor};
+pub use relay::MAX_RELAY_MESSAGES;
 
 use std::sync::Arc;
 
@@ -19,6 +21,9 @@ use tokio_util::sync::CancellationToken;
 use warren_common::ids::NetworkId;
 use warren_common::keys::ControlSecretKey;
 
+use warren_common::wire::relay_control::PATH;
+
+use crate::relays::Relays;
 use crate::server::Handle;
 
 /// What every handler needs.
@@ -28,6 +33,8 @@ pub struct Shared {
     pub handle: Handle,
     /// The encoded, root-signed identity that each connection begins with.
     pub identity: Vec<u8>,
+    /// Those who must hear whose access has changed.
+    pub relays: Relays,
     /// The Noise static key.
     pub control_key: ControlSecretKey,
     /// The network, part of the prologue.
@@ -42,6 +49,7 @@ pub struct Shared {
 pub fn router(shared: Arc<Shared>) -> Router {
     Router::new()
         .route("/control/v1", get(control::upgrade))
+        .route(PATH, get(relay::upgrade))
         .route("/healthz", get(healthz))
         .route("/metrics", get(metrics))
         .with_state(shared)

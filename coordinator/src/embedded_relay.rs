@@ -1,9 +1,9 @@
 //! The relay and STUN server that run inside the coordinator unless it is told otherwise.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use tokio::net::lookup_host;
-use warren_common::ids::DeviceId;
 use warren_relay::core::Limits;
 use warren_relay::server::{RelayServer, RelayServerConfig};
 use warren_relay::tls;
@@ -12,7 +12,6 @@ use crate::domain::Command;
 use crate::keys::Keys;
 use crate::os::{self, OsEntropy};
 use crate::serve::{Options, ServeError};
-use crate::server::RelayControl;
 use crate::store::{Commit, Database, Loaded, Store as _};
 
 /// The embedded relay's name.
@@ -27,18 +26,6 @@ pub struct RelayListen {
     pub stun: SocketAddr,
 }
 
-/// The relay if there is one; it hears of removals in the coordinator's own task, before any agent does.
-#[derive(Debug)]
-pub struct EmbeddedRelay(Option<RelayServer>);
-
-impl RelayControl for EmbeddedRelay {
-    fn minimum(&mut self, revision: u64, devices: &[DeviceId], revoked: &[DeviceId]) {
-        let Some(server) = &self.0 else { return };
-        revoked.iter().for_each(|device| server.revoke(*device, revision));
-        devices.iter().for_each(|device| server.set_minimum_revision(*device, revision));
-    }
-}
-
 /// Starts the relay, and records where it is if that has changed; or records that there is none.
 ///
 /// # Errors
@@ -48,13 +35,13 @@ pub async fn start(
     keys: &Keys,
     mut loaded: Loaded,
     store: &mut Database,
-) -> Result<(Loaded, EmbeddedRelay), Box<ServeError>> {
+) -> Result<(Loaded, Option<Arc<RelayServer>>), Box<ServeError>> {
     let known = |loaded: &Loaded| loaded.state.relays().values().find(|r| r.embedded).map(|r| r.id);
     let Some(listen) = options.relay else {
         if let Some(id) = known(&loaded) {
             loaded = record(loaded, store, Command::RemoveRelay(id)).await?;
         }
-        return Ok((loaded, EmbeddedRelay(None)));
+        return Ok((loaded, None));
     };
     let dir = &options.state_dir;
     let failed = |text: String| Box::new(ServeError::failed(text));
@@ -80,7 +67,7 @@ pub async fn start(
         limits: Limits::default(),
     })
     .map_err(|e| failed(format!("{e} Choose others with --relay-listen and --stun-listen")))?;
-    Ok((loaded, EmbeddedRelay(Some(server))))
+    Ok((loaded, Some(Arc::new(server))))
 }
 
 async fn record(loaded: Loaded, store: &mut Database, command: Command) -> Result<Loaded, Box<ServeError>> {

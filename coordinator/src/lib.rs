@@ -13,6 +13,7 @@ pub mod keys;
 pub mod os;
 pub mod policy_file;
 pub mod push;
+pub mod relays;
 pub mod serve;
 pub mod server;
 pub mod store;

@@ -18,7 +18,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use rand_core::{CryptoRng, RngCore};
-use warren_common::ids::DeviceId;
+use warren_common::ids::{DeviceId, RelayId};
 use warren_common::keys::{ControlPublicKey, NetmapSecretKey};
 use warren_common::time::{Instant, Now};
 use warren_common::wire::control::{Refused, ServerBody};
@@ -100,6 +100,8 @@ pub enum Output {
         /// How it went.
         result: Result<Reply, Refusal>,
     },
+    /// End the session of this relay: it is removed.
+    RelayRemoved(RelayId),
     /// Tell every relay: tokens of these devices count only from this revision on. Goes before the updates.
     RelayMinimum {
         /// The revision.

@@ -22,6 +22,7 @@ use crate::keys::Keys;
 use crate::os::{self, DirLock, OsEntropy};
 use crate::policy_file::{self, PolicyError, Watcher};
 use crate::push::{Config, Coordinator};
+use crate::relays::Relays;
 use crate::server::Server;
 use crate::store::{Commit, Database, Loaded, Store as _};
 
@@ -181,13 +182,14 @@ pub async fn serve(options: Options, stop: CancellationToken) -> Result<(), Box<
     let keys = Keys::load(dir, loaded.is_none(), &mut OsEntropy)?;
     let loaded = open_network(&options, &keys, loaded, &mut store).await?;
     first_policy(&options, &loaded.state)?;
-    let (loaded, relays) = embedded_relay::start(&options, &keys, loaded, &mut store).await?;
+    let (loaded, embedded) = embedded_relay::start(&options, &keys, loaded, &mut store).await?;
     let settings = loaded.state.settings().clone();
 
     let shared_identity = keys.identity(&settings).encode_to_vec();
     let config = Config { netmap_key: keys.netmap.clone(), lease: options.lease };
     let coordinator = Coordinator::new(config, loaded.state, os::now());
-    let (server, handle) = Server::new(coordinator, store, loaded.version, relays);
+    let relays = Relays::new(embedded.clone(), coordinator.revision());
+    let (server, handle) = Server::new(coordinator, store, loaded.version, relays.clone());
 
     let source = match &options.policy {
         Some(path) => PolicySource::File(path.display().to_string()),
@@ -198,6 +200,7 @@ pub async fn serve(options: Options, stop: CancellationToken) -> Result<(), Box<
         .map_err(|e| ServeError::failed(format!("can't make the admin socket in {}: {e}", dir.display())))?;
     let shared = Arc::new(Shared {
         handle: handle.clone(),
+        relays,
         identity: shared_identity,
         control_key: keys.control.clone(),
         network: settings.network,
@@ -240,6 +243,9 @@ pub async fn serve(options: Options, stop: CancellationToken) -> Result<(), Box<
     server_stop.cancel();
     if server_task.await.is_err() {
         return Err(Box::new(ServeError::failed("the coordinator's task failed; see the log")));
+    }
+    if let Some(relay) = embedded.and_then(Arc::into_inner) {
+        relay.shutdown().await;
     }
     tracing::info!("the coordinator has stopped");
     Ok(())

@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
-use warren_common::ids::DeviceId;
 use warren_common::keys::ControlPublicKey;
 use warren_common::wire::control::{ClientBody, ServerBody};
 
 use crate::domain::{Command, Refusal, Reply};
 use crate::os::{self, OsEntropy};
 use crate::push::{CloseReason, Coordinator, Origin, Output, SessionId};
+use crate::relays::Relays;
 use crate::store::{Commit, Store, StoreError};
 
 /// Requests that may wait for the task; beyond this their senders wait.
@@ -139,25 +139,11 @@ impl Handle {
     }
 }
 
-/// Takes what the relays must hear, at once.
-pub trait RelayControl: Send {
-    /// Tokens of `devices` count only from `revision` on; `revoked` devices are out.
-    fn minimum(&mut self, revision: u64, devices: &[DeviceId], revoked: &[DeviceId]);
-}
-
-/// No relay at all.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct NoRelays;
-
-impl RelayControl for NoRelays {
-    fn minimum(&mut self, _: u64, _: &[DeviceId], _: &[DeviceId]) {}
-}
-
 /// The task's state; [`Server::run`] is the task.
-pub struct Server<S, R> {
+pub struct Server<S> {
     coordinator: Coordinator,
     store: S,
-    relays: R,
+    relays: Relays,
     version: u64,
     requests: mpsc::Receiver<Request>,
     sessions: BTreeMap<SessionId, mpsc::Sender<ToSession>>,
@@ -168,15 +154,15 @@ pub struct Server<S, R> {
     looks: Vec<Look>,
 }
 
-impl<S, R> std::fmt::Debug for Server<S, R> {
+impl<S> std::fmt::Debug for Server<S> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Server").field("version", &self.version).finish_non_exhaustive()
     }
 }
 
-impl<S: Store, R: RelayControl> Server<S, R> {
+impl<S: Store> Server<S> {
     /// A server over `coordinator`, whose state is version `version` of `store`.
-    pub fn new(coordinator: Coordinator, store: S, version: u64, relays: R) -> (Self, Handle) {
+    pub fn new(coordinator: Coordinator, store: S, version: u64, relays: Relays) -> (Self, Handle) {
         let (sender, requests) = mpsc::channel(MAX_REQUESTS);
         let server = Self {
             coordinator,
@@ -314,8 +300,9 @@ impl<S: Store, R: RelayControl> Server<S, R> {
                         let _ = reply.send(result);
                     }
                 }
+                Output::RelayRemoved(relay) => self.relays.remove(relay),
                 Output::RelayMinimum { revision, devices, revoked } => {
-                    self.relays.minimum(revision, &devices, &revoked);
+                    self.relays.restrict(revision, &devices, &revoked);
                 }
             }
         }

@@ -54,11 +54,11 @@ fn both(old: &FilterRule, new: &FilterRule, work: &mut usize) -> Option<[Option<
     });
     let rule =
         |protos, dst| FilterRule { protos, dst, src: src.clone(), active: active.clone(), ..old.clone() };
-    if with_ports.as_ref() == Some(&old.dst) {
-        return Some([Some(rule(protos, old.dst.clone())), None]);
-    }
     let any_port =
         common(&old.dst, &new.dst, work, |a, b| Some(FilterDst { net: a.net.intersect(&b.net)?, ..*a }));
+    if with_ports == any_port {
+        return Some([Some(rule(protos, with_ports?)), None]);
+    }
     let (ported, portless): (Vec<u8>, Vec<u8>) = named(&protos).into_iter().partition(|p| has_ports(*p));
     let part = |protos: Vec<u8>, dst: Option<Vec<FilterDst>>| {
         dst.filter(|_| !protos.is_empty()).map(|dst| rule(protos, dst))

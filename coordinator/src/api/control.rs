@@ -11,6 +11,7 @@ use axum::response::{IntoResponse, Response};
 use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, interval_at, timeout, timeout_at};
+use warren_common::keys::ControlPublicKey;
 use warren_common::wire::control::{ClientMessage, Refused, ServerBody, ServerMessage};
 use warren_common::wire::session::{self, Session};
 
@@ -40,7 +41,7 @@ pub(super) async fn upgrade(State(shared): State<Arc<Shared>>, upgrade: WebSocke
     };
     upgrade.max_frame_size(MAX_FRAME).max_message_size(MAX_FRAME).on_upgrade(move |mut socket| async move {
         let deadline = Instant::now() + HANDSHAKE_PATIENCE;
-        let opened = timeout_at(deadline, handshake(&mut socket, &shared)).await;
+        let opened = timeout_at(deadline, open(&mut socket, &shared)).await;
         drop(permit);
         let Ok(Some((session, id, outbound))) = opened else { return };
         let stop = shared.stop.clone();
@@ -68,14 +69,23 @@ enum End {
 
 type Opened = (Session, SessionId, mpsc::Receiver<ToSession>);
 
-async fn handshake(socket: &mut WebSocket, shared: &Shared) -> Option<Opened> {
+/// Identity and Noise handshake: the session and the control key that the other side has proved.
+pub(super) async fn handshake(
+    socket: &mut WebSocket,
+    shared: &Shared,
+) -> Option<(Session, ControlPublicKey)> {
     socket.send(Message::Binary(Bytes::copy_from_slice(&shared.identity))).await.ok()?;
     let hello = receive(socket).await?;
-    let (mut session, control, answer) =
+    let (session, control, answer) =
         session::accept(&shared.control_key, shared.network, &hello, &mut OsEntropy)
             .inspect_err(|error| tracing::debug!(%error, "a handshake failed"))
             .ok()?;
     socket.send(Message::Binary(answer.into())).await.ok()?;
+    Some((session, control))
+}
+
+async fn open(socket: &mut WebSocket, shared: &Shared) -> Option<Opened> {
+    let (mut session, control) = handshake(socket, shared).await?;
     let (sender, outbound) = mpsc::channel(MAX_OUTBOUND);
     match shared.handle.connect(control, sender).await.ok()? {
         Ok(id) => Some((session, id, outbound)),
@@ -92,7 +102,7 @@ async fn handshake(socket: &mut WebSocket, shared: &Shared) -> Option<Opened> {
 }
 
 /// The next binary message; `None` if the connection ends or sends text.
-async fn receive(socket: &mut WebSocket) -> Option<Bytes> {
+pub(super) async fn receive(socket: &mut WebSocket) -> Option<Bytes> {
     loop {
         match socket.recv().await?.ok()? {
             Message::Binary(frame) => return Some(frame),

@@ -1,6 +1,7 @@
 //! The listener: bounded, with deadlines, plain or TLS.
 
 use std::convert::Infallible;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,6 +26,10 @@ pub const MAX_CONNECTIONS: usize = 4_096;
 pub const HEADER_PATIENCE: Duration = Duration::from_secs(10);
 /// How long after a failed `accept` (no descriptor left) the next is tried.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Who is at the other end of the TCP connection: an extension of each request.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PeerAddr(pub(super) SocketAddr);
 
 /// Why TLS can't be served.
 #[derive(Debug, thiserror::Error)]
@@ -92,10 +97,10 @@ pub async fn serve(listener: TcpListener, tls: Option<TlsAcceptor>, router: Rout
             },
             Some(_) = connections.join_next() => continue,
         };
-        let stream = tokio::select! {
+        let (stream, peer) = tokio::select! {
             () = stop.cancelled() => break,
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
+                Ok(accepted) => accepted,
                 Err(error) => {
                     tracing::warn!(%error, "can't accept a connection");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -111,10 +116,10 @@ pub async fn serve(listener: TcpListener, tls: Option<TlsAcceptor>, router: Rout
         let (router, tls) = (router.clone(), tls.clone());
         connections.spawn(async move {
             match tls {
-                None => connection(stream, router).await,
+                None => connection(stream, peer, router).await,
                 Some(tls) => {
                     if let Ok(Ok(stream)) = timeout(HEADER_PATIENCE, tls.accept(stream)).await {
-                        connection(stream, router).await;
+                        connection(stream, peer, router).await;
                     }
                 }
             }
@@ -124,10 +129,15 @@ pub async fn serve(listener: TcpListener, tls: Option<TlsAcceptor>, router: Rout
     let _ = timeout(Duration::from_secs(3), async { while connections.join_next().await.is_some() {} }).await;
 }
 
-async fn connection(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, router: Router) {
-    let service = tower::service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
+async fn connection(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    peer: SocketAddr,
+    router: Router,
+) {
+    let service = tower::service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
         use tower::ServiceExt as _;
         let router = router.clone();
+        request.extensions_mut().insert(PeerAddr(peer));
         async move {
             let response = router.oneshot(request.map(axum::body::Body::new)).await;
             Ok::<_, Infallible>(response.unwrap_or_else(|never| match never {}))

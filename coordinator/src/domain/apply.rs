@@ -11,6 +11,7 @@ use warren_common::auth_key::{AuthKey, AuthKeySecret};
 use warren_common::ids::{AuthKeyId, DeviceId, RelayId, UserId};
 use warren_common::keys::ControlPublicKey;
 use warren_common::time::UnixTime;
+use warren_common::wire::relay_control::{RelayJoinKey, RelayJoinSecret};
 
 use super::address::{REST, free_ipv4, free_ipv6};
 use super::command::{Command, EnrollRequest, NewAuthKey, Refusal, Reply};
@@ -91,11 +92,24 @@ impl State {
             }
             Command::RemoveUser(id) => self.remove_user(*id, now),
             Command::CreateRelay(name) => self.create_relay(name, now, rng),
+            Command::JoinRelay { relay, control, secret } => self.join_relay(*relay, *control, *secret),
+            Command::ReportRelay { relay, control, addrs, stun, cert_sha256 } => {
+                let old = self.relays.get(relay).filter(|r| r.control == Some(*control));
+                let new = RelayRecord {
+                    addrs: addrs.clone(),
+                    stun: stun.clone(),
+                    cert_sha256: Some(*cert_sha256),
+                    ..old.ok_or(Refusal::JoinKeyInvalid)?.clone()
+                };
+                done(self.changed_relay(new))
+            }
             Command::SetEmbeddedRelay { name, addrs, stun, cert_sha256 } => {
                 let old = self.relays.values().find(|r| r.embedded);
-                let relay = RelayRecord {
-                    id: old.map_or_else(|| RelayId::generate(now.as_millis(), rng), |r| r.id),
-                    name: name.clone(),
+                let id = old.map_or_else(|| RelayId::generate(now.as_millis(), rng), |r| r.id);
+                let taken = |n: &str| self.relays.values().any(|r| r.name == n && r.id != id);
+                done(self.changed_relay(RelayRecord {
+                    id,
+                    name: unique_name(name, taken),
                     embedded: true,
                     join_hash: None,
                     control: None,
@@ -103,8 +117,7 @@ impl State {
                     stun: stun.clone(),
                     cert_sha256: Some(*cert_sha256),
                     created: old.map_or(now, |r| r.created),
-                };
-                done(if old == Some(&relay) { vec![] } else { vec![Change::PutRelay(Box::new(relay))] })
+                }))
             }
             Command::RemoveRelay(id) => {
                 let relay = self.relays.get(id).ok_or_else(|| not_found("relay", id))?;
@@ -387,8 +400,7 @@ impl State {
             return Err(Refusal::TooMany { what: "relays", max: MAX_RELAYS });
         }
         let id = RelayId::generate(now.as_millis(), rng);
-        let secret = AuthKeySecret::generate(rng);
-        let join_key = String::new();
+        let secret = RelayJoinSecret::generate(rng);
         let relay = RelayRecord {
             id,
             name: name.to_owned(),
@@ -400,7 +412,35 @@ impl State {
             cert_sha256: None,
             created: now,
         };
+        let Settings { network, root, .. } = self.settings;
+        let join_key = RelayJoinKey { network, root, relay: id, secret }.expose();
         Ok((vec![Change::PutRelay(Box::new(relay))], Reply::Relay { id, join_key }))
+    }
+
+    fn join_relay(&self, id: RelayId, control: ControlPublicKey, secret: Option<[u8; 32]>) -> Decision {
+        let relay = self.relays.get(&id).filter(|r| !r.embedded).ok_or(Refusal::JoinKeyInvalid)?;
+        let right = match (&relay.join_hash, secret) {
+            (Some(stored), Some(given)) => bool::from(stored.ct_eq(&given)),
+            _ => false,
+        };
+        let reply = Reply::Joined { name: relay.name.clone() };
+        match relay.control {
+            // Its own key is enough, also when it repeats the secret after a lost reply.
+            Some(bound) if bound == control => Ok((vec![], reply)),
+            None if right => {
+                let joined = RelayRecord { control: Some(control), ..relay.clone() };
+                Ok((self.changed_relay(joined), reply))
+            }
+            _ => Err(Refusal::JoinKeyInvalid),
+        }
+    }
+
+    fn changed_relay(&self, relay: RelayRecord) -> Vec<Change> {
+        if self.relays.get(&relay.id) == Some(&relay) {
+            vec![]
+        } else {
+            vec![Change::PutRelay(Box::new(relay))]
+        }
     }
 
     fn set_policy(&self, source: &PolicySource, text: &str, now: UnixTime) -> Decision {

@@ -101,6 +101,28 @@ pub enum Command {
     RemoveUser(UserId),
     /// Makes a relay's join key.
     CreateRelay(String),
+    /// A relay opens a session.
+    JoinRelay {
+        /// Who it says it is.
+        relay: RelayId,
+        /// Its control key, as proved by the handshake.
+        control: ControlPublicKey,
+        /// Hash of the join key's secret, if it gave one.
+        secret: Option<[u8; 32]>,
+    },
+    /// A relay says where it is.
+    ReportRelay {
+        /// The relay.
+        relay: RelayId,
+        /// Its control key.
+        control: ControlPublicKey,
+        /// Where it listens; nowhere takes it out of the netmaps.
+        addrs: Vec<SocketAddr>,
+        /// Where it answers STUN.
+        stun: Vec<SocketAddr>,
+        /// SHA-256 of its certificate.
+        cert_sha256: [u8; 32],
+    },
     /// The embedded relay is up (again).
     SetEmbeddedRelay {
         /// Its name.
@@ -148,6 +170,11 @@ pub enum Reply {
         /// What it joins with; the only time it is seen.
         join_key: String,
     },
+    /// The relay is in.
+    Joined {
+        /// Its name.
+        name: String,
+    },
     /// The policy in force has this number now.
     Policy {
         /// Its number.
@@ -167,6 +194,9 @@ pub enum Refusal {
     /// Past its end.
     #[error("the auth key expired at {}", .0.to_rfc3339())]
     AuthKeyExpired(UnixTime),
+    /// Unknown relay, or a join key's secret that is wrong or used by another relay.
+    #[error("the relay's join key is not valid, or another relay has used it")]
+    JoinKeyInvalid,
     /// No such device, or not with this control key.
     #[error("the device is not in this network")]
     UnknownDevice,
@@ -237,7 +267,7 @@ impl Refusal {
     /// The stable word agents act on.
     pub const fn code(&self) -> RefusedCode {
         match self {
-            Self::AuthKeyInvalid => RefusedCode::AuthKeyInvalid,
+            Self::AuthKeyInvalid | Self::JoinKeyInvalid => RefusedCode::AuthKeyInvalid,
             Self::AuthKeyUsed => RefusedCode::AuthKeyUsed,
             Self::AuthKeyExpired(_) => RefusedCode::AuthKeyExpired,
             Self::UnknownDevice => RefusedCode::UnknownDevice,
@@ -265,6 +295,7 @@ impl Refusal {
             Self::AuthKeyUsed | Self::AuthKeyExpired(_) => {
                 "make a new key with `warren-coordinator auth-key create`"
             }
+            Self::JoinKeyInvalid => "make a new relay and key with `warren-coordinator relay create`",
             Self::UnknownDevice => "run `warren logout`, then `warren up` with a new auth key",
             Self::NeedsLogin(_) => "run `warren up` with a new auth key",
             Self::NotAdmitted(_) => {

@@ -167,7 +167,7 @@ pub struct RelayRecord {
     pub name: String,
     /// It runs inside the coordinator.
     pub embedded: bool,
-    /// Hash of the one-use join key's secret; `None` once used.
+    /// Hash of the one-use join key's secret; `None` for the embedded relay.
     pub join_hash: Option<[u8; 32]>,
     /// The control key it joined with.
     pub control: Option<ControlPublicKey>,

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use warren_common::ids::DeviceId;
+use warren_common::ids::{DeviceId, RelayId};
 use warren_common::netmap::Netmap;
 use warren_common::time::Now;
 use warren_common::wire::control::{ServerBody, Welcome};
@@ -23,6 +23,8 @@ struct Impact {
     all: bool,
     /// Devices whose peers see something new.
     devices: BTreeSet<DeviceId>,
+    /// Relays that are removed.
+    relays_gone: Vec<RelayId>,
     /// Devices whose relay tokens are void: their probe key is another one.
     rekeyed: BTreeSet<DeviceId>,
 }
@@ -44,7 +46,11 @@ impl Impact {
                     Change::PutUser(_) | Change::RemoveUser(_) | Change::PutPolicy(_) | Change::RemovePolicy,
                     _,
                 ) => impact.policy = true,
-                (Change::PutRelay(_) | Change::RemoveRelay(_), _) => impact.all = true,
+                (Change::PutRelay(_), _) => impact.all = true,
+                (Change::RemoveRelay(id), _) => {
+                    impact.all = true;
+                    impact.relays_gone.push(*id);
+                }
                 (Change::PutSettings(new), Change::PutSettings(old)) => {
                     let numbered = Settings { revisions_reserved: old.revisions_reserved, ..(**new).clone() };
                     impact.all |= numbered != **old;
@@ -104,6 +110,7 @@ impl Coordinator {
     }
 
     fn push(&mut self, impact: Impact, now: Now) {
+        self.outputs.extend(impact.relays_gone.into_iter().map(Output::RelayRemoved));
         let mut affected = impact.devices;
         let mut removals = None;
         if impact.policy || !impact.followed.is_empty() {

@@ -36,7 +36,7 @@ use warren_coordinator::admin::{self, Call, Failure};
 use warren_coordinator::serve::{Options, serve};
 
 /// Longer than anything takes on a busy machine: only a hang reaches it.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A coordinator in this process.
 pub struct TestCoordinator {
@@ -146,6 +146,13 @@ impl TestCoordinator {
     }
 }
 
+impl Drop for TestCoordinator {
+    fn drop(&mut self) {
+        // The test's runtime waits for the coordinator's thread.
+        self.stop.cancel();
+    }
+}
+
 #[expect(clippy::disallowed_methods, reason = "the handle is kept and awaited")]
 pub fn spawn<T: Send + 'static>(task: impl Future<Output = T> + Send + 'static) -> JoinHandle<T> {
     tokio::spawn(task)
@@ -207,6 +214,9 @@ impl Client {
     pub async fn connect(addr: SocketAddr, root: &Fingerprint, keys: &DeviceKeys) -> Result<Self, String> {
         let (mut socket, _) =
             connect_async(format!("ws://{addr}/control/v1")).await.map_err(|e| e.to_string())?;
+        if let MaybeTlsStream::Plain(stream) = socket.get_ref() {
+            stream.set_nodelay(true).map_err(|e| e.to_string())?;
+        }
         let identity = receive(&mut socket).await.ok_or("no identity")?;
         let identity = Signed::decode(identity.as_slice()).map_err(|e| e.to_string())?;
         let identity = CoordinatorIdentity::verify(&identity, root).map_err(|e| e.to_string())?;
@@ -240,16 +250,19 @@ impl Client {
     }
 
     pub async fn enroll(&mut self, key: &AuthKey, hostname: &str) -> Result<Welcome, Refused> {
-        let enroll = Enroll {
+        self.send(self.enroll_message(key, hostname)).await;
+        self.welcomed().await
+    }
+
+    pub fn enroll_message(&self, key: &AuthKey, hostname: &str) -> ClientBody {
+        ClientBody::Enroll(Enroll {
             auth_key: key.expose(),
             hostname: hostname.to_owned(),
             wg: self.keys.wg.public().as_bytes().to_vec(),
             probe: self.keys.probe.public().as_bytes().to_vec(),
             os: "linux".to_owned(),
             version: "test".to_owned(),
-        };
-        self.send(ClientBody::Enroll(enroll)).await;
-        self.welcomed().await
+        })
     }
 
     pub async fn resume(&mut self, disk: Disk) -> Result<Welcome, Refused> {
@@ -316,6 +329,14 @@ impl Client {
         }
     }
 
+    /// Takes updates until the netmap is as wanted: how many there are on the way depends on when acknowledgements
+    /// arrive.
+    pub async fn until(&mut self, wanted: impl Fn(&Netmap) -> bool) {
+        while !wanted(self.netmap()) {
+            self.next_update().await;
+        }
+    }
+
     async fn apply(&mut self, signed: &Signed) -> NetmapUpdate {
         let update = NetmapUpdate::verify(signed, &self.identity.netmap).unwrap();
         assert_eq!(Some(update.device), self.disk.device);
@@ -363,8 +384,10 @@ impl Client {
 }
 
 async fn receive(socket: &mut WebSocketStream<MaybeTlsStream<TcpStream>>) -> Option<Vec<u8>> {
+    let deadline = tokio::time::Instant::now() + PATIENCE;
     loop {
-        match tokio::time::timeout(PATIENCE, socket.next()).await.expect("the coordinator answers")?.ok()? {
+        let next = tokio::time::timeout_at(deadline, socket.next());
+        match next.await.expect("the coordinator answers")?.ok()? {
             Message::Binary(bytes) => return Some(bytes.to_vec()),
             Message::Close(_) => return None,
             _ => {}
