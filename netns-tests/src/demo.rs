@@ -2,8 +2,6 @@
 //! behind two port-restricted NATs, two more behind symmetric ones. Every row of the table says what was expected and
 //! what was seen; one that is not as expected fails the demo.
 
-mod node;
-
 use std::mem::ManuallyDrop;
 use std::net::IpAddr;
 use std::path::Path;
@@ -13,7 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use crate::lab::{Lab, NatKind, RouterSpec, Stopwatch, eventually, monotonic_ms, workspace_binary};
-use node::{Agent, Coordinator, number, tool};
+use crate::programs::{Agent, Coordinator, number, tool};
 
 /// Bound for what must happen; only a failing demo waits this long.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -121,7 +119,7 @@ impl World {
         let mut agent = |name: &str, tag: &str, nat: NatKind| -> Result<Agent> {
             let router = lab.router(&format!("nat_{name}"), RouterSpec::new(nat))?;
             let key = coordinator.auth_key(tag)?;
-            let agent = Agent::start(router.host(name)?, router)?;
+            let agent = Agent::start(router.host(name)?)?;
             let watch = Stopwatch::start();
             let joined = agent.up(&coordinator.url, &key);
             let row = format!("{name}, behind a {} NAT, joins", nat_name(nat));

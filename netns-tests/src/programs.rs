@@ -1,17 +1,17 @@
-//! The programs of the demo, each in a host of its own.
+//! Our programs as the demo and the lab tests run them, each in a host of its own.
 
 use std::fs;
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use crate::lab::{Host, Process, Router, eventually, workspace_binary};
+use crate::lab::{Host, Process, eventually, workspace_binary};
 
-/// Bound for a start; only a failing demo waits this long.
+/// Bound for a start; only a failing run waits this long.
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// Ports of the coordinator's host: control, relay, STUN.
@@ -20,68 +20,134 @@ const RELAY: u16 = 3340;
 const STUN: u16 = 3478;
 
 /// A running coordinator with its embedded relay.
-pub(super) struct Coordinator {
-    host: Host,
-    pub(super) url: String,
-    pub(super) state_dir: PathBuf,
-    pub(super) policy: PathBuf,
-    _process: Process,
+#[derive(Debug)]
+pub struct Coordinator {
+    /// Where it runs.
+    pub host: Host,
+    /// What agents are told.
+    pub url: String,
+    /// Its state directory.
+    pub state_dir: PathBuf,
+    /// Its policy file.
+    pub policy: PathBuf,
+    /// The program itself.
+    pub process: Process,
 }
 
 impl Coordinator {
-    pub(super) fn start(host: Host, policy_text: &str) -> Result<Self> {
+    /// Starts one with this policy, and waits until it serves.
+    ///
+    /// # Errors
+    /// It does not come to serve.
+    pub fn start(host: Host, policy_text: &str) -> Result<Self> {
         let (state_dir, policy) = (host.dir().join("state"), host.dir().join("policy.hujson"));
         fs::write(&policy, policy_text)?;
         let url = format!("http://{}:{CONTROL}", host.v4());
+        let process = Self::spawn(&host, &url, &state_dir, &policy)?;
+        Ok(Self { host, url, state_dir, policy, process })
+    }
+
+    /// Starts it again on the same state, after [`Process::kill`] or [`Process::stop`].
+    ///
+    /// # Errors
+    /// It does not come to serve.
+    pub fn start_again(&mut self) -> Result<()> {
+        self.process = Self::spawn(&self.host, &self.url, &self.state_dir, &self.policy)?;
+        Ok(())
+    }
+
+    fn spawn(host: &Host, url: &str, state_dir: &Path, policy: &Path) -> Result<Process> {
         let mut command = host.command(workspace_binary("warren-coordinator")?);
-        command.arg("serve").arg("--state-dir").arg(&state_dir).arg("--policy").arg(&policy);
-        command.args(["--listen", &format!("0.0.0.0:{CONTROL}"), "--public-url", &url]);
+        command.arg("serve").arg("--state-dir").arg(state_dir).arg("--policy").arg(policy);
+        command.args(["--listen", &format!("0.0.0.0:{CONTROL}"), "--public-url", url]);
         command.args(["--relay-listen", &format!("0.0.0.0:{RELAY}")]);
         command.args(["--stun-listen", &format!("0.0.0.0:{STUN}")]);
         let mut process = host.spawn(command)?;
         process.wait_for_line("the coordinator serves", LIMIT)?;
-        Ok(Self { host, url, state_dir, policy, _process: process })
+        Ok(process)
+    }
+
+    /// What an admin verb, which has to succeed, prints.
+    ///
+    /// # Errors
+    /// The verb fails.
+    pub fn admin(&self, args: &[&str]) -> Result<String> {
+        let mut command = self.host.command(workspace_binary("warren-coordinator")?);
+        command.args(args).arg("--state-dir").arg(&self.state_dir);
+        printed(&mut command)
     }
 
     /// A one-use auth key for devices with this tag.
-    pub(super) fn auth_key(&self, tag: &str) -> Result<String> {
-        let mut command = self.host.command(workspace_binary("warren-coordinator")?);
-        command.args(["auth-key", "create", "--tag", tag, "--expires", "1h", "--state-dir"]);
-        command.arg(&self.state_dir);
-        Ok(printed(&mut command)?.trim().to_owned())
+    ///
+    /// # Errors
+    /// The coordinator refuses.
+    pub fn auth_key(&self, tag: &str) -> Result<String> {
+        let key = self.admin(&["auth-key", "create", "--tag", tag, "--expires", "1h"])?;
+        Ok(key.trim().to_owned())
     }
 
     /// Replaces the policy file as an editor does: in one step.
-    pub(super) fn edit_policy(&self, text: &str) -> Result<()> {
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn edit_policy(&self, text: &str) -> Result<()> {
         let new = self.policy.with_extension("new");
         fs::write(&new, text)?;
         fs::rename(&new, &self.policy).context("replacing the policy file")
     }
 }
 
-/// A running agent behind a router.
-pub(super) struct Agent {
-    pub(super) host: Host,
-    pub(super) socket: PathBuf,
-    _process: Process,
-    _router: Router,
+/// A running agent.
+#[derive(Debug)]
+pub struct Agent {
+    /// Where it runs.
+    pub host: Host,
+    /// The daemon's socket.
+    pub socket: PathBuf,
+    /// Its state directory.
+    pub state_dir: PathBuf,
+    /// The daemon itself.
+    pub process: Process,
 }
 
 impl Agent {
-    pub(super) fn start(host: Host, router: Router) -> Result<Self> {
+    /// Starts a daemon that has not joined yet, and waits until it answers.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn start(host: Host) -> Result<Self> {
         let socket = host.dir().join("agent").join("warren.sock");
-        let mut command = host.command(workspace_binary("warrend")?);
-        command.arg("--state-dir").arg(host.dir().join("state")).arg("--socket").arg(&socket);
-        let process = host.spawn(command)?;
-        let agent = Self { host, socket, _process: process, _router: router };
-        eventually("warrend answers", LIMIT, || {
-            Ok(agent.warren(&["status"])?.status.success().then_some(()))
-        })?;
+        let state_dir = host.dir().join("state");
+        let process = Self::spawn(&host, &state_dir, &socket)?;
+        let agent = Self { host, socket, state_dir, process };
+        agent.wait_until_it_answers()?;
         Ok(agent)
     }
 
+    /// Starts it again on the same state, after [`Process::kill`] or [`Process::stop`].
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn start_again(&mut self) -> Result<()> {
+        self.process = Self::spawn(&self.host, &self.state_dir, &self.socket)?;
+        self.wait_until_it_answers()
+    }
+
+    fn spawn(host: &Host, state_dir: &Path, socket: &Path) -> Result<Process> {
+        let mut command = host.command(workspace_binary("warrend")?);
+        command.arg("--state-dir").arg(state_dir).arg("--socket").arg(socket);
+        host.spawn(command)
+    }
+
+    fn wait_until_it_answers(&self) -> Result<()> {
+        eventually("warrend answers", LIMIT, || Ok(self.warren(&["status"])?.status.success().then_some(())))
+    }
+
     /// Joins; the overlay addresses.
-    pub(super) fn up(&self, coordinator: &str, key: &str) -> Result<String> {
+    ///
+    /// # Errors
+    /// The daemon or the coordinator refuses.
+    pub fn up(&self, coordinator: &str, key: &str) -> Result<String> {
         let args = ["up", "--coordinator", coordinator, "--auth-key", key, "--hostname", self.host.name()];
         let output = self.warren(&args)?;
         ensure!(output.status.success(), "warren up: {}", String::from_utf8_lossy(&output.stderr).trim());
@@ -90,14 +156,20 @@ impl Agent {
     }
 
     /// The overlay addresses.
-    pub(super) fn addresses(&self) -> Result<Vec<IpAddr>> {
+    ///
+    /// # Errors
+    /// It has none.
+    pub fn addresses(&self) -> Result<Vec<IpAddr>> {
         let status = self.json(&["status", "--json"])?;
         let ips = status["self"]["ips"].as_array().context("this device has no addresses")?;
         ips.iter().map(|ip| Ok(ip.as_str().context("an address is a string")?.parse()?)).collect()
     }
 
     /// A peer's entry of `warren status --json`.
-    pub(super) fn peer(&self, name: &str) -> Result<Value> {
+    ///
+    /// # Errors
+    /// There is no such peer.
+    pub fn peer(&self, name: &str) -> Result<Value> {
         let status = self.json(&["status", "--json"])?;
         let peers = status["peers"].as_array().cloned().unwrap_or_default();
         peers
@@ -107,7 +179,10 @@ impl Agent {
     }
 
     /// The answers of `warren ping --json`; fails if one is missing.
-    pub(super) fn ping(&self, peer: &str, count: usize) -> Result<Vec<Value>> {
+    ///
+    /// # Errors
+    /// An answer is missing.
+    pub fn ping(&self, peer: &str, count: usize) -> Result<Vec<Value>> {
         let output = self.warren(&["ping", peer, "--json", "-c", &count.to_string()])?;
         let text = String::from_utf8(output.stdout)?;
         ensure!(
@@ -122,14 +197,20 @@ impl Agent {
     }
 
     /// `warren why PEER:PORT --json`, whatever it says.
-    pub(super) fn why(&self, peer: &str, port: u16) -> Result<Value> {
+    ///
+    /// # Errors
+    /// It says nothing.
+    pub fn why(&self, peer: &str, port: u16) -> Result<Value> {
         let output = self.warren(&["why", &format!("{peer}:{port}"), "--json"])?;
         serde_json::from_slice(&output.stdout)
             .with_context(|| format!("warren why: {}", String::from_utf8_lossy(&output.stderr).trim()))
     }
 
     /// The kernel's own ping over the overlay.
-    pub(super) fn icmp(&self, to: IpAddr) -> Result<String> {
+    ///
+    /// # Errors
+    /// An answer is missing.
+    pub fn icmp(&self, to: IpAddr) -> Result<String> {
         let output = self.host.run("ping", &["-n", "-c", "5", "-i", "0.2", "-W", "2", &to.to_string()])?;
         let text = String::from_utf8_lossy(&output.stdout);
         ensure!(output.status.success() && text.contains(" 0% packet loss"), "ping: {}", text.trim());
@@ -138,7 +219,10 @@ impl Agent {
     }
 
     /// Starts a server of lab-tool on this agent's host.
-    pub(super) fn serve(&self, verb: &str, ip: IpAddr, port: u16) -> Result<Process> {
+    ///
+    /// # Errors
+    /// It does not come to listen.
+    pub fn serve(&self, verb: &str, ip: IpAddr, port: u16) -> Result<Process> {
         let mut command = self.host.command(workspace_binary("lab-tool")?);
         command.args([verb, &std::net::SocketAddr::new(ip, port).to_string()]);
         let mut server = self.host.spawn(command)?;
@@ -146,15 +230,22 @@ impl Agent {
         Ok(server)
     }
 
-    fn json(&self, args: &[&str]) -> Result<Value> {
+    /// What a verb of `warren`, called with `--json`, prints.
+    ///
+    /// # Errors
+    /// It prints no JSON.
+    pub fn json(&self, args: &[&str]) -> Result<Value> {
         let output = self.warren(args)?;
         serde_json::from_slice(&output.stdout).with_context(|| {
             format!("warren {}: {}", args.join(" "), String::from_utf8_lossy(&output.stderr).trim())
         })
     }
 
-    /// The command line talks to the daemon's socket, which is a file: it needs no namespace.
-    fn warren(&self, args: &[&str]) -> Result<Output> {
+    /// Runs `warren`. It talks to the daemon's socket, which is a file: it needs no namespace.
+    ///
+    /// # Errors
+    /// The program cannot be started.
+    pub fn warren(&self, args: &[&str]) -> Result<Output> {
         let mut command = Command::new(workspace_binary("warren")?);
         command.arg("--socket").arg(&self.socket).args(args);
         command.output().context("running warren")
@@ -162,7 +253,10 @@ impl Agent {
 }
 
 /// Runs a verb of lab-tool to its end; the last line it printed.
-pub(super) fn tool(host: &Host, args: &[&str]) -> Result<Value> {
+///
+/// # Errors
+/// It printed nothing.
+pub fn tool(host: &Host, args: &[&str]) -> Result<Value> {
     let output = host.run(workspace_binary("lab-tool")?, args)?;
     let text = String::from_utf8(output.stdout)?;
     let last = text.lines().last().with_context(|| {
@@ -175,7 +269,11 @@ pub(super) fn tool(host: &Host, args: &[&str]) -> Result<Value> {
     serde_json::from_str(last).context("a line of lab-tool")
 }
 
-pub(super) fn number(value: &Value) -> Result<u64> {
+/// The value as a number.
+///
+/// # Errors
+/// It is none.
+pub fn number(value: &Value) -> Result<u64> {
     value.as_u64().with_context(|| format!("{value} is no number"))
 }
 
