@@ -390,7 +390,11 @@ impl Engine {
     }
 
     fn on_stun_news(&mut self, now: Now) {
-        self.paths.set_reflexive(now.boot, self.stun.mapped());
+        // When asked again, answers trickle in: what is known stands until all are there, or each of them would be
+        // announced to every peer.
+        if !self.stun.is_asking() || !self.paths.knows_reflexive() {
+            self.paths.set_reflexive(now.boot, self.stun.mapped());
+        }
         self.choose_home(now, !self.stun.is_asking());
     }
 

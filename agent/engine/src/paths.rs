@@ -234,7 +234,7 @@ impl Paths {
     pub(crate) fn set_overlay(&mut self, now: Instant, ipv4: Ipv4Net, ipv6: Ipv6Net) {
         if self.shared.overlay != Some((ipv4, ipv6)) {
             self.shared.overlay = Some((ipv4, ipv6));
-            self.own_changed(now);
+            self.own_changed(now, true);
         }
     }
 
@@ -266,8 +266,9 @@ impl Paths {
     pub(crate) fn set_reflexive(&mut self, now: Instant, mapped: impl Iterator<Item = SocketAddr>) {
         let mapped: Vec<_> = mapped.take(MAX_CANDIDATES).collect();
         if mapped != self.shared.reflexive {
-            self.shared.reflexive = mapped;
-            self.own_changed(now);
+            let former = std::mem::replace(&mut self.shared.reflexive, mapped);
+            let moved = self.shared.reflexive.iter().any(|a| !former.iter().any(|f| f.ip() == a.ip()));
+            self.own_changed(now, moved);
         }
     }
 
@@ -277,12 +278,18 @@ impl Paths {
         std::mem::replace(&mut self.shared.wants_fresh_stun, false)
     }
 
-    fn own_changed(&mut self, now: Instant) {
+    /// `moved`: we are at another address, and not only at another port of it.
+    fn own_changed(&mut self, now: Instant, moved: bool) {
         if self.shared.rebuild_own() {
             for idx in self.active_peers() {
-                self.with_active(now, idx, |active, _, _| active.owe_candidates(now));
+                self.with_active(now, idx, |active, _, _| active.owe_candidates(now, moved));
             }
         }
+    }
+
+    /// True if STUN has told an address of ours.
+    pub(crate) const fn knows_reflexive(&self) -> bool {
+        !self.shared.reflexive.is_empty()
     }
 
     /// A relay connection came up or went down. True if that is news.

@@ -338,11 +338,16 @@ impl Active {
         let mut news = false;
         for candidate in candidates {
             if shared.accepts(candidate.addr) {
-                news |= self.learn_on_all(now, candidate.addr, candidate.kind, shared);
+                // Another port alone is no news: a symmetric NAT shows one at each look, and two peers behind such
+                // would never come to rest. The next round pings it, as does what follows a request.
+                let known = self.remotes.iter().any(|r| r.way.remote.ip() == candidate.addr.ip());
+                let learned = self.learn_on_all(now, candidate.addr, candidate.kind, shared);
+                news |= learned && !known;
             } else {
                 shared.counters.candidate_refused += 1;
             }
         }
+        self.forget_former_ports(candidates);
         if request {
             self.owe(now, false);
             // The peer has no direct way to us; see whether ours to it still works.
@@ -378,9 +383,9 @@ impl Active {
         }
     }
 
-    /// Our own addresses changed.
-    pub(super) fn owe_candidates(&mut self, now: Instant) {
-        self.owe(now, self.current.is_none());
+    /// Our own addresses changed; if we `moved`, the peer's are asked for too, and both ends ping.
+    pub(super) fn owe_candidates(&mut self, now: Instant, moved: bool) {
+        self.owe(now, moved && self.current.is_none());
     }
 
     /// Relays or the signal channel came or went, or the peer has just become active.
@@ -431,6 +436,18 @@ impl Active {
             }
         }
         news
+    }
+
+    /// Forgets ports that the peer's NAT had before those it lists now, unless they have worked.
+    fn forget_former_ports(&mut self, listed: &[Candidate]) {
+        let reflexive = |kind| kind == CandidateKind::Reflexive;
+        let current = self.current.as_ref().map(|c| c.way);
+        self.remotes.retain(|r| {
+            let replaced = listed.iter().any(|c| reflexive(c.kind) && c.addr.ip() == r.way.remote.ip());
+            let stands = listed.iter().any(|c| c.addr == r.way.remote);
+            let works = r.heard || r.confirmed.is_some() || Some(r.way) == current;
+            !reflexive(r.kind) || !replaced || stands || works
+        });
     }
 
     /// Takes note of an address; the one that is least worth keeping makes room. True if it is new.

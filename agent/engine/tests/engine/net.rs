@@ -69,8 +69,9 @@ pub(crate) struct Net {
     pub(crate) revisions: Vec<u64>,
     /// UDP between these hosts is lost.
     pub(crate) cut: BTreeSet<(usize, usize)>,
-    /// Datagrams seen on the wire: (from node, over the relay, bytes).
+    /// Datagrams given to the relay while it was up.
     pub(crate) relayed: u64,
+    /// Datagrams from host to host; questions to STUN servers are none.
     pub(crate) direct: u64,
     /// Every datagram that engines sent.
     pub(crate) sent: Vec<Vec<u8>>,
@@ -263,7 +264,9 @@ impl Net {
             match to {
                 Destination::Direct { socket, remote } => {
                     assert_eq!(socket, 0);
-                    self.direct += 1;
+                    if !stun_servers().contains(&remote) {
+                        self.direct += 1;
+                    }
                     let from = self.nodes[n].translate(self.now.boot, remote);
                     self.later(DIRECT_DELAY, Arrival::Udp { from, to: remote, bytes: bytes.to_vec() });
                 }
