@@ -209,6 +209,12 @@ impl Engine {
         self.wg.timestamp_floor()
     }
 
+    /// The root key vouches for a later epoch: the coordinator was restored, and numbers its netmaps anew. What is held
+    /// stays in force until the first of them. Never goes back.
+    pub fn trust_epoch(&mut self, epoch: u64) {
+        self.identity.epoch = self.identity.epoch.max(epoch);
+    }
+
     // The world around.
 
     /// Our sockets and the addresses they can be reached at: after start, and after each network change. Nothing

@@ -1,7 +1,7 @@
 //! Which netmap updates are believed, how long what they grant lasts, and what survives a restart.
 //!
-//! An update must be signed by the network's netmap key, made for this device and key, and newer than what is held:
-//! a snapshot replaces, a delta continues exactly where the held revision ends, a lease renews it. The shell persists
+//! An update must be signed by the network's netmap key, made for this device and key, of the epoch that the root key
+//! vouches for, and newer than what is held: a snapshot replaces, a delta continues exactly where the held revision ends, a lease renews it. The shell persists
 //! [`PendingUpdate::to_saved`] before it applies the update, so that an older one stays refused across restarts.
 //!
 //! The lease counts from receipt on the boot clock, which runs during sleep. It is saved as *what remained at a moment*,
@@ -43,6 +43,9 @@ pub struct Identity {
     pub control: ControlPublicKey,
     /// The key that signs netmaps.
     pub netmap_key: NetmapPublicKey,
+    /// The epoch that the root key vouches for. The netmap key alone can't begin another: whoever holds only that could
+    /// otherwise make a device refuse its coordinator for ever.
+    pub epoch: u64,
 }
 
 /// Why an update is not accepted. What is held stays in force.
@@ -70,13 +73,14 @@ pub enum UpdateRefused {
         /// Ours.
         want: DeviceId,
     },
-    /// It is from before the coordinator was restored from a backup.
-    #[error("the update is of epoch {got}, and {held} has been seen")]
-    OldEpoch {
+    /// It is of another epoch than the one that the root key vouches for: mostly from before the coordinator was restored
+    /// from a backup.
+    #[error("the update is of epoch {got}, and the network is at {want}")]
+    WrongEpoch {
         /// The update's.
         got: u64,
         /// Ours.
-        held: u64,
+        want: u64,
     },
     /// It is not newer than what is held.
     #[error("the update leads to revision {got}, and {held} is held")]
@@ -301,8 +305,9 @@ pub(crate) fn check(
         return Err(UpdateRefused::LeaseOutOfRange { got: lease });
     }
     let (epoch, revision) = held.map_or((0, 0), |h| (h.epoch, h.revision));
-    if update.epoch < epoch {
-        return Err(UpdateRefused::OldEpoch { got: update.epoch, held: epoch });
+    let want = identity.epoch.max(epoch);
+    if update.epoch != want {
+        return Err(UpdateRefused::WrongEpoch { got: update.epoch, want });
     }
     let same_epoch = update.epoch == epoch;
     let old = UpdateRefused::OldRevision { got: update.to, held: revision };

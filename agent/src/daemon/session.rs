@@ -112,6 +112,7 @@ impl Daemon {
                 device: membership.device,
                 control: up.keys.control.public(),
                 netmap_key: identity.netmap,
+                epoch: identity.epoch,
             },
             wg: up.keys.wg.clone(),
             probe: up.keys.probe.clone(),
@@ -194,6 +195,9 @@ impl Daemon {
         if up.identity.as_ref() != Some(&identity) {
             up.dir.save_identity(&identity)?;
             up.config.min_epoch = identity.epoch;
+            if let Some(engine) = &mut up.engine {
+                engine.trust_epoch(identity.epoch);
+            }
             up.identity = Some(identity);
         }
         if new_signer && let Some(engine) = &up.engine {

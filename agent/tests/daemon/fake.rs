@@ -35,8 +35,11 @@ pub(crate) struct Fake {
 }
 
 pub(crate) struct World {
+    pub(crate) epoch: u64,
     pub(crate) revision: u64,
     pub(crate) netmap: Netmap,
+    /// Signs the updates that sessions begin with, in place of the network's key.
+    pub(crate) signer: Option<NetmapSecretKey>,
     /// Refuse every session with this code.
     pub(crate) refuse: Option<&'static str>,
     /// Added to the clock it shows.
@@ -50,8 +53,10 @@ pub(crate) struct World {
 impl Fake {
     pub(crate) fn new() -> Self {
         let world = World {
+            epoch: 1,
             revision: 1,
             netmap: netmap(),
+            signer: None,
             refuse: None,
             clock_offset: Duration::ZERO,
             heard: Vec::new(),
@@ -93,20 +98,29 @@ impl Fake {
 
     /// A snapshot of the netmap as it is, at `revision`, signed.
     pub(crate) fn snapshot(&self, revision: u64) -> Signed {
+        let netmap = self.with(|w| w.netmap.clone());
+        self.sign(&self.update(revision, netmap))
+    }
+
+    /// A snapshot of `netmap` at `revision`, not signed yet.
+    pub(crate) fn update(&self, revision: u64, netmap: Netmap) -> NetmapUpdate {
         let world = self.world.lock().unwrap();
         NetmapUpdate {
             network: NETWORK,
             device: DEVICE,
             device_key: world.device_key.unwrap(),
-            epoch: 1,
+            epoch: world.epoch,
             from: 0,
             to: revision,
-            hash: world.netmap.hash(),
+            hash: netmap.hash(),
             lease_ms: 3_600_000,
             issued: clock::now().unix,
-            kind: UpdateKind::Snapshot(Box::new(world.netmap.clone())),
+            kind: UpdateKind::Snapshot(Box::new(netmap)),
         }
-        .sign(&self.netmap_key)
+    }
+
+    pub(crate) fn sign(&self, update: &NetmapUpdate) -> Signed {
+        update.sign(&self.netmap_key)
     }
 
     /// Sends to the session that stands.
@@ -138,7 +152,7 @@ impl Fake {
             root: self.root.public(),
             control: self.control.public(),
             netmap: self.netmap_key.public(),
-            epoch: 1,
+            epoch: self.with(|w| w.epoch),
         };
         socket.send(Message::binary(identity.sign(&self.root).encode_to_vec())).await.ok()?;
         let hello = socket.next().await?.ok()?.into_data();
@@ -190,8 +204,10 @@ impl Fake {
                 }
             }),
             ClientBody::ConfirmGeneration(_) => {
-                let revision = self.with(|w| w.revision);
-                ServerBody::Update(self.snapshot(revision))
+                let (revision, netmap, signer) =
+                    self.with(|w| (w.revision, w.netmap.clone(), w.signer.clone()));
+                let signer = signer.unwrap_or_else(|| self.netmap_key.clone());
+                ServerBody::Update(self.update(revision, netmap).sign(&signer))
             }
             ClientBody::Ping(ping) => ServerBody::Pong(Pong { nonce: ping.nonce, unix_us: unix }),
             _ => return,

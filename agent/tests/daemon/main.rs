@@ -4,6 +4,7 @@
 #![expect(clippy::print_stdout, clippy::unwrap_used, reason = "a skipped test says so, a failed one panics")]
 
 mod fake;
+mod hostile;
 
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};

@@ -255,6 +255,7 @@ impl Device {
                 device,
                 control: self.control.public(),
                 netmap_key: context.netmap_key,
+                epoch: super::world::EPOCH,
             },
             wg: self.wg.clone(),
             probe: self.probe.clone(),

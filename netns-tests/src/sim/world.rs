@@ -118,6 +118,9 @@ impl std::fmt::Debug for World {
 
 const RELAY_CERT: [u8; 32] = [0xce; 32];
 
+/// The coordinator's epoch: in the simulator none is ever restored from a backup.
+pub(super) const EPOCH: u64 = 1;
+
 impl World {
     /// A world with a coordinator and a relay, and no devices.
     pub fn new(seed: u64) -> Self {
@@ -131,7 +134,7 @@ impl World {
             root: root.public().fingerprint(),
             ipv4: ipnet::Ipv4Net::new_assert([100, 64, 0, 0].into(), 10),
             ipv6: derive_ipv6_prefix(network),
-            epoch: 1,
+            epoch: EPOCH,
             revisions_reserved: 0,
         });
         let mut net = Internet::new(rng.next_u64());

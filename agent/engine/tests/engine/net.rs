@@ -451,6 +451,7 @@ pub(crate) fn engine_booted(n: usize, keys: &Keys, root: &NetmapSecretKey, boot_
             device: device(n),
             control: keys.0.public(),
             netmap_key: root.public(),
+            epoch: 1,
         },
         wg: keys.1.clone(),
         probe: keys.2.clone(),

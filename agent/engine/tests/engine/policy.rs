@@ -191,7 +191,7 @@ fn a_lapsed_lease_denies_even_if_the_timer_is_late() {
 
 #[test]
 fn only_the_right_updates_are_accepted() {
-    let net = pair();
+    let mut net = pair();
     let held = net.nodes[0].engine.held().unwrap();
     assert_eq!((held.0, held.1), (1, 1));
     let check = |signed| net.nodes[0].engine.check_update(net.now, &signed).map(|p| p.revision());
@@ -222,10 +222,12 @@ fn only_the_right_updates_are_accepted() {
 
     let mut old = base();
     old.epoch = 0;
-    assert_eq!(check(sign(&old)), Err(UpdateRefused::OldEpoch { got: 0, held: 1 }));
+    assert_eq!(check(sign(&old)), Err(UpdateRefused::WrongEpoch { got: 0, want: 1 }));
     let mut restored = base();
     (restored.epoch, restored.to) = (2, 1);
-    assert_eq!(check(sign(&restored)), Ok(1), "a higher epoch numbers anew");
+    let restored = sign(&restored);
+    let early = check(restored.clone());
+    assert_eq!(early, Err(UpdateRefused::WrongEpoch { got: 2, want: 1 }), "the root key must vouch for it");
 
     let mut older = base();
     older.to = 0;
@@ -262,7 +264,7 @@ fn only_the_right_updates_are_accepted() {
     (update.from, update.to) = (0, 1);
     assert_eq!(check(sign(&update)), Err(UpdateRefused::OldRevision { got: 1, held: 1 }));
     (update.from, update.to, update.epoch) = (1, 2, 2);
-    assert!(check(sign(&update)).unwrap_err().wants_snapshot(), "a new epoch begins with a snapshot");
+    let delta = sign(&update);
 
     let lease = net.update(0, UpdateKind::Lease, 1, 1);
     assert_eq!(check(sign(&lease)), Ok(1));
@@ -270,6 +272,18 @@ fn only_the_right_updates_are_accepted() {
     assert!(check(sign(&lease)).unwrap_err().wants_snapshot());
     (lease.to, lease.hash) = (1, [0; 32]);
     assert!(check(sign(&lease)).unwrap_err().wants_snapshot());
+
+    let newest = net.snapshot(0, 9);
+    net.nodes[0].engine.trust_epoch(2);
+    net.nodes[0].engine.trust_epoch(1);
+    let check = |signed| net.nodes[0].engine.check_update(net.now, &signed).map(|p| p.revision());
+    assert_eq!(
+        check(newest),
+        Err(UpdateRefused::WrongEpoch { got: 1, want: 2 }),
+        "of the branch left behind"
+    );
+    assert_eq!(check(restored), Ok(1), "a higher epoch numbers anew");
+    assert!(check(delta).unwrap_err().wants_snapshot(), "and begins with a snapshot");
 }
 
 #[test]
