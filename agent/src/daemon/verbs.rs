@@ -125,11 +125,14 @@ impl Daemon {
             ));
         };
         self.come_down().await?;
-        if self.needs_login {
+        let mut dir = self.state.network(key.network)?;
+        // Where no device came of an earlier try, the keys stay: the coordinator may have made one, and its reply was lost.
+        let no_device = matches!(dir.membership(), Ok(None));
+        if self.needs_login && !no_device {
             // The old device is of no use any more, and its keys may be on another host as well.
             self.state.remove_network(key.network)?;
+            dir = self.state.network(key.network)?;
         }
-        let dir = self.state.network(key.network)?;
         if let Some(hostname) = ask.hostname {
             self.settings.hostname = Some(hostname);
         }
