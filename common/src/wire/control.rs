@@ -280,6 +280,7 @@ pub enum ClientBody {
 
 /// A device asks to be let in. Sent inside the handshaken session only. Its control key is the Noise static key.
 #[derive(Clone, PartialEq, Message)]
+#[prost(skip_debug)]
 pub struct Enroll {
     /// The auth key's text.
     #[prost(string, tag = "1")]
@@ -299,6 +300,15 @@ pub struct Enroll {
     /// The agent's version.
     #[prost(string, tag = "6")]
     pub version: String,
+}
+
+/// Without the auth key.
+impl std::fmt::Debug for Enroll {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { auth_key: _, hostname, wg: _, probe: _, os, version } = self;
+        let mut shown = f.debug_struct("Enroll");
+        shown.field("hostname", hostname).field("os", os).field("version", version).finish_non_exhaustive()
+    }
 }
 
 /// An enrolled device opens a session.

@@ -66,6 +66,7 @@ pub enum RelayBody {
 
 /// Who a relay is. Its Noise static key must be the one bound to the id, or be bound by the secret now.
 #[derive(Clone, PartialEq, Message)]
+#[prost(skip_debug)]
 pub struct RelayHello {
     /// Its id (in the join key), 16 bytes.
     #[prost(bytes = "vec", tag = "1")]
@@ -79,6 +80,19 @@ pub struct RelayHello {
     /// The newest [`RelayCommand::revision`] it has obeyed since it started; 0 for none.
     #[prost(uint64, tag = "4")]
     pub revision: u64,
+}
+
+/// Without the join key's secret.
+impl fmt::Debug for RelayHello {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { relay, secret: _, version, revision } = self;
+        let mut shown = f.debug_struct("RelayHello");
+        shown
+            .field("relay", relay)
+            .field("version", version)
+            .field("revision", revision)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Where a relay can be reached.
@@ -279,6 +293,7 @@ impl FromStr for RelayJoinKey {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::wire::control::{ClientBody, ClientMessage, Enroll};
     use proptest::prelude::*;
 
     #[test]
@@ -295,6 +310,16 @@ mod tests {
         assert_eq!(text[..text.len() - 4].parse::<RelayJoinKey>(), Err(ParseJoinKeyError));
         assert!(text.replace("wrelay-", "wkey-").parse::<RelayJoinKey>().is_err());
         assert!(!format!("{key:?}").contains(&text[100..]));
+    }
+
+    #[test]
+    fn messages_with_a_secret_do_not_show_it() {
+        let hello = RelayHello { secret: vec![201; 32], ..RelayHello::default() };
+        let shown = format!("{:?}", RelayMessage { body: Some(RelayBody::Hello(hello)) });
+        assert!(shown.contains("RelayHello") && !shown.contains("201"), "{shown}");
+        let enroll = Enroll { auth_key: "wkey-secret".into(), hostname: "h".into(), ..Enroll::default() };
+        let shown = format!("{:?}", ClientMessage { body: Some(ClientBody::Enroll(enroll)) });
+        assert!(shown.contains("Enroll") && !shown.contains("secret"), "{shown}");
     }
 
     #[test]
