@@ -1,6 +1,9 @@
-//! Dependencies point one way, and pure crates stay pure: checked on what cargo itself resolved.
+//! Dependencies point one way, and pure crates stay pure: checked on what cargo itself resolved, and on the source where
+//! pure code lives in a crate with I/O.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
@@ -44,6 +47,61 @@ const IO: [&str; 14] = [
 /// What a pure crate must not name itself, although something below it may (snow brings a generator that
 /// is never used, ring brings its own).
 const AMBIENT: [&str; 6] = ["getrandom", "libc", "nix", "rand", "rustix", "tracing-subscriber"];
+
+/// Pure code by its place in the workspace: files, and folders with all below. Those of relay and coordinator live
+/// in crates with I/O, whose dependencies say nothing about them.
+const PURE_SOURCE: [&str; 9] = [
+    "common/src",
+    "agent/engine/src",
+    "relay/src/core.rs",
+    "relay/src/core",
+    "relay/src/stun.rs",
+    "coordinator/src/domain.rs",
+    "coordinator/src/domain",
+    "coordinator/src/push.rs",
+    "coordinator/src/push",
+];
+
+/// What pure code must not name: I/O and what does it, clocks, randomness that nobody handed in, other tasks.
+const IMPURE: [&str; 36] = [
+    "tokio",
+    "tokio_util",
+    "async_std",
+    "sqlx",
+    "quinn",
+    "rustls",
+    "axum",
+    "hyper",
+    "tungstenite",
+    "tokio_tungstenite",
+    "socket2",
+    "libc",
+    "nix",
+    "rustix",
+    "UdpSocket",
+    "TcpStream",
+    "TcpListener",
+    "UnixStream",
+    "std::fs",
+    "std::io",
+    "std::env",
+    "std::process",
+    "std::thread",
+    "Instant::now",
+    "SystemTime",
+    "UNIX_EPOCH",
+    "getrandom",
+    "OsRng",
+    "OsEntropy",
+    "ThreadRng",
+    "thread_rng",
+    "from_entropy",
+    "from_os_rng",
+    // Their hashers are seeded by the system.
+    "RandomState",
+    "HashMap::new",
+    "HashSet::new",
+];
 
 /// `cargo metadata` of this workspace.
 struct Metadata(Value);
@@ -162,5 +220,88 @@ fn boringtun_is_a_witness_in_tests_and_never_shipped() -> Result<()> {
         // Its mock clock would reach every binary that is built together with the tests.
         ensure!(!features.iter().any(|feature| feature.contains("mock")), "{features:?}");
     }
+    Ok(())
+}
+
+/// The Rust files at `place`, which is one or holds them, without tests.
+fn rust_files(place: &Path) -> Result<Vec<PathBuf>> {
+    if place.is_file() {
+        return Ok(vec![place.to_owned()]);
+    }
+    let mut files = Vec::new();
+    for entry in fs::read_dir(place).with_context(|| format!("reading {}", place.display()))? {
+        let path = entry?.path();
+        match path.file_name().and_then(|name| name.to_str()) {
+            Some("tests" | "tests.rs") => {}
+            _ if path.is_dir() => files.extend(rust_files(&path)?),
+            Some(name) if name.ends_with(".rs") => files.push(path),
+            _ => {}
+        }
+    }
+    Ok(files)
+}
+
+/// Where the code (not its comments and tests) of `source` names something impure.
+fn impurities(source: &str) -> Vec<(usize, &'static str)> {
+    let lines: Vec<&str> = source.lines().collect();
+    let tests =
+        lines.windows(2).position(|pair| pair[0] == "#[cfg(test)]" && pair[1].starts_with("mod tests {"));
+    let code = &lines[..tests.unwrap_or(lines.len())];
+    let found = code.iter().enumerate().flat_map(|(number, line)| {
+        let line = line.split("//").next().unwrap_or_default();
+        let named = IMPURE.iter().filter(move |word| names(line, word));
+        let waits = (line.contains("async ") || line.contains(".await")).then_some(&"async");
+        named.chain(waits).map(move |word| (number + 1, *word))
+    });
+    found.collect()
+}
+
+/// True if `word` stands in `line` and is no part of a longer name.
+fn names(line: &str, word: &str) -> bool {
+    let part = |c: char| c.is_alphanumeric() || c == '_';
+    line.match_indices(word).any(|(at, _)| {
+        !line[..at].chars().next_back().is_some_and(part)
+            && !line[at + word.len()..].chars().next().is_some_and(part)
+    })
+}
+
+#[test]
+fn pure_code_names_no_io_clock_or_randomness_of_the_system() -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let mut wrong = Vec::new();
+    for place in PURE_SOURCE {
+        let files = rust_files(&root.join(place))?;
+        ensure!(!files.is_empty(), "{place} has no source: it has moved, and PURE_SOURCE must follow");
+        for file in files {
+            let found = impurities(&fs::read_to_string(&file)?);
+            let name = file.strip_prefix(&root).unwrap_or(&file).display().to_string();
+            wrong.extend(found.into_iter().map(|(line, word)| format!("{name}:{line} names {word}")));
+        }
+    }
+    ensure!(
+        wrong.is_empty(),
+        "time, randomness and I/O are handed to pure code as arguments:\n{}",
+        wrong.join("\n")
+    );
+    Ok(())
+}
+
+#[test]
+fn the_search_for_impure_names_sees_them() -> Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    for (file, word) in [
+        ("relay/src/server/quic.rs", "quinn"),
+        ("relay/src/server.rs", "tokio"),
+        ("relay/src/os.rs", "SystemTime"),
+        ("coordinator/src/os.rs", "OsEntropy"),
+        ("coordinator/src/store/sqlite.rs", "sqlx"),
+        ("agent/src/control.rs", "async"),
+    ] {
+        let found = impurities(&fs::read_to_string(root.join(file))?);
+        ensure!(found.iter().any(|(_, seen)| *seen == word), "{word} is not seen in {file}: {found:?}");
+    }
+    let clean =
+        "let now = instant::now; // tokio\nlet tokios = 1;\n#[cfg(test)]\nmod tests {\n use std::fs;\n}";
+    ensure!(impurities(clean).is_empty(), "{:?}", impurities(clean));
     Ok(())
 }
