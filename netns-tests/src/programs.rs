@@ -97,6 +97,37 @@ impl Coordinator {
     }
 }
 
+/// A running relay of its own, beside the coordinator's.
+#[derive(Debug)]
+pub struct Relay {
+    /// Where it runs.
+    pub host: Host,
+    /// Its state directory.
+    pub state_dir: PathBuf,
+    /// The program itself.
+    pub process: Process,
+}
+
+impl Relay {
+    /// Makes a join key for a relay called `name`, starts it with that, and waits until it has joined.
+    ///
+    /// # Errors
+    /// It does not come to join.
+    pub fn start(host: Host, coordinator: &Coordinator, name: &str) -> Result<Self> {
+        let key = coordinator.admin(&["relay", "create", name])?;
+        let state_dir = host.dir().join("state");
+        let mut command = host.command(workspace_binary("warren-relay")?);
+        command.args(["serve", "--coordinator", &coordinator.url, "--join-key", key.trim(), "--state-dir"]);
+        command.arg(&state_dir).args(["--listen", &format!("0.0.0.0:{RELAY}")]);
+        command.args(["--stun-listen", &format!("0.0.0.0:{STUN}")]);
+        command.args(["--advertise", &format!("{}:{RELAY}", host.v4())]);
+        command.args(["--advertise-stun", &format!("{}:{STUN}", host.v4())]);
+        let mut process = host.spawn(command)?;
+        process.wait_for_line("joined", LIMIT)?;
+        Ok(Self { host, state_dir, process })
+    }
+}
+
 /// A running agent.
 #[derive(Debug)]
 pub struct Agent {

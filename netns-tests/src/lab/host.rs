@@ -18,6 +18,7 @@ pub struct Host {
     netns: String,
     dir: PathBuf,
     interfaces: Mutex<Vec<Interface>>,
+    env: Mutex<Vec<(String, String)>>,
 }
 
 /// One network card of a host.
@@ -44,6 +45,7 @@ impl Host {
             netns,
             dir,
             interfaces: Mutex::default(),
+            env: Mutex::default(),
         })
     }
 
@@ -238,13 +240,21 @@ impl Host {
         netns::enter(&self.netns, f)
     }
 
+    /// Sets an environment variable for programs that are started here from now on.
+    pub fn set_env(&self, key: &str, value: &str) {
+        let mut env = self.env.lock().unwrap_or_else(PoisonError::into_inner);
+        env.push((key.to_owned(), value.to_owned()));
+    }
+
     /// A command that will run inside the host, with the host's own `/run`. Its process id is that of
     /// the program itself. Prefer [`Host::spawn`] for what must end with the lab in good order.
     pub fn command(&self, program: impl AsRef<Path>) -> Command {
         let program = program.as_ref();
         let found = program.to_str().and_then(netns::tool);
         let mut command = netns::ip();
+        let env = self.env.lock().unwrap_or_else(PoisonError::into_inner).clone();
         command
+            .envs(env)
             .env(netns::MARKER, self.shared.name.as_str())
             .args(["netns", "exec", &self.netns])
             .args(["sh", "-c", r#"mount --bind "$0" /run && exec "$@""#])

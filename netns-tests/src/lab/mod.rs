@@ -135,6 +135,11 @@ impl Lab {
         self.shared.name.dir()
     }
 
+    /// The log files of all programs that were started in it, oldest first.
+    pub fn logs(&self) -> Vec<PathBuf> {
+        self.shared.state().logs.clone()
+    }
+
     /// Prints the ends of all programs' logs.
     pub fn show_logs(&self) {
         self.shared.show_logs();
