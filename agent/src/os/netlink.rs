@@ -15,6 +15,7 @@ use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessa
 use rtnetlink::{Handle, IpVersion, LinkUnspec, MulticastGroup, RouteMessageBuilder};
 use tokio_util::task::AbortOnDropHandle;
 
+use super::tun::QUEUE_LEN;
 use crate::problem::{Problem, io_text};
 
 /// Metric of the routes through the TUN.
@@ -285,7 +286,7 @@ impl Netlink {
         Ok(())
     }
 
-    /// Gives the TUN its addresses (and takes others away), sets its MTU and switches it on.
+    /// Gives the TUN its addresses (and takes others away), sets its MTU and queue and switches it on.
     pub(super) async fn configure_tun(
         &self,
         tun: &str,
@@ -297,7 +298,8 @@ impl Netlink {
         // No link-local address of its own: router solicitations into the tunnel serve nobody. It is our own
         // interface, so a kernel that does not know the setting is no harm.
         let _ = std::fs::write(format!("/proc/sys/net/ipv6/conf/{tun}/addr_gen_mode"), "1");
-        let link = LinkUnspec::new_with_index(index).mtu(mtu).up().build();
+        // The queue by netlink: the ioctl for it wants rights over the whole machine, which root of a container lacks.
+        let link = LinkUnspec::new_with_index(index).mtu(mtu).txqueuelen(QUEUE_LEN).up().build();
         self.handle.link().set(link).execute().await.map_err(|e| problem(&format!("switch {tun} on"), &e))?;
         let wanted = |addr: &IpAddr| addrs.contains(addr) && (ipv6 || addr.is_ipv4());
         let present: Vec<_> = self

@@ -83,7 +83,8 @@ fn up_routes_guards_and_a_clean_stop_leaves_nothing() {
         host_os.check_collision(&plan()).await.unwrap();
         let applied = host_os.apply(&plan(), &state).await.unwrap();
         assert_eq!(applied, Applied { ipv6: true });
-        assert!(run("ip link show wtest0").contains("mtu 1300"));
+        let link = run("ip link show wtest0");
+        assert!(link.contains("mtu 1300") && link.contains("qlen 1000"), "{link}");
         assert!(run("ip route get 100.64.9.9").contains("dev wtest0"));
         assert!(run("ip -6 route get fd00:77::9").contains("dev wtest0"));
         // Our own sockets never see the overlay's routes.
@@ -101,6 +102,19 @@ fn up_routes_guards_and_a_clean_stop_leaves_nothing() {
         assert_eq!(host(), before);
         host_os.restore(&state).await.unwrap();
     });
+}
+
+/// A container's root has no rights over the machine: the test above once more, in a user namespace.
+#[test]
+fn root_of_a_user_namespace_is_enough() {
+    const TEST: &str = "os::tests::up_routes_guards_and_a_clean_stop_leaves_nothing";
+    let exe = std::env::current_exe().unwrap();
+    let mut unshare = Command::new("unshare");
+    let output = unshare.arg("-Urnm").arg(exe).args(["--exact", TEST, "--nocapture"]).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && text.contains("1 passed"), "{text}{errors}");
+    assert!(!text.contains("skipped:"), "{text}");
 }
 
 #[test]

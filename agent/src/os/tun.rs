@@ -12,7 +12,7 @@ use crate::problem::{Problem, io_text};
 /// Longest name of an interface, in bytes (Linux `IFNAMSIZ` less the final zero).
 pub const MAX_NAME: usize = 15;
 /// Packets that the kernel queues for us before it drops: enough for one round of a busy loop.
-const QUEUE_LEN: u32 = 1_000;
+pub const QUEUE_LEN: u32 = 1_000;
 
 /// An open TUN device; it disappears with this value.
 pub struct Tun {
@@ -35,7 +35,7 @@ impl Tun {
         DeviceBuilder::new()
             .name(name)
             .with(|builder| {
-                builder.packet_information(false).offload(false).tx_queue_len(QUEUE_LEN);
+                builder.packet_information(false).offload(false);
             })
             .enable(false)
             .build_async()
