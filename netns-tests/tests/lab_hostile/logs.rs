@@ -1,5 +1,5 @@
 //! What programs write when they are told to write everything: no secret at any level; no address and no name of a
-//! customer above debug.
+//! customer above debug. And what they keep and print: no secret in the coordinator's database, or in what verbs show.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -34,8 +34,13 @@ fn policy(with_tcp: bool) -> String {
 #[derive(Default)]
 struct Known {
     secrets: Vec<Secret>,
+    /// What every relay token of a device holds. It is no secret by itself, but nobody logs it for another reason.
+    tokens: Vec<Secret>,
     private: BTreeSet<String>,
 }
+
+/// The coordinator's files that hold its own secrets: all are key files, the database is none.
+const KEY_FILES: [&str; 4] = ["root.key", "control.key", "netmap.key", warren_relay::tls::FILE];
 
 impl Known {
     fn key(&mut self, what: &str, text: &str) -> Result<String> {
@@ -48,9 +53,8 @@ impl Known {
     fn agent(&mut self, agent: &Agent) -> Result<()> {
         let name = agent.host.name();
         self.secrets.extend(Secret::of_agent(name, &agent.state_dir)?);
-        // A relay token names the device's probe key: where that is not, no token is.
         let probe = Loot::take(agent)?.keys.probe.public();
-        self.secrets.push(Secret::new(format!("relay token of {name}"), probe.as_bytes()));
+        self.tokens.push(Secret::new(format!("relay token of {name}"), probe.as_bytes()));
         self.private.insert(name.to_owned());
         self.private.insert(agent.host.v4().to_string());
         self.private.extend(agent.addresses()?.iter().map(ToString::to_string));
@@ -91,6 +95,45 @@ impl Known {
     }
 }
 
+impl Known {
+    fn nothing_secret_in(&self, bytes: &[u8], place: &str) -> Result<()> {
+        self.secrets.iter().try_for_each(|secret| secret.is_not_in(bytes, place))
+    }
+
+    /// Verbs of both sides, the metrics, and the coordinator's database show no secret.
+    fn nothing_secret_is_shown(&self, coordinator: &Coordinator, agent: &Agent) -> Result<()> {
+        for verb in
+            [&["status", "--json"][..], &["bugreport"], &["netcheck", "--json"], &["why", "billingdb:7000"]]
+        {
+            let output = agent.warren(verb)?;
+            ensure!(!output.stdout.is_empty(), "warren {verb:?} says nothing");
+            self.nothing_secret_in(&[output.stdout, output.stderr].concat(), &format!("warren {verb:?}"))?;
+        }
+        for verb in [
+            &["auth-key", "list", "--json"][..],
+            &["device", "list", "--json"],
+            &["device", "show", "billingdb", "--json"],
+            &["user", "list", "--json"],
+            &["relay", "list", "--json"],
+            &["policy", "status", "--json"],
+        ] {
+            let output = coordinator.admin(verb)?;
+            self.nothing_secret_in(output.as_bytes(), &format!("warren-coordinator {verb:?}"))?;
+        }
+        let mut searched = 0;
+        for file in fs::read_dir(&coordinator.state_dir)? {
+            let path = file?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if path.is_file() && !KEY_FILES.contains(&name.as_str()) {
+                self.nothing_secret_in(&fs::read(&path)?, &format!("the coordinator's file {name}"))?;
+                searched += 1;
+            }
+        }
+        ensure!(searched > 0, "there is no database");
+        Ok(())
+    }
+}
+
 /// A host whose programs write everything.
 fn talkative(host: Host) -> Host {
     host.set_env("RUST_LOG", "trace");
@@ -123,6 +166,8 @@ fn logs_hold_no_secret_and_above_debug_no_names_and_addresses() -> Result<()> {
         let mut known = Known::default();
         let mut coordinator = Coordinator::start(talkative(lab.host("coord")?), &policy(true))?;
         let relay = Relay::start(talkative(lab.host("fra")?), &coordinator, "fra")?;
+        // A relay's join key is only shown once; this one is never used.
+        known.key("join key", &coordinator.admin(&["relay", "create", "ams"])?)?;
         let (mut ann, bob) = (agent(lab, "quentinslapt")?, agent(lab, "billingdb")?);
         known.private.insert(USER.to_owned());
 
@@ -155,14 +200,13 @@ fn logs_hold_no_secret_and_above_debug_no_names_and_addresses() -> Result<()> {
         })?;
         coordinator.edit_policy(&policy(false))?;
         stream.wait_for_line("\"end\"", LIMIT)?;
-        ann.warren(&["why", "billingdb:7000"])?;
-        ann.warren(&["bugreport"])?;
 
         // Everything of each device is known by now; then programs come and go, and a device is removed.
         known.agent(&ann)?;
         known.agent(&bob)?;
         known.coordinator(&coordinator)?;
         known.relay(&relay)?;
+        known.nothing_secret_is_shown(&coordinator, &ann)?;
         coordinator.process.kill()?;
         ann.process.stop(LIMIT)?;
         ann.start_again()?;
@@ -180,9 +224,8 @@ fn logs_hold_no_secret_and_above_debug_no_names_and_addresses() -> Result<()> {
         for log in lab.logs() {
             let text = fs::read(&log)?;
             let name = log.display().to_string();
-            for secret in &known.secrets {
-                secret.is_not_in(&text, &name)?;
-            }
+            known.nothing_secret_in(&text, &name)?;
+            known.tokens.iter().try_for_each(|token| token.is_not_in(&text, &name))?;
             let text = String::from_utf8_lossy(&text);
             // What the lab's own traffic programs say is not the product's.
             if text.starts_with('{') {
