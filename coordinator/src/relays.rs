@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc;
 use warren_common::ids::{DeviceId, RelayId};
 use warren_common::wire::relay_control::{MAX_COMMAND_DEVICES, MinimumRevision, RelayCommand};
-use warren_relay::server::RelayServer;
+use warren_relay::server::{RelayServer, ServerStats};
 
 /// Commands that may wait for one relay; beyond this its session ends, and it starts again with a floor.
 pub const MAX_COMMANDS: usize = 64;
@@ -80,6 +80,11 @@ impl Relays {
     /// The relay is no longer one of ours.
     pub fn remove(&self, relay: RelayId) {
         self.joined().sessions.remove(&relay);
+    }
+
+    /// What the embedded relay holds and has done.
+    pub fn embedded_stats(&self) -> Option<ServerStats> {
+        self.embedded.as_ref().map(|relay| relay.stats())
     }
 
     /// How many relays have a session.

@@ -46,6 +46,15 @@ async fn the_embedded_relay_is_in_the_netmap_and_tokens_name_the_peers() {
     coordinator.call(Call::DeviceRemove { device: "two".into() }).await.unwrap();
     let newer = next_token(&mut one).await;
     assert!(newer.revision > token.revision && newer.peers.is_empty());
+    let metrics = support::http_get(coordinator.addr, "/metrics").await.unwrap();
+    for line in [
+        "# TYPE warren_relay_clients gauge",
+        "warren_relay_clients 0",
+        "warren_relay_dropped_total{reason=\"not-permitted\"} 0",
+        "warren_relay_closed_total{reason=\"possession\"} 0",
+    ] {
+        assert!(metrics.lines().any(|l| l == line), "{line} is missing in {metrics}");
+    }
     let list = coordinator.call(Call::RelayList).await.unwrap();
     assert_eq!((&list[0]["embedded"], &list[0]["joined"]), (&true.into(), &true.into()));
 }

@@ -1,8 +1,10 @@
 //! A relay gives nothing to whoever has no right to it, over QUIC and over TLS, embedded or not.
 
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use warren_agent::clock;
 use warren_agent::entropy::OsEntropy;
 use warren_agent::relay_client::Transport;
@@ -62,6 +64,18 @@ impl World {
         let cyd_id = cyd.json(&["status", "--json"])?["self"]["id"].as_str().unwrap_or_default().parse()?;
         let signer = Keys::load(&coordinator.state_dir, false, &mut OsEntropy)?.netmap;
         Ok(Self { coordinator, _fra: fra, cyd, _bob: bob, eve, loot, cyd_id, signer })
+    }
+
+    /// What the embedded relay has counted under a label of one of its counters.
+    fn counted(&self, counter: &str, reason: &str) -> Result<u64> {
+        let address = self.coordinator.url.trim_start_matches("http://");
+        let mut stream = self.eve[0].enter(|| TcpStream::connect(address))??;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: c\r\nconnection: close\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        let start = format!("{counter}{{reason=\"{reason}\"}} ");
+        let value = text.lines().find_map(|line| line.strip_prefix(start.as_str()));
+        Ok(value.with_context(|| format!("no {start}in {text}"))?.trim().parse()?)
     }
 
     fn relays(&self) -> Result<[&RelayInfo; 2]> {
@@ -157,6 +171,18 @@ fn without_a_token_of_its_own_nobody_gets_anything_from_a_relay() -> Result<()> 
             ensure!(welcome == Welcome::Out(*expected), "{what}: {welcome:?}");
         }
         drop(visits);
+        for (reason, count) in [
+            (RefusalCode::TokenInvalid, 4),
+            (RefusalCode::Possession, 2),
+            (RefusalCode::OtherRelay, 4),
+            (RefusalCode::TokenExpired, 2),
+            (RefusalCode::TokenLife, 2),
+            (RefusalCode::TokenStale, 2),
+        ] {
+            let counted = world.counted("warren_relay_closed_total", reason.as_str())?;
+            // A client that was refused tries again.
+            ensure!(counted >= count, "{reason}: {counted}");
+        }
 
         // The same with the right token and key is let in: it was the token each time.
         for (inside, transport) in insides.iter().zip([Transport::Quic, Transport::Tls]) {
@@ -198,6 +224,8 @@ fn a_relay_carries_only_allowed_pairs_and_cuts_a_removed_device() -> Result<()> 
         }
         let status = world.cyd.json(&["status", "--json"])?;
         ensure!(status["counters"]["drops"]["unknown-sender"].is_null(), "a packet reached cyd: {status}");
+        let counted = world.counted("warren_relay_dropped_total", "not-permitted")?;
+        ensure!(counted == 3, "{counted} packets without a permit are counted");
 
         world.coordinator.admin(&["device", "remove", "ann"])?;
         for (visit, token) in &mut visits {
