@@ -4,3 +4,4 @@ pub mod demo;
 pub mod lab;
 pub mod programs;
 pub mod sim;
+pub mod traffic;

@@ -19,7 +19,7 @@ const CONTROL: u16 = 8080;
 const RELAY: u16 = 3340;
 const STUN: u16 = 3478;
 
-/// A running coordinator with its embedded relay.
+/// A running coordinator, with its embedded relay or without.
 #[derive(Debug)]
 pub struct Coordinator {
     /// Where it runs.
@@ -32,19 +32,32 @@ pub struct Coordinator {
     pub policy: PathBuf,
     /// The program itself.
     pub process: Process,
+    embedded_relay: bool,
 }
 
 impl Coordinator {
-    /// Starts one with this policy, and waits until it serves.
+    /// Starts one with this policy and an embedded relay, and waits until it serves.
     ///
     /// # Errors
     /// It does not come to serve.
     pub fn start(host: Host, policy_text: &str) -> Result<Self> {
+        Self::new(host, policy_text, true)
+    }
+
+    /// Starts one with this policy, but without a relay or a STUN server, and waits until it serves.
+    ///
+    /// # Errors
+    /// It does not come to serve.
+    pub fn start_without_relay(host: Host, policy_text: &str) -> Result<Self> {
+        Self::new(host, policy_text, false)
+    }
+
+    fn new(host: Host, policy_text: &str, embedded_relay: bool) -> Result<Self> {
         let (state_dir, policy) = (host.dir().join("state"), host.dir().join("policy.hujson"));
         fs::write(&policy, policy_text)?;
         let url = format!("http://{}:{CONTROL}", host.v4());
-        let process = Self::spawn(&host, &url, &state_dir, &policy)?;
-        Ok(Self { host, url, state_dir, policy, process })
+        let process = Self::spawn(&host, &url, &state_dir, &policy, embedded_relay)?;
+        Ok(Self { host, url, state_dir, policy, process, embedded_relay })
     }
 
     /// Starts it again on the same state, after [`Process::kill`] or [`Process::stop`].
@@ -52,16 +65,27 @@ impl Coordinator {
     /// # Errors
     /// It does not come to serve.
     pub fn start_again(&mut self) -> Result<()> {
-        self.process = Self::spawn(&self.host, &self.url, &self.state_dir, &self.policy)?;
+        self.process =
+            Self::spawn(&self.host, &self.url, &self.state_dir, &self.policy, self.embedded_relay)?;
         Ok(())
     }
 
-    fn spawn(host: &Host, url: &str, state_dir: &Path, policy: &Path) -> Result<Process> {
+    fn spawn(
+        host: &Host,
+        url: &str,
+        state_dir: &Path,
+        policy: &Path,
+        embedded_relay: bool,
+    ) -> Result<Process> {
         let mut command = host.command(workspace_binary("warren-coordinator")?);
         command.arg("serve").arg("--state-dir").arg(state_dir).arg("--policy").arg(policy);
         command.args(["--listen", &format!("0.0.0.0:{CONTROL}"), "--public-url", url]);
-        command.args(["--relay-listen", &format!("0.0.0.0:{RELAY}")]);
-        command.args(["--stun-listen", &format!("0.0.0.0:{STUN}")]);
+        if embedded_relay {
+            command.args(["--relay-listen", &format!("0.0.0.0:{RELAY}")]);
+            command.args(["--stun-listen", &format!("0.0.0.0:{STUN}")]);
+        } else {
+            command.arg("--no-embedded-relay");
+        }
         let mut process = host.spawn(command)?;
         process.wait_for_line("the coordinator serves", LIMIT)?;
         Ok(process)
@@ -75,6 +99,15 @@ impl Coordinator {
         let mut command = self.host.command(workspace_binary("warren-coordinator")?);
         command.args(args).arg("--state-dir").arg(&self.state_dir);
         printed(&mut command)
+    }
+
+    /// What an admin verb, called with `--json`, prints.
+    ///
+    /// # Errors
+    /// The verb fails.
+    pub fn ask(&self, args: &[&str]) -> Result<Value> {
+        let text = self.admin(&[args, &["--json"]].concat())?;
+        serde_json::from_str(&text).with_context(|| format!("{}: {text}", args.join(" ")))
     }
 
     /// A one-use auth key for devices with this tag.
@@ -106,6 +139,8 @@ pub struct Relay {
     pub state_dir: PathBuf,
     /// The program itself.
     pub process: Process,
+    coordinator: String,
+    join_key: String,
 }
 
 impl Relay {
@@ -114,17 +149,31 @@ impl Relay {
     /// # Errors
     /// It does not come to join.
     pub fn start(host: Host, coordinator: &Coordinator, name: &str) -> Result<Self> {
-        let key = coordinator.admin(&["relay", "create", name])?;
+        let join_key = coordinator.admin(&["relay", "create", name])?.trim().to_owned();
         let state_dir = host.dir().join("state");
+        let process = Self::spawn(&host, &coordinator.url, &join_key, &state_dir)?;
+        Ok(Self { host, state_dir, process, coordinator: coordinator.url.clone(), join_key })
+    }
+
+    /// Starts it again on the same state, after [`Process::kill`] or [`Process::stop`].
+    ///
+    /// # Errors
+    /// It does not come to join.
+    pub fn start_again(&mut self) -> Result<()> {
+        self.process = Self::spawn(&self.host, &self.coordinator, &self.join_key, &self.state_dir)?;
+        Ok(())
+    }
+
+    fn spawn(host: &Host, coordinator: &str, join_key: &str, state_dir: &Path) -> Result<Process> {
         let mut command = host.command(workspace_binary("warren-relay")?);
-        command.args(["serve", "--coordinator", &coordinator.url, "--join-key", key.trim(), "--state-dir"]);
-        command.arg(&state_dir).args(["--listen", &format!("0.0.0.0:{RELAY}")]);
+        command.args(["serve", "--coordinator", coordinator, "--join-key", join_key, "--state-dir"]);
+        command.arg(state_dir).args(["--listen", &format!("0.0.0.0:{RELAY}")]);
         command.args(["--stun-listen", &format!("0.0.0.0:{STUN}")]);
         command.args(["--advertise", &format!("{}:{RELAY}", host.v4())]);
         command.args(["--advertise-stun", &format!("{}:{STUN}", host.v4())]);
         let mut process = host.spawn(command)?;
         process.wait_for_line("joined", LIMIT)?;
-        Ok(Self { host, state_dir, process })
+        Ok(process)
     }
 }
 
@@ -194,6 +243,29 @@ impl Agent {
         let status = self.json(&["status", "--json"])?;
         let ips = status["self"]["ips"].as_array().context("this device has no addresses")?;
         ips.iter().map(|ip| Ok(ip.as_str().context("an address is a string")?.parse()?)).collect()
+    }
+
+    /// Waits until it is connected to the coordinator.
+    ///
+    /// # Errors
+    /// It is not.
+    pub fn wait_until_connected(&self) -> Result<()> {
+        let what = format!("{} is connected to the coordinator", self.host.name());
+        eventually(&what, LIMIT, || {
+            let status = self.json(&["status", "--json"])?;
+            Ok((status["coordinator"]["connected"] == true).then_some(()))
+        })
+    }
+
+    /// Waits until packets to a peer take this kind of path: `direct` or `relay`. Makes some, so that one is looked for.
+    ///
+    /// # Errors
+    /// They don't.
+    pub fn wait_for_path(&self, peer: &str, kind: &str) -> Result<()> {
+        self.ping(peer, 1)?;
+        eventually(&format!("{} reaches {peer} over {kind}", self.host.name()), LIMIT, || {
+            Ok((self.peer(peer)?["path"]["kind"] == kind).then_some(()))
+        })
     }
 
     /// A peer's entry of `warren status --json`.

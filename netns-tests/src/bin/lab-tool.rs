@@ -3,17 +3,19 @@
 //!
 //! ```text
 //! lab-tool tcp-serve ADDR:PORT                      echoes every connection, tells what arrived and how it ended
-//! lab-tool tcp-stream ADDR:PORT [--total BYTES] [--rate BYTES_PER_S] [--stall SECONDS]
+//! lab-tool tcp-stream ADDR:PORT [--total BYTES] [--until FILE] [--rate BYTES_PER_S] [--stall SECONDS] [--answer MS]
 //!                                                   sends a known pattern, checks its echo, tells how it ended
 //! lab-tool udp-echo ADDR:PORT                       echoes every datagram
-//! lab-tool udp-ping ADDR:PORT [--count N] [--from ADDR:PORT]
+//! lab-tool udp-ping ADDR:PORT [--count N] [--until FILE] [--every MS] [--answer MS] [--from ADDR:PORT]
+//!                                                   sends one datagram after the other, tells which came back
 //! lab-tool hold                                     makes a lab with one busy host and waits for ever
 //! lab-tool sweep                                    removes labs whose owner is dead, kept ones too
 //! ```
-//! Exit code: 0 when everything asked for was transferred, 1 when not, 2 for a wrong command line.
+//! `--until FILE` goes on until that file exists. Exit code: 0 when everything asked for was transferred, 1 when not, 2 for a wrong command line.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -25,7 +27,7 @@ use warren_netns_tests::lab::{Lab, Stopwatch, monotonic_ms, sweep};
 /// How often a running transfer says where it is.
 const PROGRESS: Duration = Duration::from_millis(100);
 
-/// Time for a TCP handshake or a UDP answer before it counts as lost.
+/// Time for a TCP handshake or a UDP answer before it counts as lost, unless told otherwise.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
 /// One write of a stream.
@@ -74,7 +76,10 @@ struct Options {
     total: Option<u64>,
     rate: Option<u64>,
     stall: Duration,
-    count: u64,
+    count: Option<u64>,
+    until: Option<PathBuf>,
+    every: Duration,
+    answer: Duration,
     from: Option<SocketAddr>,
 }
 
@@ -87,7 +92,10 @@ impl Options {
             total: None,
             rate: None,
             stall: Duration::from_secs(10),
-            count: 1,
+            count: None,
+            until: None,
+            every: Duration::ZERO,
+            answer: ANSWER_LIMIT,
             from: None,
         };
         let mut rest = rest.iter();
@@ -103,7 +111,10 @@ impl Options {
                 "--total" => options.total = Some(number(value()?)?),
                 "--rate" => options.rate = Some(number(value()?)?.max(1)),
                 "--stall" => options.stall = Duration::from_secs(number(value()?)?.max(1)),
-                "--count" => options.count = number(value()?)?,
+                "--count" => options.count = Some(number(value()?)?),
+                "--until" => options.until = Some(value()?.into()),
+                "--every" => options.every = Duration::from_millis(number(value()?)?),
+                "--answer" => options.answer = Duration::from_millis(number(value()?)?.max(1)),
                 "--from" => options.from = Some(address(value()?)?),
                 _ if options.address.is_none() => options.address = Some(address(word)?),
                 _ => bail!(Usage(format!("unexpected {word:?}"))),
@@ -114,6 +125,11 @@ impl Options {
 
     fn address(&self) -> Result<SocketAddr> {
         Ok(self.address.ok_or_else(|| Usage("an ADDR:PORT is missing".into()))?)
+    }
+
+    /// Whoever started this wants it to come to its end.
+    fn is_to_end(&self) -> bool {
+        self.until.as_ref().is_some_and(|file| file.exists())
     }
 }
 
@@ -159,8 +175,7 @@ fn serve_one(mut stream: TcpStream, peer: SocketAddr) {
 
 fn tcp_stream(options: &Options) -> Result<bool> {
     let address = options.address()?;
-    let total = options.total.unwrap_or(u64::MAX);
-    let stream = match TcpStream::connect_timeout(&address, ANSWER_LIMIT) {
+    let stream = match TcpStream::connect_timeout(&address, options.answer) {
         Ok(stream) => stream,
         Err(error) => {
             emit(&json!({"event": "end", "how": how_it_ended(&error), "bytes": 0, "text": error.to_string(),
@@ -173,12 +188,13 @@ fn tcp_stream(options: &Options) -> Result<bool> {
     );
     stream.set_read_timeout(Some(options.stall))?;
     let sent = AtomicU64::new(0);
+    let total = AtomicU64::new(options.total.unwrap_or(u64::MAX));
     let outcome = std::thread::scope(|scope| {
         scope.spawn(|| {
             // A failed write shows in the reader as well, which tells how the connection ended.
-            let _ = send_pattern(&stream, total, options.rate, &sent);
+            let _ = send_pattern(&stream, options, &total, &sent);
         });
-        let outcome = check_echo(&stream, total);
+        let outcome = check_echo(&stream, &total);
         let _ = stream.shutdown(Shutdown::Both);
         outcome
     });
@@ -187,18 +203,20 @@ fn tcp_stream(options: &Options) -> Result<bool> {
     Ok(outcome.how == "complete")
 }
 
+/// Sends until `total` bytes are sent, or until told to end: `total` is then what was sent.
 fn send_pattern(
     mut stream: &TcpStream,
-    total: u64,
-    rate: Option<u64>,
+    options: &Options,
+    total: &AtomicU64,
     sent: &AtomicU64,
 ) -> std::io::Result<()> {
     let watch = Stopwatch::start();
     let mut at = 0;
     let mut buffer = vec![0; CHUNK];
-    while at < total {
-        let mut n = usize::try_from(total - at).unwrap_or(CHUNK).min(CHUNK);
-        if let Some(rate) = rate {
+    let most = total.load(Ordering::SeqCst);
+    while at < most && !options.is_to_end() {
+        let mut n = usize::try_from(most - at).unwrap_or(CHUNK).min(CHUNK);
+        if let Some(rate) = options.rate {
             // Ten steps a second, so that a slow stream is still a steady one.
             n = n.min(usize::try_from(rate.div_ceil(10)).unwrap_or(CHUNK));
             let due = Duration::from_secs_f64(at as f64 / rate as f64);
@@ -211,6 +229,8 @@ fn send_pattern(
         at += n as u64;
         sent.store(at, Ordering::Relaxed);
     }
+    // Before the other side hears of the end, and so before its own end comes back.
+    total.store(at, Ordering::SeqCst);
     stream.shutdown(Shutdown::Write)
 }
 
@@ -220,14 +240,14 @@ struct Outcome {
     last_byte_ms: u64,
 }
 
-fn check_echo(mut stream: &TcpStream, total: u64) -> Outcome {
+fn check_echo(mut stream: &TcpStream, total: &AtomicU64) -> Outcome {
     let mut buffer = vec![0; CHUNK];
     let mut bytes = 0_u64;
     let mut last_byte_ms = monotonic_ms();
     let mut since_progress = Stopwatch::start();
     let how = loop {
         match stream.read(&mut buffer) {
-            Ok(0) if bytes == total => break "complete",
+            Ok(0) if bytes == total.load(Ordering::SeqCst) => break "complete",
             Ok(0) => break "eof",
             Ok(n) => {
                 let right = buffer[..n].iter().zip(bytes..).all(|(byte, at)| *byte == pattern(at));
@@ -283,21 +303,24 @@ fn udp_ping(options: &Options) -> Result<bool> {
     let socket = UdpSocket::bind(from).with_context(|| format!("binding {from}"))?;
     // Connected, so that an ICMP error is reported as one.
     socket.connect(to)?;
-    socket.set_read_timeout(Some(ANSWER_LIMIT))?;
-    let mut received = 0;
-    for seq in 0..options.count {
+    socket.set_read_timeout(Some(options.answer))?;
+    let most = options.count.unwrap_or(if options.until.is_some() { u64::MAX } else { 1 });
+    let (mut sent, mut received) = (0, 0);
+    while sent < most && !options.is_to_end() {
+        let seq = sent;
         let watch = Stopwatch::start();
-        let sent = socket.send(&seq.to_be_bytes());
-        match sent.and_then(|_| await_echo(&socket, seq)) {
+        sent += 1;
+        match socket.send(&seq.to_be_bytes()).and_then(|_| await_echo(&socket, seq)) {
             Ok(()) => {
                 received += 1;
                 emit(&json!({"event": "pong", "seq": seq, "rtt_us": watch.elapsed().as_micros() as u64}));
             }
             Err(error) => emit(&json!({"event": "lost", "seq": seq, "how": how_it_ended(&error)})),
         }
+        std::thread::sleep(options.every.saturating_sub(watch.elapsed()));
     }
-    emit(&json!({"event": "end", "sent": options.count, "received": received}));
-    Ok(received == options.count)
+    emit(&json!({"event": "end", "sent": sent, "received": received}));
+    Ok(received == sent)
 }
 
 fn await_echo(socket: &UdpSocket, seq: u64) -> std::io::Result<()> {
