@@ -132,7 +132,7 @@ impl RelayServer {
             .map(|addr| stun::bind(addr).map_err(listen_error("STUN", addr)))
             .transpose()?;
         let stun_addr = stun.as_ref().and_then(|socket| socket.local_addr().ok());
-        let endpoint = quic::endpoint(quic_tls, udp).map_err(listen_error("QUIC", local_addr))?;
+        let endpoint = quic::endpoint(&identity, quic_tls, udp).map_err(listen_error("QUIC", local_addr))?;
         let listener = tokio::net::TcpListener::from_std(tcp).map_err(listen_error("TLS", local_addr))?;
 
         let shared = Arc::new(Shared::new(Relay::new(Config {

@@ -78,6 +78,16 @@ impl Identity {
         Sha256::digest(&self.cert).into()
     }
 
+    /// A secret that only whoever has the certificate's key can make: the same after a restart.
+    pub(crate) fn derive(&self, purpose: &str) -> [u8; 32] {
+        let mut hash = Sha256::new();
+        hash.update(b"warren relay secret 1\0");
+        hash.update(purpose);
+        hash.update(b"\0");
+        hash.update(self.key.secret_der());
+        hash.finalize().into()
+    }
+
     /// TLS 1.3 with this certificate, our ALPN, no resumption.
     ///
     /// # Errors
@@ -132,6 +142,15 @@ mod tests {
         assert_eq!(Identity::load_or_create(dir.path()).unwrap().sha256(), first);
         let mode = fs::metadata(dir.path().join(FILE)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn derived_secrets_are_stable_and_differ_by_purpose_and_relay() {
+        let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let of = |n: usize, purpose| Identity::load_or_create(dirs[n].path()).unwrap().derive(purpose);
+        assert_eq!(of(0, "a"), of(0, "a"));
+        assert_ne!(of(0, "a"), of(0, "b"));
+        assert_ne!(of(0, "a"), of(1, "a"));
     }
 
     #[test]

@@ -151,6 +151,14 @@ impl Up {
         }
     }
 
+    /// There is a session with the coordinator again. If it was restarted, so was its embedded relay; and tokens that
+    /// were asked for meanwhile will not come.
+    pub(super) fn look_after_relays(&self) {
+        self.relays.network_changed();
+        let waiting = self.relays.clients.iter().filter(|(_, c)| !c.client.is_connected());
+        waiting.for_each(|(id, _)| self.ask_token(*id));
+    }
+
     fn ask_token(&self, relay: RelayId) {
         self.control.send(ClientBody::RelayToken(RelayTokenRequest { relay: relay.to_bytes().to_vec() }));
     }

@@ -345,6 +345,7 @@ impl Daemon {
         up.control
             .send(ClientBody::ConfirmGeneration(ConfirmGeneration { generation: membership.generation }));
         up.report();
+        up.look_after_relays();
         if let Some(engine) = &mut up.engine {
             engine.handle_control_state(now, true);
         }

@@ -13,11 +13,14 @@ use bytes::Bytes;
 use quinn::congestion::CubicConfig;
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{Connection, Endpoint, EndpointConfig, Incoming, RecvStream, SendStream, VarInt};
+use quinn_proto::HashedConnectionIdGenerator;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use warren_common::wire::relay::{Class, Deframer, QueuedFrame, RefusalCode, put_on_stream};
+
+use crate::tls::Identity;
 
 use super::{
     Client, GOODBYE_TIMEOUT, HANDSHAKE_TIMEOUT, MAX_HANDSHAKES, Shared, WRITE_TIMEOUT, family, reap,
@@ -34,7 +37,11 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Bytes read from the stream at once.
 const READ_BYTES: usize = 4 * 1024;
 
-pub(super) fn endpoint(tls: QuicServerConfig, socket: UdpSocket) -> io::Result<Endpoint> {
+pub(super) fn endpoint(
+    identity: &Identity,
+    tls: QuicServerConfig,
+    socket: UdpSocket,
+) -> io::Result<Endpoint> {
     let mut transport = quinn::TransportConfig::default();
     let mut congestion = CubicConfig::default();
     congestion.initial_window(INITIAL_WINDOW);
@@ -50,7 +57,19 @@ pub(super) fn endpoint(tls: QuicServerConfig, socket: UdpSocket) -> io::Result<E
         .congestion_controller_factory(Arc::new(congestion));
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(tls));
     config.transport_config(Arc::new(transport)).max_incoming(MAX_HANDSHAKES);
-    Endpoint::new(EndpointConfig::default(), Some(config), socket, Arc::new(quinn::TokioRuntime))
+    Endpoint::new(endpoint_config(identity), Some(config), socket, Arc::new(quinn::TokioRuntime))
+}
+
+/// A relay that was killed and started again knows none of its connections, but can prove that it was their relay: its
+/// answer to their next packet is a stateless reset (RFC 9000, section 10.3), and the devices come back at once instead
+/// of when [`IDLE_TIMEOUT`] passes. For that, what makes connection ids and reset tokens outlives the process.
+fn endpoint_config(identity: &Identity) -> EndpointConfig {
+    let reset = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, &identity.derive("quic stateless reset"));
+    let mut config = EndpointConfig::new(Arc::new(reset));
+    let [a, b, c, d, e, f, g, h, ..] = identity.derive("quic connection ids");
+    let ids = u64::from_be_bytes([a, b, c, d, e, f, g, h]);
+    config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(ids)));
+    config
 }
 
 pub(super) async fn accept(shared: Arc<Shared>, endpoint: Endpoint, stop: CancellationToken) {

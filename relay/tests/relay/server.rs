@@ -173,6 +173,34 @@ async fn shutdown_says_so_and_frees_the_port() {
 }
 
 #[tokio::test]
+async fn a_relay_that_was_killed_and_started_again_resets_its_old_connections() {
+    let dir = tempfile::tempdir().unwrap();
+    // What is dropped with its runtime sends no goodbye, as a killed process.
+    let killed = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+    let server = {
+        let _context = killed.enter();
+        RelayServer::start(config(dir.path(), Limits::default())).unwrap()
+    };
+    let mut quic = Device::join(&server, Transport::Quic, 1, &[]).await;
+    let listen = server.local_addr();
+    killed.shutdown_background();
+    drop(server);
+    let again = loop {
+        // The killed one's sockets close in the background.
+        let config =
+            warren_relay::server::RelayServerConfig { listen, ..config(dir.path(), Limits::default()) };
+        match RelayServer::start(config) {
+            Ok(server) => break server,
+            Err(StartError::Listen { .. }) => tokio::task::yield_now().await,
+            Err(error) => panic!("{error}"),
+        }
+    };
+    quic.stream(&Frame::Ping { nonce: 1 }).await;
+    assert!(matches!(quic.quic_end().await, quinn::ConnectionError::Reset));
+    Device::join(&again, Transport::Quic, 1, &[]).await;
+}
+
+#[tokio::test]
 async fn dropping_the_server_ends_its_connections() {
     let (_dir, server) = start(Limits::default());
     let mut tls = Device::join(&server, Transport::Tls, 1, &[]).await;

@@ -221,6 +221,12 @@ impl Device {
         }
     }
 
+    /// How QUIC says that the connection ended.
+    pub(crate) async fn quic_end(&self) -> quinn::ConnectionError {
+        let Link::Quic { connection, .. } = &self.link else { panic!("not over QUIC") };
+        patient(connection.closed()).await
+    }
+
     /// The next packet: its source and payload.
     pub(crate) async fn receive(&mut self) -> (DeviceId, Vec<u8>) {
         loop {
