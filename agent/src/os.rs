@@ -5,9 +5,9 @@
 //! * a TUN device, which vanishes with the process, with our addresses;
 //! * a routing table of our own with the overlay's prefixes: through the TUN, and below that `unreachable`;
 //! * one rule per family that sends all traffic but our own (marked) sockets' through that table;
-//! * an nftables table of our own that drops what claims to be to or from us and did not come through the TUN.
+//! * nftables tables of our own that drop what is to us, or from an overlay address, and did not come through the TUN.
 //!
-//! If the process is killed, the `unreachable` routes and the nftables table stay, so that no overlay packet leaves by
+//! If the process is killed, the `unreachable` routes and the nftables tables stay, so that no overlay packet leaves by
 //! the default route and no neighbour can pretend to be a peer. The next start takes them over or removes them.
 
 pub mod journal;
@@ -35,7 +35,7 @@ pub const TABLE: u32 = 30_561;
 /// Priority of our rules: before `main` (32 766) and before other VPNs' catch-all rules. The table holds the overlay's
 /// prefixes only, so it takes nothing else away from them.
 pub const RULE_PRIORITY: u32 = 3_056;
-/// Our nftables table, in family `inet`.
+/// Our nftables tables, in families `inet` and `arp`.
 pub const NFT_TABLE: &str = "warren";
 /// Largest TUN MTU: a 1 500-byte underlay less IPv6, UDP and WireGuard headers.
 pub const MAX_MTU: u32 = 1_420;
@@ -111,7 +111,7 @@ impl Host {
         let mut journal = Journal::load(state)?;
         journal.note(state, &changes())?;
         // The guard first, so that our addresses never exist without it.
-        firewall::apply(NFT_TABLE, &plan.tun, &plan.addrs).await?;
+        firewall::apply(NFT_TABLE, &plan.tun, &plan.addrs, &plan.pools).await?;
         self.netlink.block_pools(TABLE, &plan.pools).await?;
         let ipv6 = self.netlink.add_rules(TABLE, RULE_PRIORITY, MARK).await?;
         self.netlink.configure_tun(&plan.tun, &plan.addrs, plan.mtu, ipv6).await?;

@@ -10,7 +10,7 @@ use crate::state::StateDir;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Change {
-    /// A table in nftables' family `inet`.
+    /// Tables of one name in nftables' families `inet` and `arp`.
     Nft {
         /// Its name.
         table: String,

@@ -302,7 +302,10 @@ fn udp_ping(options: &Options) -> Result<bool> {
     let from = options.from.unwrap_or(SocketAddr::new(any, 0));
     let socket = UdpSocket::bind(from).with_context(|| format!("binding {from}"))?;
     // Connected, so that an ICMP error is reported as one.
-    socket.connect(to)?;
+    if let Err(error) = socket.connect(to) {
+        emit(&json!({"event": "end", "sent": 0, "received": 0, "how": how_it_ended(&error)}));
+        return Ok(false);
+    }
     socket.set_read_timeout(Some(options.answer))?;
     let most = options.count.unwrap_or(if options.until.is_some() { u64::MAX } else { 1 });
     let (mut sent, mut received) = (0, 0);

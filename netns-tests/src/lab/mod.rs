@@ -170,7 +170,19 @@ impl Lab {
 /// # Errors
 /// What making the lab or the body returned.
 pub fn test(title: &str, body: impl FnOnce(&Lab) -> Result<()>) -> Result<()> {
-    if let Some(why) = missing() {
+    test_with(title, &[], body)
+}
+
+/// The same for a test that runs more programs than labs do: each with the Debian package that holds it.
+///
+/// # Errors
+/// What making the lab or the body returned.
+pub fn test_with(
+    title: &str,
+    programs: &[(&str, &str)],
+    body: impl FnOnce(&Lab) -> Result<()>,
+) -> Result<()> {
+    if let Some(why) = missing().or_else(|| missing_program(programs)) {
         say(&format!("skipped: {why}"));
         return Ok(());
     }
@@ -333,6 +345,14 @@ impl Segment {
         self.inner.v4
     }
 
+    /// The gateway's IPv4 address.
+    ///
+    /// # Errors
+    /// Never for a segment that was made.
+    pub fn gateway(&self) -> Result<Ipv4Addr> {
+        self.v4_of(GATEWAY)
+    }
+
     fn v4_of(&self, host: u32) -> Result<Ipv4Addr> {
         let address = Ipv4Addr::from_bits(self.inner.v4.network().to_bits() + host);
         ensure!(
@@ -363,8 +383,12 @@ fn missing() -> Option<String> {
     if !Path::new("/dev/net/tun").exists() {
         return Some("/dev/net/tun does not exist".into());
     }
-    TOOLS.iter().find(|(tool, _)| netns::tool(tool).is_none()).map(|(tool, package)| {
-        format!("`{tool}` is missing; `cargo xtask setup` installs it (Debian: {package})")
+    missing_program(&TOOLS)
+}
+
+fn missing_program(programs: &[(&str, &str)]) -> Option<String> {
+    programs.iter().find(|(program, _)| netns::tool(program).is_none()).map(|(program, package)| {
+        format!("`{program}` is missing; `cargo xtask setup` installs it (Debian: {package})")
     })
 }
 
