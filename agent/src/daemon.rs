@@ -2,7 +2,8 @@
 //!
 //! Each turn waits for one thing (a readable TUN or socket, a control or relay event, a local call, a network change,
 //! a timer, a finished save), feeds it to the engine in bounded batches and drains the engine's outputs. A netmap update
-//! is checked, saved on a helper thread and only then applied; meanwhile packets flow and control events wait.
+//! is checked, saved on a helper thread and only then applied, except that what it takes away ends at once; meanwhile
+//! packets flow and control events wait.
 
 mod packets;
 mod relays;
@@ -129,7 +130,7 @@ struct Up {
     saving: Option<Saving>,
     /// An accepted update that could not be saved, and when to try again.
     stalled: Option<(PendingUpdate, Instant)>,
-    /// Updates went by while one was stalled: ask for a snapshot once it is through.
+    /// A stalled update did not add up: ask for a snapshot once it is through.
     missed_update: bool,
     save_problem: Option<Problem>,
     next_save: Instant,

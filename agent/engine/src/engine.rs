@@ -17,7 +17,7 @@ use rand_core::{RngCore as _, SeedableRng as _};
 use warren_common::filter::FilterRule;
 use warren_common::ids::{DeviceId, RelayId};
 use warren_common::keys::{ProbeSecretKey, WgSecretKey};
-use warren_common::netmap::MAX_PEERS;
+use warren_common::netmap::{MAX_PEERS, Netmap};
 use warren_common::time::{Instant, Now, UnixTime};
 use warren_common::wire::control::Signed;
 use zeroize::Zeroize as _;
@@ -175,6 +175,18 @@ impl Engine {
         netmap::check(&self.identity, self.held.as_ref(), self.boot_id, now, update)
     }
 
+    /// Puts what a checked update takes away in force, before it is saved: a slow or full disk must not keep open what
+    /// was revoked. What it adds waits for [`Self::apply_update`], and so does its revision: after a crash in between
+    /// the older netmap is held again until the coordinator is reached, as it would be without this.
+    pub fn restrict(&mut self, now: Now, update: &PendingUpdate) {
+        let Some(held) = &self.held else { return };
+        let netmap = Netmap::without_removed(&held.netmap, update.netmap());
+        if netmap != held.netmap {
+            let restricted = Held { hash: netmap.hash(), netmap, ..held.clone() };
+            self.install(now, restricted);
+        }
+    }
+
     /// Puts a checked update in force: flows that it no longer allows end first, then peers come and go. One that was
     /// checked before another was applied is ignored; false then.
     pub fn apply_update(&mut self, now: Now, update: PendingUpdate) -> bool {
@@ -200,7 +212,7 @@ impl Engine {
     }
 
     /// The netmap held, in force or not.
-    pub fn netmap(&self) -> Option<&warren_common::netmap::Netmap> {
+    pub fn netmap(&self) -> Option<&Netmap> {
         self.held.as_ref().map(|h| &h.netmap)
     }
 

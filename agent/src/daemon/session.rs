@@ -311,7 +311,10 @@ impl Daemon {
                 }
             }
             (Then::Apply { update, want_snapshot }, Err(problem)) => {
-                tracing::warn!("a netmap can't be saved and is not applied: {}", problem.text);
+                tracing::warn!(
+                    "a netmap can't be saved: only what it takes away is applied: {}",
+                    problem.text
+                );
                 up.missed_update |= want_snapshot.is_some();
                 up.stalled = Some((*update, now.boot + RETRY));
                 up.save_problem = Some(problem);
@@ -439,16 +442,24 @@ impl Daemon {
 
 impl Up {
     fn on_update(&mut self, now: Now, signed: &Signed) {
-        let Some(engine) = &self.engine else { return };
-        if self.stalled.is_some() {
-            self.missed_update = true;
-            return;
-        }
+        let Some(engine) = &mut self.engine else { return };
         match engine.check_update(now, signed) {
-            Ok(update) => self.save_update(update, None),
+            Ok(update) => {
+                engine.restrict(now, &update);
+                match &mut self.stalled {
+                    // Newer than the one that waits for the disk: a snapshot, then, which needs nothing of that.
+                    Some((stalled, _)) => *stalled = update,
+                    None => self.save_update(update, None),
+                }
+            }
             Err(UpdateRefused::HashMismatch { restriction: Some(restriction) }) => {
                 tracing::warn!("an update does not add up: only what it takes away is applied");
-                self.save_update(*restriction, Some("the hash differs".to_owned()));
+                engine.restrict(now, &restriction);
+                let why = "the hash differs".to_owned();
+                match self.stalled {
+                    Some(_) => self.send_ack(true, why),
+                    None => self.save_update(*restriction, Some(why)),
+                }
             }
             Err(refused) => {
                 tracing::warn!("a netmap update is refused: {refused}");
@@ -514,7 +525,7 @@ impl Up {
     /// What to save now and then, as work for another thread.
     fn saved_state(&self, now: Now) -> Option<impl FnOnce() -> Result<(), Problem> + Send + use<>> {
         let engine = self.engine.as_ref()?;
-        // A stalled update must not be overtaken: what is held is older, and is on disk already.
+        // What is held is older than a stalled update, which is then saved in its place.
         let saved = engine.to_saved(now);
         let (dir, floor) = (self.dir.clone(), engine.handshake_floor());
         Some(move || {

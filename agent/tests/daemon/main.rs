@@ -5,6 +5,7 @@
 
 mod fake;
 mod hostile;
+mod revocation;
 
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};

@@ -190,12 +190,15 @@ fn tcp_stream(options: &Options) -> Result<bool> {
     let sent = AtomicU64::new(0);
     let total = AtomicU64::new(options.total.unwrap_or(u64::MAX));
     let outcome = std::thread::scope(|scope| {
-        scope.spawn(|| {
-            // A failed write shows in the reader as well, which tells how the connection ended.
-            let _ = send_pattern(&stream, options, &total, &sent);
-        });
-        let outcome = check_echo(&stream, &total);
+        let writer = scope.spawn(|| send_pattern(&stream, options, &total, &sent));
+        let mut outcome = check_echo(&stream, &total);
         let _ = stream.shutdown(Shutdown::Both);
+        // The kernel tells of a reset once: whoever comes second, reads an ordinary end.
+        if outcome.how == "eof"
+            && let Ok(Err(error)) = writer.join()
+        {
+            outcome.how = how_it_ended(&error);
+        }
         outcome
     });
     emit(&json!({"event": "end", "how": outcome.how, "bytes": outcome.bytes, "sent": sent.into_inner(),

@@ -70,6 +70,43 @@ fn revocation_cuts_a_flow_on_both_sides_and_resets_the_local_applications() {
 }
 
 #[test]
+fn what_an_update_takes_away_ends_before_the_update_is_saved() {
+    let mut net = pair();
+    let _segment = connect(&mut net);
+    // Node 0 loses its grant, and gets another one.
+    let egress = std::mem::take(&mut net.netmaps[0].egress);
+    net.netmaps[0].egress = net.netmaps[1].egress.clone();
+    let update = net.snapshot(0, 7);
+    let now = net.now;
+    let engine = &mut net.nodes[0].engine;
+    let held = engine.held();
+    let pending = engine.check_update(now, &update).unwrap();
+    engine.restrict(now, &pending);
+    let netmap = engine.netmap().unwrap();
+    assert!(netmap.egress.is_empty(), "what is new waits: {:?}", netmap.egress);
+    let (before, after) = (held.unwrap(), engine.held().unwrap());
+    assert_eq!((before.0, before.1), (after.0, after.1), "the revision waits, too");
+    assert_ne!(before.2, after.2, "a delta on top of this can't add up");
+    net.drain(0);
+    assert_eq!(resets(&net, 0), [(501, 4_000)]);
+    // Once more changes nothing; then the whole of it.
+    let engine = &mut net.nodes[0].engine;
+    engine.restrict(now, &pending);
+    assert_eq!(engine.held(), Some(after));
+    assert!(engine.apply_update(now, pending));
+    assert_eq!(engine.netmap().unwrap().egress, net.netmaps[0].egress);
+    assert_eq!(engine.held().unwrap().1, 7);
+    // An update that only adds takes nothing away.
+    net.netmaps[0].egress.extend(egress);
+    let update = net.snapshot(0, 8);
+    let engine = &mut net.nodes[0].engine;
+    let before = engine.held();
+    let pending = engine.check_update(now, &update).unwrap();
+    engine.restrict(now, &pending);
+    assert_eq!(engine.held(), before);
+}
+
+#[test]
 fn either_end_alone_is_enough() {
     for open in 0..2 {
         let mut net = pair();
