@@ -84,8 +84,6 @@ pub enum Output {
         /// What.
         message: Box<ServerBody>,
     },
-    /// The session belongs to a known device now: longer messages are fine.
-    Trust(SessionId),
     /// Close this session once what was sent before is out.
     Close {
         /// Which.

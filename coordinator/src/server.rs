@@ -31,8 +31,6 @@ pub const MAX_CONFLICTS: usize = 8;
 pub enum ToSession {
     /// Send this.
     Message(Box<ServerBody>),
-    /// Longer messages are fine from now on.
-    Trust,
     /// Close, once everything before is sent.
     Close(CloseReason),
 }
@@ -289,7 +287,6 @@ impl<S: Store> Server<S> {
         while let Some(output) = self.coordinator.poll_output() {
             match output {
                 Output::Send { session, message } => self.tell(session, ToSession::Message(message)),
-                Output::Trust(session) => self.tell(session, ToSession::Trust),
                 Output::Close { session, reason } => {
                     self.tell(session, ToSession::Close(reason));
                     self.sessions.remove(&session);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use support::{Client, DeviceKeys, TestCoordinator};
 use warren_common::auth_key::AuthKey;
-use warren_common::wire::control::{ClientBody, Ping, ServerBody, UpdateKind};
+use warren_common::wire::control::{Ack, ClientBody, Ping, ServerBody, UpdateKind};
 use warren_coordinator::admin::Call;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -186,6 +186,18 @@ async fn a_copied_state_directory_puts_both_in_needs_login() {
     let fresh = coordinator.auth_key().await;
     Client::join(coordinator.addr, &fresh, 1, "a").await;
     assert_eq!(coordinator.devices().await[0]["state"], "active");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_can_make_the_coordinator_buffer_no_more_than_a_stranger_can() {
+    let coordinator = TestCoordinator::start().await;
+    let mut hostile = Client::join(coordinator.addr, &coordinator.auth_key().await, 1, "a").await;
+    let mut other = Client::join(coordinator.addr, &coordinator.auth_key().await, 2, "b").await;
+    let reason = "x".repeat(2 * warren_common::wire::session::MAX_MESSAGE_UNTRUSTED);
+    hostile.send(ClientBody::Ack(Ack { epoch: 1, revision: 1, want_snapshot: true, reason })).await;
+    while hostile.next().await.is_some() {}
+    other.send(ClientBody::Ping(Ping { nonce: 1 })).await;
+    assert!(matches!(other.next_other().await, Some(ServerBody::Pong(_) | ServerBody::Presence(_))));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -22,10 +22,11 @@ pub const VERSION: u16 = 1;
 pub const MIN_VERSION: u16 = 1;
 /// Most versions an agent may offer.
 pub const MAX_VERSIONS: usize = 16;
-/// Longest message, in bytes: bounds what a peer can make us buffer.
+/// Longest message, in bytes: bounds what a trusted peer can make us buffer.
 pub const MAX_MESSAGE: usize = 64 << 20;
-/// Longest message before the device has proved that it is enrolled.
-pub const MAX_MESSAGE_UNENROLLED: usize = 64 << 10;
+/// Longest message until [`Session::trust_peer`], in bytes. A coordinator never calls that: no device, enrolled or not, can
+/// make it buffer more; the longest that a device says is a report of 256 routes, 16 KiB.
+pub const MAX_MESSAGE_UNTRUSTED: usize = 64 << 10;
 /// Plaintext of one frame: a Noise message holds 65 535 bytes, less the tag and our flag byte.
 pub const MAX_CHUNK: usize = 65_535 - 16 - 1;
 
@@ -162,10 +163,10 @@ impl std::fmt::Debug for Session {
 impl Session {
     fn new(state: HandshakeState) -> Result<Self, WireError> {
         let state = state.into_transport_mode().map_err(noise_error)?;
-        Ok(Self { state, partial: Vec::new(), max_message: MAX_MESSAGE_UNENROLLED })
+        Ok(Self { state, partial: Vec::new(), max_message: MAX_MESSAGE_UNTRUSTED })
     }
 
-    /// Accepts messages up to [`MAX_MESSAGE`] from now on: the other side is known.
+    /// Accepts messages up to [`MAX_MESSAGE`] from now on: the other side is our coordinator.
     pub fn trust_peer(&mut self) {
         self.max_message = MAX_MESSAGE;
     }
@@ -247,7 +248,7 @@ mod tests {
     #[test]
     fn a_stranger_cannot_make_us_buffer_much() {
         let (mut client, mut server) = pair();
-        let frames = client.seal(&vec![0; 2 * MAX_MESSAGE_UNENROLLED]).unwrap();
+        let frames = client.seal(&vec![0; 2 * MAX_MESSAGE_UNTRUSTED]).unwrap();
         assert!(frames.iter().any(|f| server.open(f).is_err()));
     }
 

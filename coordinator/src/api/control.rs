@@ -162,7 +162,6 @@ impl Connection {
                             return End::Gone;
                         }
                     }
-                    Some(ToSession::Trust) => self.session.trust_peer(),
                     Some(ToSession::Close(reason)) => return End::Closed(reason),
                     None => return End::Slow,
                 },

@@ -29,6 +29,9 @@ use crate::os;
 /// Most messages a relay may send between two of our pings; it has little to say.
 pub const MAX_RELAY_MESSAGES: usize = 1_024;
 
+/// Longest version of a relay that is logged, in characters: ours are shorter.
+const MAX_VERSION: usize = 32;
+
 /// Takes the WebSocket upgrade of `/relay/v1`.
 pub(super) async fn upgrade(
     State(shared): State<Arc<Shared>>,
@@ -116,7 +119,9 @@ async fn serve(
         Err(refusal) => return link.refuse(&refusal).await,
     };
     let mut seat = shared.relays.sit(id, hello.revision);
-    tracing::info!(relay = %name, version = %hello.version, "a relay joins");
+    // The relay's words: escaped and cut.
+    let version: String = hello.version.chars().take(MAX_VERSION).collect();
+    tracing::info!(relay = %name, version = version.as_str(), "a relay joins");
     let welcome = RelayWelcome { name, floor: seat.floor, unix_us: os::now().unix.as_micros() };
     link.send(RelayServerBody::Welcome(welcome)).await?;
 

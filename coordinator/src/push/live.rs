@@ -16,6 +16,9 @@ use super::{CloseReason, Coordinator, SessionId};
 /// and beyond this they wait too: the agent on the other end enforces them already.
 pub const MAX_UNACKED: usize = 8;
 
+/// Longest reason of an agent that is logged, in characters: ours are shorter.
+const MAX_REASON: usize = 200;
+
 #[derive(Debug)]
 pub(super) struct Live {
     pub(super) device: DeviceId,
@@ -232,7 +235,9 @@ impl Coordinator {
         let Some(live) = self.sessions.get_mut(&id).and_then(Session::live_mut) else { return };
         if ack.want_snapshot {
             self.stats.rejected += 1;
-            tracing::warn!(device = %live.device, reason = %ack.reason, "an agent did not apply an update");
+            // The agent's words: escaped and cut, so that it writes no lines of its own into our log.
+            let reason: String = ack.reason.chars().take(MAX_REASON).collect();
+            tracing::warn!(device = %live.device, reason = reason.as_str(), "an agent did not apply an update");
             // One answer per update, in order: this one is for the oldest. If a snapshot is on its way behind it,
             // that is the answer already.
             live.unacked.pop_front();

@@ -253,7 +253,6 @@ impl Coordinator {
         if let Some(older) = self.by_device.get(&device).copied() {
             self.close(older, CloseReason::Superseded, now);
         }
-        self.outputs.push_back(Output::Trust(id));
         let welcome =
             Welcome { device: device.to_bytes().to_vec(), generation, unix_us: now.unix.as_micros() };
         self.send(id, ServerBody::Welcome(welcome));

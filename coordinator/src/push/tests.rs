@@ -101,7 +101,7 @@ impl Lab {
                 Output::RelayMinimum { revision, devices, revoked } => {
                     self.minimums.push((revision, devices, revoked));
                 }
-                Output::Trust(_) | Output::Reply { .. } | Output::RelayRemoved(_) => {}
+                Output::Reply { .. } | Output::RelayRemoved(_) => {}
             }
         }
     }

@@ -558,7 +558,7 @@ impl World {
                         self.after(STREAM_LATENCY, Parcel::ToDevice(no, session, message));
                     }
                 }
-                Output::Trust(_) | Output::RelayRemoved(_) => {}
+                Output::RelayRemoved(_) => {}
                 Output::Close { session, .. } => {
                     coordinator.disconnect(session, self.now);
                     if let Some(no) = self.sessions.remove(&session) {
