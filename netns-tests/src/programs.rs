@@ -149,10 +149,26 @@ impl Relay {
     /// # Errors
     /// It does not come to join.
     pub fn start(host: Host, coordinator: &Coordinator, name: &str) -> Result<Self> {
-        let join_key = coordinator.admin(&["relay", "create", name])?.trim().to_owned();
+        let join_key = coordinator.admin(&["relay", "create", name])?;
+        let mut relay = Self::with_key(host, &coordinator.url, join_key.trim())?;
+        relay.process.wait_for_line("joined", LIMIT)?;
+        Ok(relay)
+    }
+
+    /// Starts one that joins with this key, whether it then can or not.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn with_key(host: Host, coordinator: &str, join_key: &str) -> Result<Self> {
         let state_dir = host.dir().join("state");
-        let process = Self::spawn(&host, &coordinator.url, &join_key, &state_dir)?;
-        Ok(Self { host, state_dir, process, coordinator: coordinator.url.clone(), join_key })
+        let process = Self::spawn(&host, coordinator, join_key, &state_dir)?;
+        Ok(Self {
+            host,
+            state_dir,
+            process,
+            coordinator: coordinator.to_owned(),
+            join_key: join_key.to_owned(),
+        })
     }
 
     /// Starts it again on the same state, after [`Process::kill`] or [`Process::stop`].
@@ -161,6 +177,7 @@ impl Relay {
     /// It does not come to join.
     pub fn start_again(&mut self) -> Result<()> {
         self.process = Self::spawn(&self.host, &self.coordinator, &self.join_key, &self.state_dir)?;
+        self.process.wait_for_line("joined", LIMIT)?;
         Ok(())
     }
 
@@ -171,9 +188,7 @@ impl Relay {
         command.args(["--stun-listen", &format!("0.0.0.0:{STUN}")]);
         command.args(["--advertise", &format!("{}:{RELAY}", host.v4())]);
         command.args(["--advertise-stun", &format!("{}:{STUN}", host.v4())]);
-        let mut process = host.spawn(command)?;
-        process.wait_for_line("joined", LIMIT)?;
-        Ok(process)
+        host.spawn(command)
     }
 }
 

@@ -230,6 +230,40 @@ fn an_agent_without_a_filter_delivers_no_denied_packet() -> Result<()> {
 }
 
 #[test]
+fn a_flow_that_policy_ends_is_cut_by_the_honest_end_alone() -> Result<()> {
+    lab::test("cut", |lab| {
+        let mut world = World::new(lab)?;
+        let (ann, bob) = (world.ann.addresses()?, world.bob.addresses()?);
+        let _server = world.bob.serve("udp-echo", bob[0], ALLOWED)?;
+        let (loot, endpoint) = world.rob_ann()?;
+        witness(&world.bob.host)?;
+        let mut outlaw = Outlaw::new(&loot, loot.peer("bob")?, Wire::direct(&lab.host("eve")?, endpoint)?)?;
+        ensure!(outlaw.handshake(LIMIT)?, "no handshake");
+        outlaw.reach(&world.bob, ann[0], bob[0])?;
+        outlaw.reach(&world.bob, ann[0], bob[0])?;
+        // She may still ping him: tunnel and session stay, only the flow is over.
+        world.coordinator.edit_policy(&POLICY.replacen("udp:7001", "udp:1", 1))?;
+        eventually("bob has heard of it", LIMIT, || {
+            let asked = format!("{}:{ALLOWED}", ann[0]);
+            let why = world.bob.json(&["why", &asked, "--proto", "udp", "--json"])?;
+            Ok((why["filter"]["ingress"]["outcome"] == "no_rule").then_some(()))
+        })?;
+        let (had_arrived, before) = (arrived(&world.bob.host)?, ingress_drops(&world.bob)?);
+        for _ in 0..5 {
+            outlaw.send(&udp((ann[0], 4_000), (bob[0], ALLOWED), 0)?)?;
+        }
+        eventually("the dead flow is counted", LIMIT, || {
+            let now = ingress_drops(&world.bob)?;
+            Ok((now.values().sum::<u64>() == before.values().sum::<u64>() + 5).then_some(()))
+        })?;
+        let ended = |drops: &BTreeMap<String, u64>| drops.get("ingress-flow_ended").copied().unwrap_or(0);
+        ensure!(ended(&ingress_drops(&world.bob)?) == ended(&before) + 5, "{:?}", ingress_drops(&world.bob)?);
+        ensure!(arrived(&world.bob.host)? == had_arrived, "something arrived");
+        Ok(())
+    })
+}
+
+#[test]
 fn keys_of_a_device_without_a_grant_or_that_was_removed_open_no_tunnel() -> Result<()> {
     lab::test("no-tunnel", |lab| {
         let mut world = World::new(lab)?;

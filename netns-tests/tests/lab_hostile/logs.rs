@@ -9,13 +9,14 @@ use anyhow::{Context as _, Result, ensure};
 use data_encoding::{BASE64, BASE64URL_NOPAD};
 use serde_json::Value;
 use warren_agent::entropy::OsEntropy;
+use warren_common::wire::control::{Ack, ClientBody};
 use warren_coordinator::keys::Keys;
 use warren_netns_tests::lab::{self, Host, Lab, NatKind, RouterSpec, eventually, workspace_binary};
 use warren_netns_tests::programs::{Agent, Coordinator, Relay, tool};
 
 use crate::LIMIT;
 use crate::secrets::Secret;
-use crate::thief::Loot;
+use crate::thief::{Inside, Loot, Session};
 
 const TCP: u16 = 7000;
 const DENIED: u16 = 7003;
@@ -240,6 +241,28 @@ fn logs_hold_no_secret_and_above_debug_no_names_and_addresses() -> Result<()> {
             }
         }
         ensure!(levels.len() == 5, "only {levels:?} were written");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_device_writes_no_lines_of_its_own_into_the_coordinators_log() -> Result<()> {
+    lab::test("forged-log", |lab| {
+        let mut coordinator = Coordinator::start(lab.host("coord")?, &policy(true))?;
+        let mut agent = Agent::start(lab.host("agent")?)?;
+        agent.up(&coordinator.url, &coordinator.auth_key("tag:server")?)?;
+        agent.process.stop(LIMIT)?;
+        let inside = Inside::new(&agent.host)?;
+        let session = Session::resume(&inside, &Loot::take(&agent)?)?;
+        let line = "ERROR warren_coordinator: the coordinator was never here";
+        let reason = format!("because\n2026-01-01T00:00:00.000000Z {line}\n\u{1b}[2J{}", "x".repeat(10_000));
+        session.say(ClientBody::Ack(Ack { epoch: 1, revision: 1, want_snapshot: true, reason }))?;
+        let told = coordinator.process.wait_for_line("did not apply", LIMIT)?;
+        ensure!(
+            told.contains("because\\n2026") && told.len() < 1_000 && !told.contains('\u{1b}'),
+            "{told:?}"
+        );
+        ensure!(lines(&coordinator.process.log()?).all(|(level, _)| level != "ERROR"), "a line was forged");
         Ok(())
     })
 }

@@ -5,7 +5,7 @@ use std::fs;
 use anyhow::{Result, ensure};
 use warren_common::auth_key::AuthKey;
 use warren_netns_tests::lab::{self, Lab, eventually};
-use warren_netns_tests::programs::{Agent, Coordinator};
+use warren_netns_tests::programs::{Agent, Coordinator, Relay};
 
 use crate::LIMIT;
 use crate::proxy::{Conduct, Document, Middle};
@@ -114,5 +114,25 @@ fn a_machine_in_the_middle_gets_neither_key_nor_netmap_through() -> Result<()> {
         saw_no_secret(&middle, &secrets)?;
         ensure!(middle.seen().from_agents.len() > 10, "the machine saw nothing");
         Ok(())
+    })
+}
+
+#[test]
+fn a_machine_in_the_middle_gets_no_join_key_of_a_relay() -> Result<()> {
+    lab::test("middle-relay", |lab: &Lab| {
+        let coordinator = Coordinator::start(lab.host("coord")?, POLICY)?;
+        let key: AuthKey = coordinator.auth_key("tag:ann")?.parse()?;
+        let join_key = coordinator.admin(&["relay", "create", "fra"])?.trim().to_owned();
+        let middle = Middle::start(&lab.host("mallory")?, &coordinator.url, &key, Conduct::Pass)?;
+        for (i, document) in [Document::Own, Document::Patched, Document::Real].into_iter().enumerate() {
+            middle.behave(Conduct::Pose(document));
+            let mut relay = Relay::with_key(lab.host(&format!("fra{i}"))?, &middle.url, &join_key)?;
+            relay.process.wait_for_line("is not this relay's coordinator", LIMIT)?;
+            ensure!(!relay.process.wait(LIMIT)?.success(), "{document:?}: the relay serves");
+        }
+        middle.behave(Conduct::Pass);
+        let mut relay = Relay::with_key(lab.host("fra")?, &middle.url, &join_key)?;
+        relay.process.wait_for_line("joined", LIMIT)?;
+        saw_no_secret(&middle, &[Secret::of_key("join key", &join_key)?])
     })
 }

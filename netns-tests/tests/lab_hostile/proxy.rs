@@ -86,7 +86,7 @@ impl Middle {
     pub(crate) fn start(host: &Host, upstream: &str, key: &AuthKey, conduct: Conduct) -> Result<Self> {
         let inside = Inside::new(host)?;
         let shared = Arc::new(Shared {
-            upstream: format!("{}/control/v1", upstream.replacen("http", "ws", 1)),
+            upstream: upstream.replacen("http", "ws", 1),
             key: key.clone(),
             conduct: Mutex::new(conduct),
             seen: Mutex::default(),
@@ -120,18 +120,28 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+async fn dial(url: &str) -> Result<Upstream> {
+    Ok(connect_async(url).await.context("dialling the coordinator")?.0)
+}
+
 impl Shared {
     async fn session(&self, stream: TcpStream) -> Result<()> {
+        let path = Mutex::new(String::new());
         #[expect(clippy::result_large_err, reason = "the library's callback")]
         let note = |request: &Request, response: Response| -> Result<Response, ErrorResponse> {
             self.saw_agent(format!("{request:?}").as_bytes());
+            *lock(&path) = request.uri().path().to_owned();
             Ok(response)
         };
         let victim = accept_hdr_async(stream, note).await?;
+        // Agents and relays ask for different ones.
+        let url = format!("{}{}", self.upstream, lock(&path));
         let conduct = lock(&self.conduct).clone();
         match conduct {
-            Conduct::Pass => self.pass(victim, |_, message| Some(message)).await,
-            Conduct::DropAnswers => self.pass(victim, |n, message| (n < HANDSHAKE).then_some(message)).await,
+            Conduct::Pass => self.pass(&url, victim, |_, message| Some(message)).await,
+            Conduct::DropAnswers => {
+                self.pass(&url, victim, |n, message| (n < HANDSHAKE).then_some(message)).await
+            }
             Conduct::FlipBits => {
                 let flip = |n, mut message: Vec<u8>| {
                     if n >= HANDSHAKE
@@ -141,9 +151,9 @@ impl Shared {
                     }
                     Some(message)
                 };
-                self.pass(victim, flip).await
+                self.pass(&url, victim, flip).await
             }
-            Conduct::Pose(document) => self.pose(victim, document).await,
+            Conduct::Pose(document) => self.pose(&url, victim, document).await,
             Conduct::Replay => self.replay(victim).await,
         }
     }
@@ -151,10 +161,11 @@ impl Shared {
     /// Passes messages on; `answer` says what becomes of the coordinator's n-th one.
     async fn pass(
         &self,
+        url: &str,
         mut victim: Victim,
         answer: impl Fn(usize, Vec<u8>) -> Option<Vec<u8>>,
     ) -> Result<()> {
-        let mut upstream = self.dial().await?;
+        let mut upstream = dial(url).await?;
         let mut answers = 0;
         loop {
             tokio::select! {
@@ -185,10 +196,10 @@ impl Shared {
     }
 
     /// Ends the session itself, with a key of its own.
-    async fn pose(&self, mut victim: Victim, document: Document) -> Result<()> {
+    async fn pose(&self, url: &str, mut victim: Victim, document: Document) -> Result<()> {
         let (root, control) =
             (RootSecretKey::generate(&mut OsEntropy), ControlSecretKey::generate(&mut OsEntropy));
-        let shown = self.document(document, &root, &control).await?;
+        let shown = self.document(url, document, &root, &control).await?;
         victim.send(Message::binary(shown)).await?;
         let hello = self.hear(&mut victim).await?;
         match session::accept(&control, self.key.network, &hello, &mut OsEntropy) {
@@ -213,11 +224,12 @@ impl Shared {
 
     async fn document(
         &self,
+        url: &str,
         kind: Document,
         root: &RootSecretKey,
         control: &ControlSecretKey,
     ) -> Result<Vec<u8>> {
-        let real = match self.dial().await?.next().await.context("an identity")?? {
+        let real = match dial(url).await?.next().await.context("an identity")?? {
             Message::Binary(bytes) => bytes.to_vec(),
             other => bail!("not an identity: {other:?}"),
         };
@@ -258,10 +270,6 @@ impl Shared {
         loop {
             self.hear(&mut victim).await?;
         }
-    }
-
-    async fn dial(&self) -> Result<Upstream> {
-        Ok(connect_async(&self.upstream).await.context("dialling the coordinator")?.0)
     }
 
     async fn hear(&self, victim: &mut Victim) -> Result<Vec<u8>> {

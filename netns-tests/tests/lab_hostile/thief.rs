@@ -182,7 +182,8 @@ impl Session {
         })
     }
 
-    fn say(&self, body: ClientBody) -> Result<()> {
+    /// Says anything at all.
+    pub(crate) fn say(&self, body: ClientBody) -> Result<()> {
         ensure!(self.control.send(body), "the stolen session takes nothing");
         Ok(())
     }
