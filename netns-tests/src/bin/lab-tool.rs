@@ -196,8 +196,9 @@ fn tcp_stream(options: &Options) -> Result<bool> {
         // The kernel tells of a reset once: whoever comes second, reads an ordinary end.
         if outcome.how == "eof"
             && let Ok(Err(error)) = writer.join()
+            && error.kind() == ErrorKind::ConnectionReset
         {
-            outcome.how = how_it_ended(&error);
+            outcome.how = "reset";
         }
         outcome
     });
