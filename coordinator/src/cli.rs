@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::admin::{Call, Failure, call};
 use crate::embedded_relay::RelayListen;
 use crate::policy_file;
-use crate::serve::{Options, PublicUrl};
+use crate::serve::{NetworkName, Options, PublicUrl};
 
 /// Warren's coordinator: decides who may reach what, and tells every agent at once.
 #[derive(Debug, Parser)]
@@ -128,6 +128,9 @@ pub struct ServeArgs {
     /// The prefix of IPv6 overlay addresses; derived from the network's id in a new network
     #[arg(long, value_name = "CIDR")]
     pub ipv6_prefix: Option<Ipv6Net>,
+    /// The network's name, for people; the host of --public-url in a new network
+    #[arg(long, value_name = "NAME")]
+    pub network_name: Option<NetworkName>,
     /// How long an agent works without hearing from us: 5m to 7d
     #[arg(long, value_name = "TIME", default_value = "24h", value_parser = parse_duration)]
     pub lease: Duration,
@@ -148,6 +151,7 @@ impl ServeArgs {
             ipv4_pool: self.ipv4_pool,
             ipv6_prefix: self.ipv6_prefix,
             lease: self.lease,
+            network_name: self.network_name,
         }
     }
 }

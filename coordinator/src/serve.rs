@@ -56,6 +56,8 @@ pub struct Options {
     pub ipv6_prefix: Option<Ipv6Net>,
     /// The lease of netmaps.
     pub lease: Duration,
+    /// The network's name; the stored one if absent, at first the host of the public URL.
+    pub network_name: Option<NetworkName>,
 }
 
 /// An `http://` or `https://` URL without path.
@@ -288,7 +290,27 @@ fn bind_error(listen: SocketAddr, error: &std::io::Error) -> ServeError {
     ServeError::failed(format!("can't listen on {listen}: {error}; {fix}"))
 }
 
-/// The network as stored, its pools as asked for; a new one in an empty store.
+/// A network's name, for people: it identifies nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetworkName(String);
+
+/// Longest name of a network, in bytes: it is shown in one line with others.
+pub const MAX_NETWORK_NAME: usize = 63;
+
+impl std::str::FromStr for NetworkName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let printable =
+            |c: char| !c.is_control() && !matches!(c, '\u{2028}' | '\u{2029}' | '\u{202a}'..='\u{202e}');
+        if text.trim().is_empty() || text.len() > MAX_NETWORK_NAME || !text.chars().all(printable) {
+            return Err(format!("expected 1 to {MAX_NETWORK_NAME} bytes of printable text"));
+        }
+        Ok(Self(text.trim().to_owned()))
+    }
+}
+
+/// The network as stored, its name and pools as asked for; a new one in an empty store.
 async fn open_network(
     options: &Options,
     keys: &Keys,
@@ -321,6 +343,7 @@ async fn open_network(
     let wanted = Settings {
         ipv4: options.ipv4_pool.map_or(stored.ipv4, |p| p.trunc()),
         ipv6: options.ipv6_prefix.map_or(stored.ipv6, |p| p.trunc()),
+        name: options.network_name.as_ref().map_or_else(|| stored.name.clone(), |name| name.0.clone()),
         ..stored.clone()
     };
     let outside = state.devices().values().find(|d| {
@@ -366,6 +389,14 @@ fn first_policy(options: &Options, state: &State) -> Result<(), ServeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn network_names() {
+        assert_eq!("Acme Ltd ".parse(), Ok(NetworkName("Acme Ltd".into())));
+        for bad in ["", "  ", "a\nb", "a\u{202e}b", &"x".repeat(MAX_NETWORK_NAME + 1)] {
+            assert!(bad.parse::<NetworkName>().is_err(), "{bad:?}");
+        }
+    }
 
     #[test]
     fn public_urls() {

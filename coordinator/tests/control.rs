@@ -35,6 +35,24 @@ async fn first_contact_ends_in_a_signed_snapshot() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_network_is_called_what_it_is_told_and_devices_hear_of_it() {
+    let mut coordinator = TestCoordinator::start().await;
+    let key = coordinator.auth_key().await;
+    let client = Client::join(coordinator.addr, &key, 1, "a").await;
+    assert_eq!(client.identity.network_name, "127.0.0.1", "the host of the public URL");
+    let mut disk = client.close().await;
+    for name in [Some("Acme Ltd"), None] {
+        coordinator.restart_with(|o| o.network_name = name.map(|n| n.parse().unwrap())).await;
+        let mut client = Client::connect(coordinator.addr, &key.root, &DeviceKeys::new(1)).await.unwrap();
+        assert_eq!(client.identity.network_name, "Acme Ltd", "and it stays so");
+        let welcome = client.resume(disk).await.unwrap();
+        client.confirm(&welcome).await;
+        client.until(|netmap| netmap.network.name == "Acme Ltd").await;
+        disk = client.close().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn another_coordinator_or_network_is_refused_by_the_agent_before_it_says_anything() {
     let (one, two) = (TestCoordinator::start().await, TestCoordinator::start().await);
     let key = one.auth_key().await;

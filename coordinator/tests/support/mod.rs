@@ -71,6 +71,7 @@ impl TestCoordinator {
             relay: None,
             ipv4_pool: None,
             ipv6_prefix: None,
+            network_name: None,
             lease: Duration::from_secs(3_600),
         };
         edit(&mut options);
