@@ -9,8 +9,8 @@ mod server;
 use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
-use warren_common::ids::{DeviceId, NetworkId};
-use warren_engine::status::{Mapping, PathStatus};
+use warren_common::ids::NetworkId;
+pub use warren_engine::status::{NetworkStatus, PathStatus, PeerStatus, SelfStatus};
 
 use crate::problem::{HealthItem, Problem};
 pub use server::{Call, Server};
@@ -117,42 +117,18 @@ pub struct Status {
     /// `running`, `connecting`, `stopped`, `needs-login`; readers ignore what they don't know.
     pub state: String,
     /// The network; absent before the first enrolment.
-    pub network: Option<NetworkName>,
+    pub network: Option<NetworkStatus>,
     /// This device; absent before the first netmap.
     #[serde(rename = "self")]
-    pub device: Option<SelfDevice>,
+    pub device: Option<SelfStatus>,
     /// The coordinator; absent before the first enrolment.
     pub coordinator: Option<Coordinator>,
     /// Peers, by name.
-    pub peers: Vec<Peer>,
+    pub peers: Vec<PeerStatus>,
     /// What is not as it should be.
     pub health: Vec<HealthItem>,
     /// Packets dropped by reason and timer wake-ups by reason, counted since the agent came up.
     pub counters: serde_json::Value,
-}
-
-/// A network, in short.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NetworkName {
-    /// Its id.
-    pub id: NetworkId,
-    /// Its name.
-    pub name: String,
-}
-
-/// This device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SelfDevice {
-    /// Its id.
-    pub id: DeviceId,
-    /// Its name.
-    pub name: String,
-    /// Its overlay addresses.
-    pub ips: Vec<IpAddr>,
-    /// Its user, unless it is a workload.
-    pub user: Option<String>,
-    /// Its tags.
-    pub tags: Vec<String>,
 }
 
 /// The coordinator.
@@ -166,55 +142,6 @@ pub struct Coordinator {
     pub revision: u64,
 }
 
-/// A peer.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Peer {
-    /// Its id.
-    pub id: DeviceId,
-    /// Its name, if this device may know it.
-    pub name: Option<String>,
-    /// Its overlay addresses.
-    pub ips: Vec<IpAddr>,
-    /// Its user, unless it is a workload.
-    pub user: Option<String>,
-    /// Its tags.
-    pub tags: Vec<String>,
-    /// Connected to the coordinator, as far as known.
-    pub online: bool,
-    /// How packets reach it.
-    pub path: Path,
-    /// Bytes received from it.
-    pub rx_bytes: u64,
-    /// Bytes sent to it.
-    pub tx_bytes: u64,
-    /// When the last handshake with it was done, RFC 3339.
-    pub last_handshake: Option<String>,
-}
-
-/// How packets reach a peer.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Path {
-    /// `direct`, `relay` or `none`.
-    pub kind: String,
-    /// The peer's address, if direct.
-    pub endpoint: Option<SocketAddr>,
-    /// The relay's name, if relayed.
-    pub relay: Option<String>,
-    /// Round-trip time, in milliseconds.
-    pub rtt_ms: Option<f64>,
-}
-
-impl From<PathStatus> for Path {
-    fn from(path: PathStatus) -> Self {
-        Self {
-            kind: path.kind.to_owned(),
-            endpoint: path.endpoint,
-            relay: path.relay,
-            rtt_ms: path.rtt_ms.map(round_ms),
-        }
-    }
-}
-
 /// Milliseconds with three digits after the point: a clock says no more.
 pub fn round_ms(ms: f64) -> f64 {
     (ms * 1_000.0).round() / 1_000.0
@@ -226,7 +153,7 @@ pub struct Pong {
     /// Round-trip time in milliseconds; absent if no answer came in time.
     pub rtt_ms: Option<f64>,
     /// The way it went.
-    pub path: Path,
+    pub path: PathStatus,
 }
 
 /// `warren netcheck --json`.
@@ -240,34 +167,23 @@ pub struct Netcheck {
     pub ipv6: Option<SocketAddr>,
     /// The NAT in front of us.
     pub nat: Nat,
-    /// Protocols by which the NAT maps ports on request.
+    /// Protocols by which the NAT maps ports on request: none are tried yet.
     pub port_mapping: Vec<String>,
     /// Relays.
     pub relays: Vec<RelayRtt>,
 }
 
-/// A NAT by RFC 4787; what is not known is absent.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// A NAT by RFC 4787; what is not known is absent. Readers ignore words that they don't know.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Nat {
-    /// How it maps (section 4.1).
+    /// How it maps (section 4.1): `endpoint-independent`, `address-dependent`, `address-and-port-dependent`, or `none` if
+    /// there is no NAT.
     pub mapping: Option<String>,
-    /// How it filters (section 5).
+    /// How it filters (section 5), in the same words; known only if a STUN server can answer from another address
+    /// (RFC 5780).
     pub filtering: Option<String>,
     /// Whether it hairpins (section 6).
     pub hairpin: Option<bool>,
-}
-
-impl Nat {
-    /// What STUN found out.
-    pub fn new(mapping: Option<Mapping>) -> Self {
-        let mapping = mapping.map(|m| match m {
-            Mapping::None => "none",
-            Mapping::EndpointIndependent => "endpoint-independent",
-            Mapping::AddressDependent => "address-dependent",
-            Mapping::AddressAndPortDependent => "address-and-port-dependent",
-        });
-        Self { mapping: mapping.map(str::to_owned), filtering: None, hairpin: None }
-    }
 }
 
 /// A relay's distance.
@@ -281,7 +197,12 @@ pub struct RelayRtt {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+    use warren_common::ids::DeviceId;
+    use warren_common::time::UnixTime;
+
     use super::*;
+    use crate::problem::Severity;
 
     #[test]
     fn requests_are_flat_and_hide_the_key_in_debug() {
@@ -294,43 +215,107 @@ mod tests {
         assert_eq!(serde_json::to_string(&status).unwrap(), r#"{"verb":"status"}"#);
     }
 
+    /// The contracts of design section 8, byte for byte.
     #[test]
-    fn status_has_the_contract_s_shape() {
+    fn documents_have_the_contract_s_shape() {
+        let path = |kind: &'static str| PathStatus {
+            kind: kind.into(),
+            endpoint: (kind == "direct").then(|| "192.0.2.1:5".parse().unwrap()),
+            relay: (kind == "relay").then(|| "fra".to_owned()),
+            rtt_ms: (kind != "none").then_some(1.235),
+        };
         let status = Status {
             state: "running".into(),
-            network: Some(NetworkName { id: NetworkId::from_bytes([0; 16]), name: "acme".into() }),
-            device: None,
+            network: Some(NetworkStatus { id: NetworkId::from_bytes([0; 16]), name: "acme".into() }),
+            device: Some(SelfStatus {
+                id: DeviceId::from_bytes([0; 16]),
+                name: "a".into(),
+                ips: vec!["100.64.0.1".parse().unwrap()],
+                user: Some("ann@example.com".into()),
+                tags: vec![],
+            }),
             coordinator: Some(Coordinator { url: "http://c".into(), connected: true, revision: 7 }),
-            peers: vec![Peer {
+            peers: vec![PeerStatus {
                 id: DeviceId::from_bytes([0; 16]),
                 name: Some("b".into()),
                 ips: vec!["100.64.0.2".parse().unwrap()],
                 user: None,
-                tags: vec![],
+                tags: vec!["tag:b".into()],
                 online: true,
-                path: Path {
-                    kind: "direct".into(),
-                    endpoint: Some("192.0.2.1:5".parse().unwrap()),
-                    relay: None,
-                    rtt_ms: Some(round_ms(1.234_56)),
-                },
+                path: path("direct"),
                 rx_bytes: 1,
                 tx_bytes: 2,
-                last_handshake: Some("2026-11-24T00:00:00Z".into()),
+                last_handshake: UnixTime::from_rfc3339("2026-11-24T00:00:00Z"),
             }],
-            health: vec![],
-            counters: serde_json::json!({}),
+            health: vec![HealthItem {
+                code: "clock-skew".into(),
+                severity: Severity::Warning,
+                text: "t".into(),
+                fix: "f".into(),
+            }],
+            counters: json!({}),
         };
-        assert_eq!(
-            serde_json::to_string(&status).unwrap(),
-            concat!(
-                r#"{"state":"running","network":{"id":"net_00000000000000000000000000","name":"acme"},"self":null,"#,
-                r#""coordinator":{"url":"http://c","connected":true,"revision":7},"#,
-                r#""peers":[{"id":"dev_00000000000000000000000000","name":"b","ips":["100.64.0.2"],"user":null,"#,
-                r#""tags":[],"online":true,"path":{"kind":"direct","endpoint":"192.0.2.1:5","relay":null,"#,
-                r#""rtt_ms":1.235},"rx_bytes":1,"tx_bytes":2,"last_handshake":"2026-11-24T00:00:00Z"}],"#,
-                r#""health":[],"counters":{}}"#
-            )
-        );
+        let out = Status {
+            state: "needs-login".into(),
+            network: None,
+            device: None,
+            coordinator: None,
+            peers: vec![],
+            health: vec![],
+            counters: json!({}),
+        };
+        let check = Netcheck {
+            udp: true,
+            ipv4: Some("192.0.2.1:5".parse().unwrap()),
+            ipv6: None,
+            nat: Nat { mapping: Some("endpoint-independent".into()), filtering: None, hairpin: Some(false) },
+            port_mapping: vec![],
+            relays: vec![RelayRtt { name: "fra".into(), rtt_ms: Some(12.5) }],
+        };
+        for (document, golden) in [
+            (
+                serde_json::to_string(&status),
+                concat!(
+                    r#"{"state":"running","network":{"id":"net_00000000000000000000000000","name":"acme"},"#,
+                    r#""self":{"id":"dev_00000000000000000000000000","name":"a","ips":["100.64.0.1"],"#,
+                    r#""user":"ann@example.com","tags":[]},"#,
+                    r#""coordinator":{"url":"http://c","connected":true,"revision":7},"#,
+                    r#""peers":[{"id":"dev_00000000000000000000000000","name":"b","ips":["100.64.0.2"],"user":null,"#,
+                    r#""tags":["tag:b"],"online":true,"path":{"kind":"direct","endpoint":"192.0.2.1:5","relay":null,"#,
+                    r#""rtt_ms":1.235},"rx_bytes":1,"tx_bytes":2,"last_handshake":"2026-11-24T00:00:00Z"}],"#,
+                    r#""health":[{"code":"clock-skew","severity":"warning","text":"t","fix":"f"}],"counters":{}}"#
+                ),
+            ),
+            (
+                serde_json::to_string(&out),
+                concat!(
+                    r#"{"state":"needs-login","network":null,"self":null,"coordinator":null,"peers":[],"#,
+                    r#""health":[],"counters":{}}"#
+                ),
+            ),
+            (
+                serde_json::to_string(&Pong { rtt_ms: Some(1.235), path: path("relay") }),
+                r#"{"rtt_ms":1.235,"path":{"kind":"relay","endpoint":null,"relay":"fra","rtt_ms":1.235}}"#,
+            ),
+            (
+                serde_json::to_string(&Pong { rtt_ms: None, path: path("none") }),
+                r#"{"rtt_ms":null,"path":{"kind":"none","endpoint":null,"relay":null,"rtt_ms":null}}"#,
+            ),
+            (
+                serde_json::to_string(&check),
+                concat!(
+                    r#"{"udp":true,"ipv4":"192.0.2.1:5","ipv6":null,"nat":{"mapping":"endpoint-independent","#,
+                    r#""filtering":null,"hairpin":false},"port_mapping":[],"relays":[{"name":"fra","rtt_ms":12.5}]}"#
+                ),
+            ),
+        ] {
+            assert_eq!(document.unwrap(), golden);
+        }
+        // A reader of an earlier version ignores fields and words that it does not know.
+        let later = json!({
+            "state": "dreaming", "network": null, "self": null, "coordinator": null, "peers": [], "health": [],
+            "counters": {}, "mood": 1,
+        });
+        assert_eq!(serde_json::from_value::<Status>(later).unwrap().state, "dreaming");
     }
 }

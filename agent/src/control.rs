@@ -17,6 +17,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use warren_common::ids::NetworkId;
 use warren_common::keys::{ControlSecretKey, Fingerprint};
+use warren_common::url::CoordinatorUrl;
 use warren_common::wire::control::{
     ClientBody, ClientMessage, CoordinatorIdentity, Ping, ServerBody, ServerMessage,
 };
@@ -24,7 +25,7 @@ use warren_common::wire::control::{
 use crate::entropy::OsEntropy;
 use crate::problem::Problem;
 use session::Link;
-pub use transport::CoordinatorUrl;
+pub use session::look;
 
 /// First wait after a lost or failed connection.
 pub const MIN_BACKOFF: Duration = Duration::from_millis(250);

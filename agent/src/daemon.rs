@@ -5,6 +5,8 @@
 //! is checked, saved on a helper thread and only then applied, except that what it takes away ends at once; meanwhile
 //! packets flow and control events wait.
 
+mod check;
+mod keep;
 mod packets;
 mod relays;
 mod session;
@@ -17,7 +19,7 @@ use std::time::Duration;
 use rand_core::RngCore as _;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use warren_common::time::{Instant, Now};
 use warren_engine::engine::Engine;
 use warren_engine::event::PingToken;
@@ -27,12 +29,15 @@ use crate::api::{Call, Reply, Server};
 use crate::clock::{self, BootTimer, MAX_SLEEP};
 use crate::control::{ControlClient, ControlConfig, ControlEvent};
 use crate::entropy::OsEntropy;
+use crate::os::journal::Journal;
 use crate::os::tun::{self, Tun};
 use crate::os::udp::{self, Udp};
 use crate::os::{Host, HostPlan, NetworkChanges, Surroundings};
 use crate::problem::{Problem, Severity};
 use crate::relay_client::RelayEvent;
 use crate::state::{DeviceKeys, Identity, Membership, NetworkDir, Settings, StateDir};
+use check::Checked;
+use keep::Keep;
 use packets::Buffers;
 use relays::Relays;
 
@@ -44,8 +49,6 @@ const SAVE_INTERVAL: Duration = Duration::from_secs(120);
 const RETRY: Duration = Duration::from_secs(5);
 /// Control events that wait for the daemon; behind them the session's TCP window fills.
 const CONTROL_QUEUE: usize = 32;
-/// Pings of local callers under way.
-const MAX_PINGS: usize = 64;
 
 /// How the daemon is started.
 #[derive(Clone, Debug)]
@@ -68,8 +71,10 @@ pub struct Options {
 /// Why the daemon can't start, or can't put the host back.
 pub async fn run(options: Options) -> Result<(), Problem> {
     tun::check_name(&options.tun)?;
+    crate::os::check_privilege()?;
     let state = StateDir::open(&options.state_dir)?;
     let settings = state.settings()?;
+    Journal::load(&state)?; // without it nothing can be put back
     let sockets = udp::bind(options.listen_port, settings.port)?;
     let (server, calls) = Server::listen(&options.socket, options.operator)?;
     let host = Host::open()?;
@@ -99,6 +104,9 @@ struct Daemon {
     /// When to try coming up once more.
     retry_at: Option<Instant>,
     needs_login: bool,
+    /// Looks at coordinators that callers have no auth key for; each ends within [`crate::control::CONNECT_TIMEOUT`].
+    looks: JoinSet<()>,
+    checks: JoinSet<Checked>,
 }
 
 /// What exists while the agent is up.
@@ -113,6 +121,7 @@ struct Up {
     control: ControlClient,
     events: mpsc::Receiver<ControlEvent>,
     relays: Relays,
+    keep: Keep,
     /// When to begin a new session in place of one that could not go on.
     reconnect_at: Option<Instant>,
     /// Why there is no session; absent while one stands or the first attempt is under way.
@@ -136,6 +145,7 @@ struct Up {
     next_save: Instant,
     since: Instant,
     waiters: Vec<Waiter>,
+    /// Pings of local callers, of whom there are [`crate::api::MAX_CONNECTIONS`] at most.
     pings: Vec<(PingToken, oneshot::Sender<Reply>)>,
 }
 
@@ -173,6 +183,7 @@ enum Wake {
     Network,
     Timer,
     Saved(Result<(), Problem>),
+    Checked(Box<Checked>),
     Stop,
 }
 
@@ -214,6 +225,8 @@ impl Daemon {
             problem: None,
             retry_at: None,
             needs_login: false,
+            looks: JoinSet::new(),
+            checks: JoinSet::new(),
         })
     }
 
@@ -257,6 +270,7 @@ impl Daemon {
                 Wake::Network => self.on_network(now).await,
                 Wake::Saved(result) => self.on_saved(now, result).await,
                 Wake::Timer => self.on_timer(now).await,
+                Wake::Checked(checked) => self.on_checked(now, *checked),
             }
             self.drain(clock::now());
         }
@@ -264,7 +278,7 @@ impl Daemon {
 
     /// Waits for the next thing to do. Cancel safe.
     async fn next(&mut self, calls: &mut mpsc::Receiver<Call>) -> Wake {
-        let Self { up, sockets, changes, timer, .. } = self;
+        let Self { up, sockets, changes, timer, checks, .. } = self;
         let (tun, events, relays, saving) = match up.as_deref_mut() {
             Some(up) => (up.tun.as_ref(), Some(&mut up.events), Some(&mut up.relays), up.saving.as_mut()),
             None => (None, None, None, None),
@@ -305,6 +319,12 @@ impl Daemon {
                 None => std::future::pending().await,
             }
         };
+        let checked = async {
+            match checks.join_next().await {
+                Some(Ok(checked)) => checked,
+                _ => std::future::pending().await, // none is under way
+            }
+        };
         tokio::select! {
             _ = tun_readable => Wake::Tun,
             (index, _) = udp_readable => Wake::Udp(index),
@@ -314,6 +334,7 @@ impl Daemon {
             result = saved => Wake::Saved(result.unwrap_or_else(|e| {
                 Err(Problem::new("save", format!("a save failed: {e}"), "this should not happen; report it"))
             })),
+            checked = checked => Wake::Checked(Box::new(checked)),
             call = calls.recv() => Wake::Call(call),
             () = changes.changed() => Wake::Network,
         }
@@ -333,6 +354,7 @@ impl Daemon {
             consider(up.waiters.iter().map(|w| w.deadline).min());
             consider(up.stalled.as_ref().map(|(_, at)| *at));
             consider(up.reconnect_at);
+            consider(up.keep.due());
             consider(Some(up.next_save));
         }
         earliest
@@ -352,6 +374,7 @@ impl Daemon {
         up.retry_stalled(now);
         up.reconnect_if_due(now.boot);
         up.leave_idle_relays(now);
+        up.keep_if_due(now);
         if up.next_save <= now.boot && up.saving.is_none() {
             up.next_save = now.boot + SAVE_INTERVAL;
             up.save_periodically(now);

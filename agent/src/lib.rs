@@ -8,6 +8,7 @@ pub mod clock;
 pub mod control;
 pub mod daemon;
 pub mod entropy;
+pub mod netcheck;
 pub mod os;
 pub mod policy_cli;
 pub mod problem;

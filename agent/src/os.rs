@@ -44,6 +44,23 @@ pub const MIN_MTU: u32 = 1_280;
 /// Bytes that the tunnel adds to a packet at most: IPv6 40, UDP 8, WireGuard 32.
 pub const OVERHEAD: u32 = 80;
 
+/// Refuses to go on without the right to configure the network: better at the start than half-way up.
+///
+/// # Errors
+/// This process lacks `CAP_NET_ADMIN`.
+pub fn check_privilege() -> Result<(), Problem> {
+    use rustix::thread::{CapabilitySet, capabilities};
+    // Where the kernel does not say, it will when it is asked for something.
+    if capabilities(None).is_ok_and(|sets| !sets.effective.contains(CapabilitySet::NET_ADMIN)) {
+        return Err(Problem::new(
+            "not-privileged",
+            "warrend has no permission to configure the network (it makes a network device, routes and filter rules)",
+            "run it as root (`systemctl start warrend`, or sudo) or with CAP_NET_ADMIN; in a container add `--cap-add NET_ADMIN --device /dev/net/tun`",
+        ));
+    }
+    Ok(())
+}
+
 /// What the host should look like while the overlay is up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostPlan {
@@ -122,20 +139,22 @@ impl Host {
     /// Undoes every change in the journal, also those of an earlier run. Things that are gone already are no error.
     ///
     /// # Errors
-    /// Something can't be undone; the journal keeps it for the next try.
+    /// Something can't be undone: the rest is, and the journal keeps all of it for the next try.
     pub async fn restore(&self, state: &StateDir) -> Result<(), Problem> {
         let mut journal = Journal::load(state)?;
-        while let Some(change) = journal.last() {
-            match change {
-                Change::Nft { table } => firewall::remove(table).await?,
-                Change::Routes { table } => self.netlink.flush_table(*table).await?,
+        let mut result = Ok(());
+        for change in journal.latest_first() {
+            let undone = match change {
+                Change::Nft { table } => firewall::remove(table).await,
+                Change::Routes { table } => self.netlink.flush_table(*table).await,
                 Change::Rule { ipv6, priority, mark, table } => {
-                    self.netlink.remove_rule(*ipv6, *table, *priority, *mark).await?;
+                    self.netlink.remove_rule(*ipv6, *table, *priority, *mark).await
                 }
-            }
-            journal.undone(state)?;
+            };
+            result = result.and(undone);
         }
-        Ok(())
+        result?;
+        journal.clear(state)
     }
 
     /// What the network around this host looks like now, without the overlay's own part.
@@ -173,6 +192,11 @@ pub struct Surroundings {
 }
 
 impl Surroundings {
+    /// This host's addresses, without the overlay's.
+    pub fn addrs(&self) -> &[IpAddr] {
+        &self.addrs
+    }
+
     /// Our sockets (number and bound address) with every address they can be reached at.
     pub fn sockets(&self, bound: &[(u8, SocketAddr)]) -> Vec<LocalSocket> {
         let each = |(id, socket): &(u8, SocketAddr)| {

@@ -4,10 +4,11 @@ use std::fmt;
 use std::io;
 
 use serde::{Deserialize, Serialize};
+use warren_common::url::ParseUrlError;
 
 /// How bad a health item is. Readers treat unknown words as a warning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case", from = "String")]
 pub enum Severity {
     /// Worth knowing.
     Info,
@@ -15,6 +16,16 @@ pub enum Severity {
     Warning,
     /// Something does not work.
     Error,
+}
+
+impl From<String> for Severity {
+    fn from(word: String) -> Self {
+        match word.as_str() {
+            "info" => Self::Info,
+            "error" => Self::Error,
+            _ => Self::Warning,
+        }
+    }
 }
 
 /// A condition of a running daemon, as `status` shows it.
@@ -68,6 +79,16 @@ impl fmt::Display for Problem {
 
 impl std::error::Error for Problem {}
 
+impl From<ParseUrlError> for Problem {
+    fn from(ParseUrlError(text): ParseUrlError) -> Self {
+        Self::usage(
+            "bad-url",
+            format!("`{text}` is not the URL of a coordinator"),
+            "write it as the coordinator's --public-url: `https://host` or `http://host:port`",
+        )
+    }
+}
+
 /// The last sentence of an I/O error, without the number that Rust appends.
 pub(crate) fn io_text(error: &io::Error) -> String {
     let text = error.to_string();
@@ -84,6 +105,19 @@ mod tests {
         assert_eq!(problem.to_string(), "`x` is not a URL\n  fix: write http://host:port");
         assert_eq!(problem.exit, 2);
         assert_eq!(problem.health(Severity::Error).code, "bad-url");
+        let bad = "warren".parse::<warren_common::url::CoordinatorUrl>().unwrap_err();
+        let problem = Problem::from(bad);
+        assert_eq!((problem.code.as_str(), problem.exit), ("bad-url", 2));
+    }
+
+    #[test]
+    fn an_unknown_severity_reads_as_a_warning() {
+        assert_eq!(serde_json::from_str::<Severity>(r#""loud""#).unwrap(), Severity::Warning);
+        for severity in [Severity::Info, Severity::Warning, Severity::Error] {
+            let word = serde_json::to_string(&severity).unwrap();
+            assert_eq!(word, format!("\"{severity:?}\"").to_lowercase());
+            assert_eq!(serde_json::from_str::<Severity>(&word).unwrap(), severity);
+        }
     }
 
     #[test]

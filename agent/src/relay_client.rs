@@ -568,3 +568,36 @@ fn jittered(wait: Duration) -> Duration {
 fn micros() -> u64 {
     crate::clock::now().boot.as_nanos() / 1_000
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_waits_for_the_task_is_bounded() {
+        let relay = Relay {
+            id: RelayId::from_bytes([2; 16]),
+            name: "r".into(),
+            addrs: vec![(Ipv4Addr::LOCALHOST, 1).into()],
+            stun: vec![],
+            cert_sha256: [0; 32],
+        };
+        let config = RelayClientConfig {
+            relay,
+            network: NetworkId::from_bytes([1; 16]),
+            probe: ProbeSecretKey::from_bytes([3; 32]),
+            mark: 0,
+        };
+        let (sender, _events) = mpsc::channel(1);
+        let client = RelayClient::spawn(config, sender);
+        // The task does not run meanwhile: this thread is the only one.
+        for _ in 0..10 * MAX_COMMANDS {
+            client.provide_token(Signed { payload: vec![1], signature: vec![2] });
+            client.network_changed();
+        }
+        assert_eq!((client.commands.max_capacity(), client.commands.capacity()), (MAX_COMMANDS, 0));
+        assert_eq!(client.send(DeviceId::from_bytes([4; 16]), &[0; 10]), Sent::NotConnected);
+    }
+}

@@ -3,12 +3,13 @@
 //! ```text
 //! DIR/                     0700, held by a lock for as long as the agent runs
 //!   lock  settings  journal
-//!   networks/<net_id>/     keys  identity  device  netmap  handshakes
+//!   networks/<net_id>/     keys  identity  device  netmap  handshakes  resume
 //! ```
 //!
 //! Every file is replaced as a whole: written beside, synced, renamed, directory synced. Its first line names the
 //! kind and the SHA-256 of the rest, so damage is told from contents. A damaged file is named and left alone.
 
+use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
@@ -17,12 +18,14 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
-use warren_common::ids::{DeviceId, NetworkId};
+use warren_common::ids::{DeviceId, NetworkId, RelayId};
 use warren_common::keys::{
     ControlPublicKey, ControlSecretKey, Fingerprint, KEY_LEN, NetmapPublicKey, ProbeSecretKey, WgSecretKey,
 };
 use warren_common::time::UnixTime;
+use warren_common::wire::control::Signed;
 use warren_engine::netmap::SavedNetmap;
+use warren_engine::paths::PathHint;
 use zeroize::Zeroizing;
 
 use crate::entropy::OsEntropy;
@@ -79,6 +82,20 @@ pub struct Identity {
     pub netmap: NetmapPublicKey,
     /// The highest epoch seen; a coordinator with a lower one is refused.
     pub epoch: u64,
+}
+
+/// What lets traffic go on at once after a restart while the coordinator is away. It grants nothing by itself, and losing
+/// it costs no more than a wait.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Resume {
+    /// When it was saved.
+    pub at: UnixTime,
+    /// The latest token for each relay in use, as encoded: good for ten minutes at most, and only together with the keys.
+    #[serde(with = "tokens")]
+    pub tokens: BTreeMap<RelayId, Signed>,
+    /// Where peers in use were reached.
+    pub paths: Vec<PathHint>,
 }
 
 /// Who this device is in the network.
@@ -281,6 +298,25 @@ impl NetworkDir {
         self.path.join("netmap")
     }
 
+    /// What was saved for a restart; nothing if there is none, or it can't be read: it is not needed.
+    pub fn resume(&self) -> Resume {
+        match load_json(&self.path.join("resume"), "resume") {
+            Ok(resume) => resume.unwrap_or_default(),
+            Err(problem) => {
+                tracing::warn!("paths and relay tokens of the last run are lost: {}", problem.text);
+                Resume::default()
+            }
+        }
+    }
+
+    /// Saves what is to be used after a restart.
+    ///
+    /// # Errors
+    /// The disk is full or unwritable; what was there stays.
+    pub fn save_resume(&self, resume: &Resume) -> Result<(), Problem> {
+        save_json(&self.path.join("resume"), "resume", resume)
+    }
+
     /// A time after every time stamp in our WireGuard handshakes so far; zero if none is known.
     ///
     /// # Errors
@@ -295,6 +331,32 @@ impl NetworkDir {
     /// The disk is full or unwritable; what was there stays.
     pub fn save_handshake_floor(&self, floor: UnixTime) -> Result<(), Problem> {
         save_json(&self.path.join("handshakes"), "handshakes", &floor)
+    }
+}
+
+/// Relay tokens as JSON: base64 of their encoding, by relay.
+mod tokens {
+    use super::{BTreeMap, RelayId, Signed};
+    use data_encoding::BASE64;
+    use prost::Message as _;
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+    pub(super) fn serialize<S: Serializer>(
+        tokens: &BTreeMap<RelayId, Signed>,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(tokens.iter().map(|(relay, t)| (relay, BASE64.encode(&t.encode_to_vec()))))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<BTreeMap<RelayId, Signed>, D::Error> {
+        let texts = BTreeMap::<RelayId, String>::deserialize(deserializer)?;
+        let decode = |(relay, text): (RelayId, String)| {
+            let bytes = BASE64.decode(text.as_bytes()).map_err(D::Error::custom)?;
+            Ok((relay, Signed::decode(bytes.as_slice()).map_err(D::Error::custom)?))
+        };
+        texts.into_iter().map(decode).collect()
     }
 }
 
@@ -394,11 +456,23 @@ fn save_json<T: Serialize>(path: &Path, kind: &str, value: &T) -> Result<(), Pro
 }
 
 fn damaged(path: &Path, why: &str) -> Problem {
-    Problem::new(
-        "state-damaged",
-        format!("the state file `{}` is damaged: {why}", path.display()),
-        "put it back from a backup; or move the state directory away and join again with a new auth key (nothing was overwritten)",
-    )
+    let fix = match path.file_name().and_then(|name| name.to_str()) {
+        Some("settings") => {
+            "put it back from a backup; or move it away and run `warren up` with an auth key of the same network, where this device keeps its keys and its place"
+        }
+        Some("journal") => {
+            "put it back from a backup; or move it away, and if the agent was killed before, restart the machine: that undoes what the file notes (nftables table `warren`, rules and routes of table 30561)"
+        }
+        Some("netmap") => {
+            "put it back from a backup; or move it away: the coordinator then sends a new one, and until then nothing is allowed"
+        }
+        Some("handshakes") => {
+            "put it back from a backup; or move it away: peers refuse this device only if its clock was set back meanwhile"
+        }
+        _ => "put it back from a backup; or move the state directory away and join again with a new auth key",
+    };
+    let text = format!("the state file `{}` is damaged: {why}", path.display());
+    Problem::new("state-damaged", text, format!("{fix} (nothing was overwritten)"))
 }
 
 fn access(path: &Path, error: &io::Error) -> Problem {

@@ -11,4 +11,5 @@ pub mod netmap;
 pub mod noise;
 pub mod policy;
 pub mod time;
+pub mod url;
 pub mod wire;

@@ -100,6 +100,63 @@ impl UnixTime {
     pub fn to_rfc3339(self) -> String {
         jiff::Timestamp::from_second(self.as_secs()).map_or_else(|_| self.0.to_string(), |t| t.to_string())
     }
+
+    /// The time that an RFC 3339 text names.
+    pub fn from_rfc3339(text: &str) -> Option<Self> {
+        text.parse::<jiff::Timestamp>().ok().map(|t| Self(t.as_microsecond()))
+    }
+}
+
+/// For `#[serde(with = …)]`: a time as RFC 3339 text, as machine-readable output shows it.
+pub mod rfc3339 {
+    use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+    use super::UnixTime;
+
+    /// Writes the text.
+    ///
+    /// # Errors
+    /// The serializer's.
+    pub fn serialize<S: Serializer>(time: &UnixTime, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&time.to_rfc3339())
+    }
+
+    /// Reads the text.
+    ///
+    /// # Errors
+    /// It is no RFC 3339 time.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<UnixTime, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        UnixTime::from_rfc3339(&text).ok_or_else(|| D::Error::custom("not an RFC 3339 time"))
+    }
+
+    /// The same for a time that may be absent.
+    pub mod option {
+        use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
+
+        use super::UnixTime;
+
+        /// Writes the text, or null.
+        ///
+        /// # Errors
+        /// The serializer's.
+        pub fn serialize<S: Serializer>(time: &Option<UnixTime>, serializer: S) -> Result<S::Ok, S::Error> {
+            match time {
+                Some(time) => serializer.serialize_some(&time.to_rfc3339()),
+                None => serializer.serialize_none(),
+            }
+        }
+
+        /// Reads the text, or null.
+        ///
+        /// # Errors
+        /// It is no RFC 3339 time.
+        pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<UnixTime>, D::Error> {
+            let text = Option::<String>::deserialize(deserializer)?;
+            let time = text.map(|text| UnixTime::from_rfc3339(&text).ok_or("not an RFC 3339 time"));
+            time.transpose().map_err(D::Error::custom)
+        }
+    }
 }
 
 impl Add<Duration> for UnixTime {

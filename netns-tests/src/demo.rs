@@ -221,7 +221,7 @@ impl World {
             let ann = ann.first().context("ann has no address")?;
             let why = self.bob.why(&ann.to_string(), DENIED)?;
             let incoming = &why["filter"]["ingress"]["outcome"];
-            ensure!(incoming == "no_rule", "{why}");
+            ensure!(incoming == "no-rule", "{why}");
             Ok(format!("connections from {ann} to port {DENIED} here: {}", text(incoming)))
         });
         table.row("  reason at bob (warren why)", there);

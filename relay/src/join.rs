@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use warren_common::ids::DeviceId;
 use warren_common::keys::NetmapPublicKey;
 use warren_common::time::UnixTime;
+use warren_common::url::CoordinatorUrl;
 use warren_common::wire::control::{Ping, RefusedCode};
 use warren_common::wire::relay_control::{
     MAX_COMMAND_DEVICES, RelayAck, RelayBody, RelayCommand, RelayHello, RelayJoinKey, RelayReport,
@@ -27,7 +28,6 @@ use crate::server::{RelayServer, RelayServerConfig, StartError};
 mod link;
 mod state;
 
-pub use link::CoordinatorUrl;
 use link::Link;
 use state::State;
 pub use state::StateError;

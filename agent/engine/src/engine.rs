@@ -26,7 +26,7 @@ use crate::event::{Event, PingToken, WakeReason};
 use crate::filter::{EndedFlow, Filter};
 use crate::io::{LocalSocket, Outbox, TunOut};
 use crate::netmap::{self, Held, Identity, PendingUpdate, RestoreError, SavedNetmap, UpdateRefused};
-use crate::paths::{Paths, PeerIdx};
+use crate::paths::{MAX_HINTS, PathHint, Paths, PeerIdx};
 use crate::routes::Routes;
 use crate::stun::Stun;
 use crate::wg;
@@ -206,6 +206,25 @@ impl Engine {
         self.held.as_ref().map(|held| held.to_saved(now, self.boot_id))
     }
 
+    /// Where peers in use are reached now: to be saved now and then, and given to [`Engine::resume`] after a restart.
+    pub fn path_hints(&self) -> Vec<PathHint> {
+        self.paths.hints()
+    }
+
+    /// After a restart, with the netmap restored and the interfaces told: takes up with the peers that were in use, where
+    /// they were reached, without waiting for a packet. So traffic goes on, also without relay or coordinator. What is too
+    /// much, or about nobody in the netmap, is ignored.
+    pub fn resume(&mut self, now: Now, hints: &[PathHint]) {
+        for hint in hints.iter().take(MAX_HINTS) {
+            let Some(idx) = self.paths.find(hint.device) else { continue };
+            self.paths.resume(now.boot, idx, &hint.endpoints);
+            if let Some(state) = self.peers.get(idx as usize).and_then(Option::as_ref) {
+                self.wg.initiate(state.handle, now);
+            }
+        }
+        self.resend_handshakes(now);
+    }
+
     /// What a session with the coordinator starts from: epoch, revision and hash of the netmap held.
     pub fn held(&self) -> Option<(u64, u64, [u8; 32])> {
         self.held.as_ref().map(|h| (h.epoch, h.revision, h.hash))
@@ -238,6 +257,11 @@ impl Engine {
         }
     }
 
+    /// Asks STUN anew, though nothing seems to have changed; [`Engine::net_status`] with the answers then.
+    pub fn refresh_net(&mut self, now: Now) {
+        self.start_stun(now);
+    }
+
     /// A relay connection came up, or went down.
     pub fn handle_relay_state(&mut self, now: Now, relay: RelayId, connected: bool) {
         if self.paths.set_relay(now.boot, relay, connected) && !connected && self.home == Some(relay) {
@@ -261,6 +285,7 @@ impl Engine {
         }
         // Also peers whose netmap is still under way; those that never come are dropped with the next one.
         let room = MAX_PEERS.saturating_sub(self.online.len());
+        self.drops.presence += online.len().saturating_sub(room) as u64;
         self.online.extend(online.iter().take(room));
     }
 
@@ -427,5 +452,67 @@ impl Engine {
 
     fn peer_state(&self, handle: wg::PeerHandle) -> Option<&PeerState> {
         self.peers.get(handle.slot() as usize)?.as_ref().filter(|state| state.handle == handle)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use warren_common::ids::NetworkId;
+    use warren_common::keys::{ControlSecretKey, NetmapSecretKey};
+
+    use super::*;
+
+    fn engine() -> Engine {
+        Engine::new(Config {
+            identity: Identity {
+                network: NetworkId::from_bytes([1; 16]),
+                device: DeviceId::from_bytes([1; 16]),
+                control: ControlSecretKey::from_bytes([1; 32]).public(),
+                netmap_key: NetmapSecretKey::from_bytes([1; 32]).public(),
+                epoch: 0,
+            },
+            wg: WgSecretKey::from_bytes([1; 32]),
+            probe: ProbeSecretKey::from_bytes([1; 32]),
+            seed: [1; 32],
+            boot_id: [1; 16],
+            mtu: 1_280,
+            handshake_floor: UnixTime::default(),
+        })
+    }
+
+    #[test]
+    fn what_nobody_fetches_is_bounded_and_counted() {
+        let mut engine = engine();
+        for n in 0..MAX_NOTICES + 3 {
+            engine.push_notice(vec![n as u8]);
+        }
+        for n in 0..MAX_EVENTS as u64 + 4 {
+            engine.push_event(Event::PingResult {
+                token: PingToken(n),
+                path: crate::event::Path::None,
+                rtt: None,
+            });
+        }
+        let drops = engine.status(Now::default()).drops;
+        assert_eq!((drops["notices-full"], drops["events-full"]), (3, 4));
+        assert_eq!(engine.notices.len(), MAX_NOTICES);
+        // The oldest events went.
+        assert!(matches!(engine.poll_event(), Some(Event::PingResult { token: PingToken(4), .. })));
+        assert_eq!(std::iter::from_fn(|| engine.poll_event()).count(), MAX_EVENTS - 1);
+    }
+
+    #[test]
+    fn presence_is_bounded_and_counted() {
+        let mut engine = engine();
+        let id = |n: usize| {
+            let mut id = [0; 16];
+            id[..8].copy_from_slice(&(n as u64).to_be_bytes());
+            DeviceId::from_bytes(id)
+        };
+        let many: Vec<_> = (0..MAX_PEERS + 5).map(id).collect();
+        engine.handle_presence(&many, &[]);
+        engine.handle_presence(&many[..1], &many[..2]);
+        assert_eq!(engine.online.len(), MAX_PEERS - 1);
+        assert_eq!(engine.status(Now::default()).drops["presence-full"], 5);
     }
 }

@@ -9,7 +9,7 @@ use warren_common::ids::{DeviceId, RelayId};
 
 /// How packets reach a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
-#[serde(rename_all = "lowercase", tag = "kind")]
+#[serde(rename_all = "kebab-case", tag = "kind")]
 pub enum Path {
     /// Straight, by UDP.
     Direct {

@@ -39,7 +39,7 @@ pub const ENDED: Duration = Duration::from_secs(2 * 60);
 
 /// Which way a packet goes, seen from this device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Direction {
     /// From the local host to a peer.
     Egress,
@@ -59,7 +59,7 @@ impl Direction {
 
 /// Where a flow stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "kebab-case")]
 pub enum FlowState {
     /// TCP: the opener's SYN was seen.
     SynSent,

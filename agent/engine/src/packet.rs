@@ -47,7 +47,7 @@ const MAX_DATAGRAM: usize = 65_535;
 
 /// Why bytes aren't a packet the filter can judge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "kebab-case")]
 pub enum ParseError {
     /// The first four bits are neither 4 nor 6, or there are no bytes.
     #[error("not an IPv4 or IPv6 packet")]

@@ -33,10 +33,12 @@ use crate::event::{Event, Path, PingToken};
 use crate::io::{Destination, LocalSocket, Outbox, Source};
 
 mod active;
+mod hints;
 mod score;
 mod shared;
 
 use active::Active;
+pub use hints::{MAX_HINT_ENDPOINTS, MAX_HINTS, PathHint};
 use shared::Shared;
 pub(crate) use shared::is_endpoint;
 
@@ -79,12 +81,15 @@ pub const MAX_INFLIGHT: usize = 2 * MAX_REMOTES;
 pub const MAX_PROBES_PER_MINUTE: u32 = 120;
 /// Probes per peer and minute that check the path in use or announce addresses, beyond those.
 pub const MAX_CHECKS_PER_MINUTE: u32 = 180;
-/// Pongs per peer and minute: more than a peer that keeps to its own budget asks for.
-pub const MAX_PONGS_PER_MINUTE: u32 = 600;
+/// Pongs per peer and second: more than a peer that keeps to its own budgets asks for, even if it spends those of a
+/// minute at once. A pong is as long as its ping, so it costs others no more than who asked for it.
+pub const MAX_PONGS_PER_SECOND: u32 = 400;
 /// Probes waiting for `poll_transmit`, over all peers; more are dropped and counted. 400 KiB.
 pub const MAX_QUEUED: usize = 1_024;
-/// Pings for `warren ping` under way, per peer.
+/// Pings for `warren ping` that wait for a way or for their turn, per peer.
 pub const MAX_USER_PINGS: usize = 16;
+/// Pings for `warren ping` per peer and second: those beyond wait, so that the peer's budget answers all.
+pub const MAX_USER_PINGS_PER_SECOND: u32 = 20;
 /// Key agreements per second on behalf of peers that aren't active: 2 % of a core, should a relay lie about senders.
 pub const MAX_DERIVATIONS_PER_SECOND: u32 = 200;
 /// Our own addresses as seen by peers: kept only until STUN knows better.
@@ -138,7 +143,12 @@ pub(crate) struct PathCounters {
     pub(crate) probe_limited: u64,
     pub(crate) probe_queue_full: u64,
     pub(crate) candidate_refused: u64,
+    /// A known address made room for a new one.
+    pub(crate) candidate_replaced: u64,
+    /// A ping under way made room for a new one; its answer will be unexpected.
+    pub(crate) ping_replaced: u64,
     pub(crate) pong_unexpected: u64,
+    pub(crate) events: u64,
 }
 
 /// All peers' paths.
@@ -179,6 +189,11 @@ impl Rate {
         let free = self.used < max;
         self.used += u32::from(free);
         free
+    }
+
+    /// When the next window begins.
+    fn next(&self, window: Duration) -> Instant {
+        self.since + window
     }
 }
 
@@ -405,7 +420,7 @@ impl Paths {
     /// Measures the round-trip time over the path in use, or the first one there is.
     pub(crate) fn ping(&mut self, now: Instant, idx: PeerIdx, token: PingToken) {
         self.touch(now, idx);
-        self.with_active(now, idx, |active, home, shared| active.user_ping(now, token, home, shared));
+        self.with_active(now, idx, |active, _, shared| active.user_ping(now, token, shared));
     }
 
     // Time and output.

@@ -1,13 +1,14 @@
 //! Answers to questions: what an engine knows, as data for `warren status`, `why`, `whois` and metrics.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use warren_common::ids::{DeviceId, NetworkId, RelayId};
-use warren_common::time::UnixTime;
+use warren_common::time::{UnixTime, rfc3339};
 
-use crate::event::{Path, WakeReason};
+use crate::event::WakeReason;
 
 /// Everything at one moment.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -34,7 +35,7 @@ pub struct Status {
 }
 
 /// The network.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetworkStatus {
     /// Its id.
     pub id: NetworkId,
@@ -43,7 +44,7 @@ pub struct NetworkStatus {
 }
 
 /// This device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SelfStatus {
     /// Its id.
     pub id: DeviceId,
@@ -59,7 +60,7 @@ pub struct SelfStatus {
 
 /// Whether grants hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase", tag = "state")]
+#[serde(rename_all = "kebab-case", tag = "state")]
 pub enum LeaseStatus {
     /// No netmap was ever accepted.
     None,
@@ -73,7 +74,7 @@ pub enum LeaseStatus {
 }
 
 /// One peer.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PeerStatus {
     /// Its id.
     pub id: DeviceId,
@@ -93,20 +94,21 @@ pub struct PeerStatus {
     pub rx_bytes: u64,
     /// Plaintext bytes sent to it.
     pub tx_bytes: u64,
-    /// When the last handshake with it was done.
+    /// When the last handshake with it was done, as RFC 3339 text.
+    #[serde(with = "rfc3339::option")]
     pub last_handshake: Option<UnixTime>,
 }
 
-/// How packets reach a peer, in the words of `warren status --json`.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+/// How packets reach a peer, as `warren status --json` and `warren ping --json` show it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PathStatus {
-    /// `direct`, `relay` or `none`.
-    pub kind: &'static str,
+    /// `direct`, `relay` or `none`; readers ignore what they don't know.
+    pub kind: Cow<'static, str>,
     /// The peer's address, if direct.
     pub endpoint: Option<SocketAddr>,
     /// The relay's name, if relayed.
     pub relay: Option<String>,
-    /// Round-trip time of the last probe over it, in milliseconds.
+    /// Round-trip time of the last probe over it, in milliseconds with three digits after the point.
     pub rtt_ms: Option<f64>,
 }
 
@@ -126,8 +128,8 @@ pub struct NetStatus {
     pub relays: Vec<RelayStatus>,
 }
 
-/// How a NAT maps (RFC 4787 section 4.1).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+/// How a NAT maps (RFC 4787 section 4.1), the easiest to get through first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mapping {
     /// There is no NAT: the mapped address is our own.
@@ -178,7 +180,7 @@ pub struct Whois {
 pub struct Why {
     /// True if this device would open the connection. The other end decides for itself as well.
     pub allowed: bool,
-    /// A stable word for what decided: `allowed`, `no-rule`, `denied-by-rule`, `no-peer`, `self`, `no-netmap`,
+    /// A stable word for what decided: `allowed`, `no-rule`, `denied-by-rule`, `not-visible`, `self`, `no-netmap`,
     /// `lease-ended` or `closed`.
     pub reason: &'static str,
     /// The same for people, with the rule's place in the policy where there is one.
@@ -186,7 +188,7 @@ pub struct Why {
     /// The device that owns the destination.
     pub peer: Option<Whois>,
     /// How packets reach it.
-    pub path: Option<Path>,
-    /// Rules, flows and recent drops, in detail and for both directions.
-    pub filter: crate::filter::Why,
+    pub path: Option<PathStatus>,
+    /// Rules, flows and recent drops, in detail and for both directions; absent if no address is known to ask about.
+    pub filter: Option<crate::filter::Why>,
 }

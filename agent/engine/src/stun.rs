@@ -4,44 +4,37 @@
 //! engine asks nothing. Only the asked server's answer to a request that is still open counts. Two answers from one
 //! socket tell how the NAT maps, and their round-trip times which relay is near.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use arrayvec::ArrayVec;
-use bytecodec::{DecodeExt as _, EncodeExt as _};
 use rand_core::RngCore;
-use stun_codec::rfc5389::attributes::{MappedAddress, XorMappedAddress};
-use stun_codec::rfc5389::{Attribute, methods::BINDING};
-use stun_codec::{Message, MessageClass, MessageDecoder, MessageEncoder, TransactionId};
 use warren_common::ids::RelayId;
 use warren_common::time::Instant;
 
 use crate::io::LocalSocket;
 use crate::status::Mapping;
 
+pub mod codec;
+
+pub use codec::MAX_RESPONSE_LEN;
+use codec::TXID_LEN;
+pub(crate) use codec::{HEADER_LEN as REQUEST_LEN, is_stun};
+
 /// Most server addresses asked in one round; the netmap's first ones. Enough to tell mappings apart and to find a near
 /// relay, few enough to be no burden.
 pub const MAX_SERVERS: usize = 16;
 /// Most requests of one round: servers times sockets.
 pub const MAX_REQUESTS: usize = 64;
-/// Longest answer that is looked at, in bytes: a binding response is far shorter.
-pub const MAX_RESPONSE_LEN: usize = 548;
-/// Bytes of a binding request without attributes.
-pub(crate) const REQUEST_LEN: usize = 20;
 /// First retransmission time-out (RFC 8489 section 6.2.1); doubled for each repetition.
 const RETRANSMIT: Duration = Duration::from_millis(500);
 /// Requests per server and round before it counts as silent.
 const MAX_ATTEMPTS: u8 = 4;
-const COOKIE: [u8; 4] = [0x21, 0x12, 0xa4, 0x42];
-
-/// True if `datagram` is a STUN message by its leading bits and cookie.
-pub(crate) fn is_stun(datagram: &[u8]) -> bool {
-    datagram.len() >= 20 && datagram[0] <= 1 && datagram[4..8] == COOKIE
-}
 
 #[derive(Debug, Clone, Copy)]
 struct Request {
-    txid: [u8; 12],
+    txid: [u8; TXID_LEN],
     socket: u8,
     server: SocketAddr,
     relay: RelayId,
@@ -58,6 +51,7 @@ pub(crate) struct Answer {
     pub(crate) relay: RelayId,
     pub(crate) mapped: SocketAddr,
     pub(crate) rtt: Duration,
+    at: Instant,
 }
 
 /// A request to send.
@@ -110,7 +104,7 @@ impl Stun {
                 }
                 let _ = asked.try_push(socket.id); // more than 16 sockets: asked once per address, still bounded
                 self.requests.push(Request {
-                    txid: [0; 12],
+                    txid: [0; TXID_LEN],
                     socket: socket.id,
                     server: *server,
                     relay: *relay,
@@ -139,7 +133,11 @@ impl Stun {
         request.sent = now;
         request.due = now + RETRANSMIT * (1 << request.attempts);
         request.attempts += 1;
-        Some(Asked { socket: request.socket, server: request.server, bytes: binding_request(request.txid) })
+        Some(Asked {
+            socket: request.socket,
+            server: request.server,
+            bytes: codec::request(request.txid, None),
+        })
     }
 
     /// Gives up on silent servers. True if that ended the round.
@@ -168,19 +166,25 @@ impl Stun {
         from: SocketAddr,
         datagram: &[u8],
     ) -> Option<Answer> {
-        if datagram.len() > MAX_RESPONSE_LEN || !is_stun(datagram) {
-            return None;
-        }
-        let at = self.requests.iter().position(|r| {
-            r.attempts > 0 && r.socket == socket && r.server == from && r.txid == datagram[8..20]
-        })?;
-        let mapped = binding_response(datagram)?;
+        let txid = codec::transaction(datagram)?;
+        let at = self
+            .requests
+            .iter()
+            .position(|r| r.attempts > 0 && r.socket == socket && r.server == from && r.txid == txid)?;
+        let mapped = codec::response(datagram)?.mapped;
         let request = self.requests.remove(at);
-        let answer =
-            Answer { socket, server: from, relay: request.relay, mapped, rtt: now.since(request.sent) };
+        let (relay, rtt) = (request.relay, now.since(request.sent));
+        let answer = Answer { socket, server: from, relay, mapped, rtt, at: now };
         self.answers.retain(|a| a.server != from || a.socket != socket);
         self.answers.push(answer);
         Some(answer)
+    }
+
+    /// Only what the current round has brought.
+    pub(crate) fn fresh(&self) -> Self {
+        let since = self.last_round.unwrap_or(Instant::FAR_FUTURE);
+        let answers = self.answers.iter().filter(|a| a.at >= since).copied().collect();
+        Self { answers, servers: Vec::new(), requests: Vec::new(), last_round: None }
     }
 
     /// Our address as seen from outside, by one socket and family, each distinct one once, the latest first.
@@ -200,52 +204,50 @@ impl Stun {
     /// How the NAT maps, from IPv4 if there is any.
     pub(crate) fn mapping(&self, local: &[LocalSocket]) -> Option<Mapping> {
         [true, false].into_iter().find_map(|v4| {
-            let answers = || self.answers.iter().filter(move |a| a.mapped.is_ipv4() == v4);
-            if answers().any(|a| local.iter().any(|l| l.addr == a.mapped)) {
+            let of_family = || self.answers.iter().filter(move |a| a.mapped.is_ipv4() == v4);
+            if of_family().any(|a| local.iter().any(|l| l.addr == a.mapped)) {
                 return Some(Mapping::None);
             }
-            let pairs = || {
-                answers().enumerate().flat_map(move |(i, a)| {
-                    answers().skip(i + 1).filter(|b| b.socket == a.socket).map(move |b| (*a, *b))
-                })
-            };
-            if pairs().any(|(a, b)| a.server.ip() == b.server.ip() && a.mapped != b.mapped) {
-                return Some(Mapping::AddressAndPortDependent);
-            }
-            let mut apart = pairs().filter(|(a, b)| a.server.ip() != b.server.ip()).peekable();
-            apart.peek()?;
-            Some(if apart.any(|(a, b)| a.mapped != b.mapped) {
-                Mapping::AddressDependent
-            } else {
-                Mapping::EndpointIndependent
-            })
+            // Families have sockets of their own; the worst that any socket meets counts.
+            let sockets: BTreeSet<u8> = of_family().map(|a| a.socket).collect();
+            let by_socket = sockets.into_iter().filter_map(|socket| {
+                let answers: Vec<_> =
+                    of_family().filter(|a| a.socket == socket).map(|a| (a.server, a.mapped)).collect();
+                mapping(&answers)
+            });
+            by_socket.max()
         })
     }
 }
 
-fn binding_request(txid: [u8; 12]) -> Vec<u8> {
-    let message = Message::<Attribute>::new(MessageClass::Request, BINDING, TransactionId::new(txid));
-    // A message without attributes always encodes; an empty datagram would just go unanswered.
-    MessageEncoder::new().encode_into_bytes(message).unwrap_or_default()
-}
-
-fn binding_response(datagram: &[u8]) -> Option<SocketAddr> {
-    let message = MessageDecoder::<Attribute>::new().decode_from_bytes(datagram).ok()?.ok()?;
-    if message.class() != MessageClass::SuccessResponse || message.method() != BINDING {
-        return None;
+/// How a NAT maps (RFC 4787 section 4.1), from what servers (the first of each pair) saw one socket as. `None` if they
+/// can't tell: that takes two of different addresses, or one that sees two ports differently.
+pub fn mapping(answers: &[(SocketAddr, SocketAddr)]) -> Option<Mapping> {
+    let pairs = || answers.iter().enumerate().flat_map(|(i, a)| answers[i + 1..].iter().map(move |b| (a, b)));
+    if pairs().any(|(a, b)| a.0.ip() == b.0.ip() && a.1 != b.1) {
+        return Some(Mapping::AddressAndPortDependent);
     }
-    let xor = message.get_attribute::<XorMappedAddress>().map(XorMappedAddress::address);
-    let mapped = xor.or_else(|| message.get_attribute::<MappedAddress>().map(MappedAddress::address))?;
-    let mapped = SocketAddr::new(mapped.ip().to_canonical(), mapped.port());
-    (mapped.port() != 0 && !mapped.ip().is_unspecified()).then_some(mapped)
+    let mut apart = pairs().filter(|(a, b)| a.0.ip() != b.0.ip()).peekable();
+    apart.peek()?;
+    Some(if apart.any(|(a, b)| a.1 != b.1) {
+        Mapping::AddressDependent
+    } else {
+        Mapping::EndpointIndependent
+    })
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use bytecodec::EncodeExt as _;
     use proptest::prelude::*;
     use rand_chacha::ChaCha20Rng;
     use rand_core::SeedableRng as _;
+    use stun_codec::rfc5389::Attribute;
+    use stun_codec::rfc5389::attributes::XorMappedAddress;
+    use stun_codec::rfc5389::methods::BINDING;
+    use stun_codec::{Message, MessageClass, MessageEncoder, TransactionId};
+
+    use super::*;
 
     const RELAY: RelayId = RelayId::from_bytes([1; 16]);
     const START: Instant = Instant::from_nanos(1_000_000_000);
@@ -328,6 +330,23 @@ mod tests {
         assert_eq!(asked.len(), usize::from(MAX_ATTEMPTS));
         assert_eq!(now.since(START), Duration::from_millis(500 + 1_000 + 2_000 + 4_000));
         assert_ne!(asked[0].bytes, asked[1].bytes, "transaction ids are never used twice");
+    }
+
+    #[test]
+    fn a_new_round_starts_with_no_answers_of_its_own() {
+        let (mut stun, mut rng) = client(&["198.51.100.1:1", "198.51.100.2:1"]);
+        while let Some(asked) = stun.poll(START, &mut rng) {
+            stun.handle(START, 0, asked.server, &reply(&asked, "203.0.113.1:9"));
+        }
+        assert_eq!(stun.fresh().mapping(&local()), Some(Mapping::EndpointIndependent));
+        let later = START + Duration::from_secs(60);
+        stun.start(later, &local());
+        assert_eq!((stun.mapped().count(), stun.fresh().mapped().count()), (1, 0));
+        let asked = stun.poll(later, &mut rng).unwrap();
+        stun.handle(later, 0, asked.server, &reply(&asked, "203.0.113.1:10"));
+        let fresh = stun.fresh();
+        assert_eq!(fresh.mapped().map(|a| a.port()).collect::<Vec<_>>(), [10]);
+        assert!(fresh.rtt(RELAY).is_some() && fresh.mapping(&local()).is_none());
     }
 
     #[test]

@@ -133,7 +133,10 @@ async fn accept(listener: UnixListener, operator: Option<u32>, calls: mpsc::Send
         while connections.try_join_next().is_some() {}
         match listener.accept().await {
             Ok((stream, _)) => {
-                let Ok(permit) = Arc::clone(&room).try_acquire_owned() else { continue };
+                let Ok(permit) = Arc::clone(&room).try_acquire_owned() else {
+                    refuse(&stream);
+                    continue;
+                };
                 let calls = calls.clone();
                 connections.spawn(async move {
                     if let Err(e) = serve(stream, operator, calls).await {
@@ -148,6 +151,14 @@ async fn accept(listener: UnixListener, operator: Option<u32>, calls: mpsc::Send
             }
         }
     }
+}
+
+/// Tells one caller too many, without waiting for it.
+fn refuse(stream: &UnixStream) {
+    let busy = Problem::new("busy", "too many callers talk with the daemon", "try again in a moment");
+    let mut out = serde_json::to_vec(&Reply::Problem(busy)).unwrap_or_default();
+    out.push(b'\n');
+    let _ = stream.try_write(&out); // a fresh socket has room for it
 }
 
 async fn serve(stream: UnixStream, operator: Option<u32>, calls: mpsc::Sender<Call>) -> io::Result<()> {
@@ -194,7 +205,7 @@ fn may_write(uid: u32, operator: Option<u32>) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read as _, Write as _};
+    use std::io::{BufRead as _, Write as _};
 
     use super::super::Verb;
     use super::*;
@@ -203,9 +214,10 @@ mod tests {
         let (path, line) = (path.to_owned(), format!("{line}\n"));
         let text = tokio::task::spawn_blocking(move || {
             let mut stream = StdUnixStream::connect(path).unwrap();
-            stream.write_all(line.as_bytes()).unwrap();
+            // Who is refused, or says too much, may not be read to the end; the answer still comes.
+            let _ = stream.write_all(line.as_bytes());
             let mut text = String::new();
-            stream.read_to_string(&mut text).unwrap();
+            io::BufReader::new(stream).read_line(&mut text).unwrap();
             text
         });
         serde_json::from_str(&text.await.unwrap()).unwrap()
@@ -234,6 +246,24 @@ mod tests {
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         assert!(path.exists());
         Server::listen(&path, None).unwrap();
+    }
+
+    #[tokio::test]
+    async fn callers_and_their_requests_are_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run").join("w.sock");
+        let (_server, _calls) = Server::listen(&path, None).unwrap();
+        // The request never ends, and only so much of it is read.
+        let long = format!(r#"{{"verb":"{}"#, "x".repeat(MAX_REQUEST));
+        let reply = ask(&path, &long).await;
+        assert!(matches!(reply, Reply::Problem(p) if p.code == "bad-request"));
+
+        let mut idle = Vec::new();
+        for _ in 0..MAX_CONNECTIONS {
+            idle.push(UnixStream::connect(&path).await.unwrap());
+        }
+        let reply = ask(&path, r#"{"verb":"status"}"#).await;
+        assert!(matches!(reply, Reply::Problem(p) if p.code == "busy" && p.exit == 1));
     }
 
     #[tokio::test]

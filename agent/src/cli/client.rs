@@ -16,10 +16,13 @@ pub(super) fn ask(socket: &Path, request: &Request) -> Result<Value, Problem> {
     let talk = || -> io::Result<Vec<u8>> {
         let mut line = serde_json::to_vec(request)?;
         line.push(b'\n');
-        stream.write_all(&line)?;
+        // A daemon that does not read to the end may have answered all the same.
+        let sent = stream.write_all(&line);
         let mut answer = Vec::new();
-        stream.read_to_end(&mut answer)?;
-        Ok(answer)
+        match stream.read_to_end(&mut answer) {
+            Err(e) if answer.is_empty() => Err(sent.err().unwrap_or(e)),
+            _ => Ok(answer),
+        }
     };
     let lost = |why: String| {
         Problem::new(

@@ -6,7 +6,7 @@ use comfy_table::{Table, presets};
 use serde_json::Value;
 
 use super::client::decode;
-use crate::api::{Netcheck, Path, Pong, Status};
+use crate::api::{Netcheck, PathStatus, Pong, Status};
 use crate::problem::Problem;
 
 // Writing to a String can't fail, so the results of `writeln!` below mean nothing.
@@ -79,7 +79,11 @@ pub(super) fn netcheck(answer: &Value) -> Result<String, Problem> {
     let _ = writeln!(out, "UDP:     {}", if check.udp { "yes" } else { "no answer" });
     let _ = writeln!(out, "IPv4:    {}", or_unknown(check.ipv4.map(|a| a.to_string())));
     let _ = writeln!(out, "IPv6:    {}", or_unknown(check.ipv6.map(|a| a.to_string())));
-    let _ = writeln!(out, "NAT:     mapping {}", or_unknown(check.nat.mapping));
+    let nat = &check.nat;
+    let hairpin = nat.hairpin.map(|yes| if yes { "yes" } else { "no" }.to_owned());
+    for (what, found) in [("mapping", &nat.mapping), ("filtering", &nat.filtering), ("hairpin", &hairpin)] {
+        let _ = writeln!(out, "NAT:     {what} {}", or_unknown(found.clone()));
+    }
     for relay in &check.relays {
         let rtt = relay.rtt_ms.map_or_else(|| "no answer".to_owned(), |ms| format!("{ms:.1} ms"));
         let _ = writeln!(out, "relay:   {} {rtt}", relay.name);
@@ -116,7 +120,7 @@ pub(super) fn why(answer: &Value) -> Result<String, Problem> {
     }
     let ingress = &answer["filter"]["ingress"]["outcome"];
     if let Some(outcome) = ingress.as_str() {
-        let _ = writeln!(out, "  back:  connections from there to here: {}", outcome.replace('_', " "));
+        let _ = writeln!(out, "  back:  connections from there to here: {}", outcome.replace('-', " "));
     }
     Ok(out)
 }
@@ -144,11 +148,11 @@ pub(super) fn ping_summary(summary: &Value) -> String {
     out
 }
 
-fn path(path: &Path) -> String {
+fn path(path: &PathStatus) -> String {
     match (&path.endpoint, &path.relay) {
         (Some(endpoint), _) => format!("direct {endpoint}"),
         (None, Some(relay)) => format!("relay {relay}"),
-        (None, None) => path.kind.clone(),
+        (None, None) => path.kind.to_string(),
     }
 }
 

@@ -5,16 +5,20 @@ use prost::Message as _;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{Error as WsError, Message};
+use warren_common::keys::Fingerprint;
+use warren_common::url::CoordinatorUrl;
 use warren_common::wire::control::{CoordinatorIdentity, Signed};
 use warren_common::wire::session::{ClientHandshake, Session};
 
 use super::ControlConfig;
-use super::transport::{CoordinatorUrl, Stream, dial};
+use super::transport::{Stream, dial};
 use crate::entropy::OsEntropy;
 use crate::problem::Problem;
 
+/// Where the control session is, below the coordinator's URL.
+const PATH: &str = "/control/v1";
 /// Longest WebSocket message, in bytes: one Noise message (65 535) and room for the identity document.
-const MAX_FRAME: usize = 1 << 17;
+pub(super) const MAX_FRAME: usize = 1 << 17;
 /// Read buffer of the WebSocket: its default of 128 KiB is not worth its memory here.
 const READ_BUFFER: usize = 8 << 10;
 
@@ -50,42 +54,39 @@ pub(super) struct Link {
     session: Session,
 }
 
+/// Asks who answers at `url`, says nothing of ourselves and hangs up. Without `root`, whichever root key it shows will do:
+/// only for a URL that TLS has verified.
+///
+/// # Errors
+/// Nobody answers, or not the coordinator that was asked for.
+pub async fn look(
+    url: &CoordinatorUrl,
+    root: Option<Fingerprint>,
+    mark: u32,
+) -> Result<CoordinatorIdentity, Problem> {
+    let (_socket, signed) = greet(url, mark).await.map_err(|failure| failure.problem)?;
+    let shown = CoordinatorIdentity::claimed_fingerprint(&signed);
+    let root = root.or(shown).ok_or_else(|| stranger(url, "its first message is no identity"))?;
+    check_root(url, &signed, &root)
+}
+
 /// Connects, checks who is there, shakes hands.
 pub(super) async fn connect(config: &ControlConfig) -> Result<(CoordinatorIdentity, Link), Failure> {
-    let stream = dial(&config.url, config.mark).await?;
-    let settings = WebSocketConfig::default()
-        .read_buffer_size(READ_BUFFER)
-        .write_buffer_size(0)
-        .max_write_buffer_size(usize::MAX)
-        .max_message_size(Some(MAX_FRAME))
-        .max_frame_size(Some(MAX_FRAME));
-    let upgrade =
-        tokio_tungstenite::client_async_with_config(config.url.websocket(), stream, Some(settings)).await;
-    let mut socket = match upgrade {
-        Ok((socket, _)) => socket,
-        Err(WsError::Http(response)) if response.status().is_server_error() => {
-            let why = format!("it answers with HTTP status {}", response.status().as_u16());
-            return Err(Failure::transient(away(&config.url, &why)));
-        }
-        Err(WsError::Http(response)) => {
-            let why = format!("its answer is HTTP status {}", response.status().as_u16());
-            return Err(Failure::permanent(stranger(&config.url, &why)));
-        }
-        Err(WsError::Io(e)) => {
-            return Err(Failure::transient(away(&config.url, &crate::problem::io_text(&e))));
-        }
-        Err(e) => return Err(Failure::permanent(stranger(&config.url, &e.to_string()))),
-    };
-
-    let document =
-        receive_frame(&mut socket).await.map_err(|why| Failure::transient(away(&config.url, &why)))?;
-    let identity = check_identity(config, &document)?;
+    let (mut socket, signed) = greet(&config.url, config.mark).await?;
+    let identity = check_identity(config, &signed)?;
     let (handshake, frame) =
         ClientHandshake::start(&config.secret, &identity.control, identity.network, &mut OsEntropy)
             .map_err(|e| Failure::permanent(stranger(&config.url, &e.to_string())))?;
     let lost = |why: String| Failure::transient(away(&config.url, &why));
     socket.send(Message::binary(frame)).await.map_err(|e| lost(e.to_string()))?;
-    let answer = receive_frame(&mut socket).await.map_err(lost)?;
+    // Who shows the right identity and can't read a handshake meant for its key hangs up at this point.
+    let answer = receive_frame(&mut socket).await.map_err(|why| {
+        Failure::transient(Problem::new(
+            "coordinator-key",
+            format!("the coordinator at `{}` did not prove that it holds its key: {why}", config.url),
+            "if this lasts, somebody between here and the coordinator answers in its place: check the URL and the path to it; the agent keeps trying",
+        ))
+    })?;
     let mut session = handshake.finish(&answer).map_err(|_| {
         Failure::permanent(Problem::new(
             "coordinator-key",
@@ -97,21 +98,40 @@ pub(super) async fn connect(config: &ControlConfig) -> Result<(CoordinatorIdenti
     Ok((identity, Link { socket, session }))
 }
 
-fn check_identity(config: &ControlConfig, document: &[u8]) -> Result<CoordinatorIdentity, Failure> {
-    let signed = Signed::decode(document)
-        .map_err(|_| Failure::permanent(stranger(&config.url, "its first message is no identity")))?;
-    let identity = CoordinatorIdentity::verify(&signed, &config.root).map_err(|_| {
-        let shown = CoordinatorIdentity::claimed_fingerprint(&signed)
-            .map_or_else(|| "nothing".to_owned(), |f| f.to_string());
-        Failure::permanent(Problem::new(
-            "coordinator-fingerprint",
-            format!(
-                "the coordinator at `{}` is not the expected one: wanted root key {}, it shows {shown}",
-                config.url, config.root
-            ),
-            "check the URL; an auth key works with the coordinator that made it only. If the network was made anew, run `warren logout` and join with a new auth key",
-        ))
-    })?;
+/// Opens the WebSocket and takes what the coordinator says first: who it claims to be.
+async fn greet(url: &CoordinatorUrl, mark: u32) -> Result<(WebSocketStream<Stream>, Signed), Failure> {
+    let stream = dial(url, mark).await?;
+    let settings = WebSocketConfig::default()
+        .read_buffer_size(READ_BUFFER)
+        .write_buffer_size(0)
+        .max_write_buffer_size(usize::MAX)
+        .max_message_size(Some(MAX_FRAME))
+        .max_frame_size(Some(MAX_FRAME));
+    let upgrade =
+        tokio_tungstenite::client_async_with_config(url.websocket(PATH), stream, Some(settings)).await;
+    let mut socket = match upgrade {
+        Ok((socket, _)) => socket,
+        Err(WsError::Http(response)) if response.status().is_server_error() => {
+            let why = format!("it answers with HTTP status {}", response.status().as_u16());
+            return Err(Failure::transient(away(url, &why)));
+        }
+        Err(WsError::Http(response)) => {
+            let why = format!("its answer is HTTP status {}", response.status().as_u16());
+            return Err(Failure::permanent(stranger(url, &why)));
+        }
+        Err(WsError::Io(e)) => {
+            return Err(Failure::transient(away(url, &crate::problem::io_text(&e))));
+        }
+        Err(e) => return Err(Failure::permanent(stranger(url, &e.to_string()))),
+    };
+    let document = receive_frame(&mut socket).await.map_err(|why| Failure::transient(away(url, &why)))?;
+    let signed = Signed::decode(document.as_slice())
+        .map_err(|_| Failure::permanent(stranger(url, "its first message is no identity")))?;
+    Ok((socket, signed))
+}
+
+fn check_identity(config: &ControlConfig, signed: &Signed) -> Result<CoordinatorIdentity, Failure> {
+    let identity = check_root(&config.url, signed, &config.root).map_err(Failure::permanent)?;
     if identity.network != config.network {
         return Err(Failure::permanent(Problem::new(
             "wrong-network",
@@ -130,6 +150,22 @@ fn check_identity(config: &ControlConfig, document: &[u8]) -> Result<Coordinator
         )));
     }
     Ok(identity)
+}
+
+fn check_root(
+    url: &CoordinatorUrl,
+    signed: &Signed,
+    root: &Fingerprint,
+) -> Result<CoordinatorIdentity, Problem> {
+    CoordinatorIdentity::verify(signed, root).map_err(|_| {
+        let shown = CoordinatorIdentity::claimed_fingerprint(signed)
+            .map_or_else(|| "nothing".to_owned(), |f| f.to_string());
+        Problem::new(
+            "coordinator-fingerprint",
+            format!("the coordinator at `{url}` is not the expected one: wanted root key {root}, it shows {shown}"),
+            "check the URL; an auth key works with the coordinator that made it only. If the network was made anew, run `warren logout` and join with a new auth key",
+        )
+    })
 }
 
 fn stranger(url: &CoordinatorUrl, why: &str) -> Problem {

@@ -5,7 +5,7 @@ use tokio::net::TcpListener;
 use tokio_tungstenite::tungstenite::Message;
 use warren_common::keys::{NetmapSecretKey, RootSecretKey};
 use warren_common::wire::control::{Empty, Pong};
-use warren_common::wire::session;
+use warren_common::wire::session as wire;
 
 use super::*;
 
@@ -55,7 +55,7 @@ impl Fake {
         let mut socket = tokio_tungstenite::accept_async(listener.accept().await.unwrap().0).await.unwrap();
         socket.send(Message::binary(self.identity())).await.unwrap();
         let hello = socket.next().await.unwrap().unwrap().into_data();
-        let (mut session, _, answer) = session::accept(&self.control, NET, &hello, &mut OsEntropy).unwrap();
+        let (mut session, _, answer) = wire::accept(&self.control, NET, &hello, &mut OsEntropy).unwrap();
         socket.send(Message::binary(answer)).await.unwrap();
         let mut heard = Vec::new();
         while let Some(Ok(Message::Binary(frame))) = socket.next().await {
@@ -170,4 +170,29 @@ async fn a_web_server_and_a_closed_port_are_told_apart() {
     let (sender, mut events) = mpsc::channel(16);
     let _client = ControlClient::spawn(config, sender);
     assert_eq!(away(&mut events).await, ("coordinator-away".into(), false));
+}
+
+#[tokio::test]
+async fn a_message_that_is_too_long_ends_the_session() {
+    let (fake, listener) = (Fake::new(), listener().await);
+    let (sender, mut events) = mpsc::channel(16);
+    let _client = ControlClient::spawn(fake.config(&listener), sender);
+    let serve = async {
+        let mut socket = tokio_tungstenite::accept_async(listener.accept().await.unwrap().0).await.unwrap();
+        // The client may hang up before all of it is sent.
+        let _ = socket.send(Message::binary(vec![0; session::MAX_FRAME + 1])).await;
+        while let Some(Ok(_)) = socket.next().await {}
+    };
+    let (got, ()) = tokio::join!(away(&mut events), serve);
+    assert_eq!(got, ("coordinator-away".to_owned(), false));
+}
+
+#[tokio::test]
+async fn what_waits_for_the_coordinator_is_bounded() {
+    let (fake, listener) = (Fake::new(), listener().await);
+    let (sender, _events) = mpsc::channel(16);
+    let client = ControlClient::spawn(fake.config(&listener), sender);
+    // The task does not run meanwhile: this thread is the only one.
+    let taken = (0..2 * MAX_QUEUED).filter(|_| client.send(ClientBody::Logout(Empty {}))).count();
+    assert_eq!(taken, MAX_QUEUED);
 }

@@ -143,7 +143,10 @@ impl Up {
                     tracing::debug!("no room for a signal to {device}");
                 }
             }
-            Event::PathChanged { device, path } => tracing::debug!(%device, ?path, "path changed"),
+            Event::PathChanged { device, path } => {
+                tracing::debug!(%device, ?path, "path changed");
+                self.keep.changed(now.boot);
+            }
             Event::SessionEstablished { device } => tracing::debug!(%device, "session established"),
             Event::FlowEnded { device, rule } => tracing::debug!(?device, %rule, "a flow ended by policy"),
             Event::LeaseEnded => {
@@ -153,7 +156,7 @@ impl Up {
                 let Some(i) = self.pings.iter().position(|(t, _)| *t == token) else { return };
                 let (_, reply) = self.pings.swap_remove(i);
                 let Some(engine) = &self.engine else { return };
-                let path = engine.path_status(path, rtt).into();
+                let path = engine.path_status(path, rtt);
                 let pong =
                     Pong { rtt_ms: rtt.map(|r| crate::api::round_ms(r.as_secs_f64() * 1_000.0)), path };
                 // The caller may have gone away; then nobody wants to know.

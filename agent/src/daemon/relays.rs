@@ -80,13 +80,6 @@ impl Relays {
     pub(super) fn network_changed(&self) {
         self.clients.values().for_each(|c| c.client.network_changed());
     }
-
-    pub(super) fn provide_token(&self, grant: RelayTokenGrant) {
-        let client = RelayId::from_slice(&grant.relay).and_then(|id| self.clients.get(&id));
-        if let (Some(client), Some(token)) = (client, grant.token) {
-            client.client.provide_token(token);
-        }
-    }
 }
 
 impl Up {
@@ -105,6 +98,9 @@ impl Up {
             mark: MARK,
         };
         let client = RelayClient::spawn(config, self.relays.sender.clone());
+        if let Some(token) = self.restored_token(now, id) {
+            client.provide_token(token);
+        }
         self.relays.clients.insert(id, Client { relay, client, used: now.boot });
     }
 
@@ -146,6 +142,7 @@ impl Up {
 
     fn leave_relay(&mut self, now: Now, id: RelayId) {
         self.relays.clients.remove(&id);
+        self.keep.forget_token(now.boot, id);
         if let Some(engine) = &mut self.engine {
             engine.handle_relay_state(now, id, false);
         }
@@ -157,6 +154,14 @@ impl Up {
         self.relays.network_changed();
         let waiting = self.relays.clients.iter().filter(|(_, c)| !c.client.is_connected());
         waiting.for_each(|(id, _)| self.ask_token(*id));
+    }
+
+    pub(super) fn on_relay_token(&mut self, now: Now, grant: RelayTokenGrant) {
+        let Some(relay) = RelayId::from_slice(&grant.relay) else { return };
+        if let (Some(client), Some(token)) = (self.relays.clients.get(&relay), grant.token) {
+            client.client.provide_token(token.clone());
+            self.keep.token(now.boot, relay, token);
+        }
     }
 
     fn ask_token(&self, relay: RelayId) {

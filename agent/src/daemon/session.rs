@@ -12,6 +12,7 @@ use warren_common::wire::control::{
 use warren_engine::engine::{Config, Engine};
 use warren_engine::netmap::{Identity as EngineIdentity, PendingUpdate, RestoreError, UpdateRefused};
 
+use super::keep::Keep;
 use super::relays::Relays;
 use super::{CONTROL_QUEUE, Daemon, Enrolment, RETRY, SAVE_INTERVAL, Saving, Then, Up, bound, seed};
 use crate::clock;
@@ -65,6 +66,7 @@ impl Daemon {
         self.retry_at = None;
         let (sender, events) = mpsc::channel(CONTROL_QUEUE);
         let control = ControlClient::spawn(join.control.clone(), sender);
+        let keep = Keep::new(dir.resume());
         self.up = Some(Box::new(Up {
             dir,
             config: join.control,
@@ -75,6 +77,7 @@ impl Daemon {
             control,
             events,
             relays: Relays::default(),
+            keep,
             reconnect_at: None,
             away: None,
             welcomed: false,
@@ -125,6 +128,10 @@ impl Daemon {
             engine.restore(now, &saved).map_err(|e| unusable_netmap(&up.dir.netmap_path(), &e))?;
         }
         engine.handle_interfaces(now, &self.surroundings.sockets(&bound(&self.sockets)));
+        match &up.engine {
+            Some(old) => engine.resume(now, &old.path_hints()),
+            None => engine.resume(now, up.keep.paths(now.unix)),
+        }
         up.relays.connected().for_each(|id| engine.handle_relay_state(now, id, true));
         up.engine = Some(engine);
         Ok(())
@@ -250,7 +257,7 @@ impl Daemon {
                     engine.handle_presence(&ids(&presence.online), &ids(&presence.offline));
                 }
             }
-            ServerBody::RelayToken(grant) => up.relays.provide_token(grant),
+            ServerBody::RelayToken(grant) => up.on_relay_token(now, grant),
         }
     }
 
@@ -423,6 +430,7 @@ impl Daemon {
                 // Whatever it was, it is repeated next time if it failed.
                 let _ = saving.task.await;
             }
+            up.keep.settle().await;
             if let Some(Err(problem)) = up.saved_state(clock::now()).map(|save| save()) {
                 tracing::warn!("{}", problem.text);
             }
@@ -527,12 +535,13 @@ impl Up {
         let engine = self.engine.as_ref()?;
         // What is held is older than a stalled update, which is then saved in its place.
         let saved = engine.to_saved(now);
-        let (dir, floor) = (self.dir.clone(), engine.handshake_floor());
+        let (dir, floor, resume) = (self.dir.clone(), engine.handshake_floor(), self.resume(now));
         Some(move || {
             if let Some(saved) = &saved {
                 dir.save_netmap(saved)?;
             }
-            dir.save_handshake_floor(floor)
+            dir.save_handshake_floor(floor)?;
+            dir.save_resume(&resume)
         })
     }
 

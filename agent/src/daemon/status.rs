@@ -8,7 +8,7 @@ use warren_common::time::Now;
 use warren_engine::status::{LeaseStatus, Status as EngineStatus};
 
 use super::{Daemon, Up};
-use crate::api::{Coordinator, NetworkName, Peer, SelfDevice, Status};
+use crate::api::{Coordinator, NetworkStatus, Status};
 use crate::problem::{HealthItem, Severity};
 
 /// A clock this far off is told of, in microseconds.
@@ -33,21 +33,22 @@ impl Daemon {
         let engine = self.up.as_ref().and_then(|up| up.engine.as_ref()).map(|e| e.status(now));
         let health = self.health(now, engine.as_ref());
         let up = self.up.as_deref();
-        let network = up.and_then(|up| {
-            let name = up.identity.as_ref().map(|i| i.network_name.clone()).unwrap_or_default();
-            up.membership.map(|_| NetworkName { id: up.config.network, name })
-        });
+        // While down, what is on disk: the device is in the network all the same.
+        let pinned = self.settings.network.filter(|_| up.is_none());
+        let pinned = pinned.and_then(|id| Some((id, self.state.network(id).ok()?.identity().ok()??)));
+        let network = match (up, &pinned) {
+            (Some(up), _) => up.membership.map(|_| {
+                let name = up.identity.as_ref().map(|i| i.network_name.clone()).unwrap_or_default();
+                NetworkStatus { id: up.config.network, name }
+            }),
+            (None, Some((id, i))) => Some(NetworkStatus { id: *id, name: i.network_name.clone() }),
+            (None, None) => None,
+        };
         let (device, peers, revision, counters) = match engine {
             None => (None, Vec::new(), 0, json!({})),
             Some(status) => (
-                status.device.map(|d| SelfDevice {
-                    id: d.id,
-                    name: d.name,
-                    ips: d.ips,
-                    user: d.user,
-                    tags: d.tags,
-                }),
-                status.peers.into_iter().map(peer).collect(),
+                status.device,
+                status.peers,
                 status.revision,
                 json!({
                     "drops": status.drops.into_iter().filter(|(_, n)| *n > 0).collect::<BTreeMap<_, _>>(),
@@ -59,11 +60,14 @@ impl Daemon {
             state: self.state_word().to_owned(),
             network,
             device,
-            coordinator: up.map(|up| Coordinator {
-                url: up.config.url.to_string(),
-                connected: up.welcomed,
-                revision,
-            }),
+            coordinator: match (up, pinned) {
+                (Some(up), _) => {
+                    let url = up.config.url.to_string();
+                    Some(Coordinator { url, connected: up.welcomed, revision })
+                }
+                (None, Some((_, i))) => Some(Coordinator { url: i.url, connected: false, revision: 0 }),
+                (None, None) => None,
+            },
             peers,
             health,
             counters,
@@ -108,7 +112,7 @@ impl Up {
         };
         if self.skew_us.unsigned_abs() > MAX_SKEW_US {
             let (minutes, way) = (
-                self.skew_us.unsigned_abs() / 60_000_000,
+                (self.skew_us.unsigned_abs() + 30_000_000) / 60_000_000,
                 if self.skew_us > 0 { "ahead of" } else { "behind" },
             );
             add(
@@ -172,20 +176,5 @@ impl Up {
                 "open outgoing UDP in the firewall for better speed",
             );
         }
-    }
-}
-
-fn peer(status: warren_engine::status::PeerStatus) -> Peer {
-    Peer {
-        id: status.id,
-        name: status.name,
-        ips: status.ips,
-        user: status.user,
-        tags: status.tags,
-        online: status.online,
-        path: status.path.into(),
-        rx_bytes: status.rx_bytes,
-        tx_bytes: status.tx_bytes,
-        last_handshake: status.last_handshake.map(|t| t.to_rfc3339()),
     }
 }

@@ -6,18 +6,22 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::json;
 use tokio::sync::oneshot;
+use tokio::time::timeout;
 use warren_common::auth_key::AuthKey;
 use warren_common::ids::DeviceId;
 use warren_common::keys::Fingerprint;
 use warren_common::netmap::Peer;
 use warren_common::time::Now;
+use warren_common::url::CoordinatorUrl;
+use warren_common::wire::control::CoordinatorIdentity;
 use zeroize::Zeroizing;
 
 use super::session::Join;
-use super::{Daemon, Enrolment, MAX_PINGS, Up, Waiter};
-use crate::api::{self, Call, Nat, Netcheck, RelayRtt, Reply, Verb};
-use crate::control::{ControlConfig, CoordinatorUrl};
+use super::{Daemon, Enrolment, Up, Waiter};
+use crate::api::{self, Call, Reply, Verb};
+use crate::control::{self, CONNECT_TIMEOUT, ControlConfig};
 use crate::os::MARK;
+use crate::os::tun::Tun;
 use crate::problem::Problem;
 
 /// Longest time that `up` waits.
@@ -38,6 +42,55 @@ pub(super) fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
+/// What `up` has begun.
+enum Begun {
+    /// The agent comes up.
+    Joining,
+    /// There is nothing to join with: only see who is there.
+    Look(FirstContact),
+}
+
+/// A coordinator that this device has never met, and what proves who it is.
+struct FirstContact {
+    url: CoordinatorUrl,
+    /// Its root key's fingerprint; absent if TLS is the proof.
+    root: Option<Fingerprint>,
+}
+
+fn first_contact(url: Option<CoordinatorUrl>, root: Option<Fingerprint>) -> Result<FirstContact, Problem> {
+    let Some(url) = url else {
+        return Err(Problem::new(
+            "needs-login",
+            "this device is not enrolled, so it needs an auth key",
+            "run `warren up --coordinator URL --auth-key-file FILE`; an administrator makes keys with `warren-coordinator auth-key create`",
+        ));
+    };
+    if root.is_none() && !url.tls() {
+        return Err(Problem::usage(
+            "unverified-coordinator",
+            format!(
+                "nothing proves who answers at `{url}`: it is plain http, and there is neither an auth key nor a fingerprint"
+            ),
+            "add --auth-key-file FILE (a key names its coordinator) or --coordinator-fingerprint, or use the coordinator's https URL",
+        ));
+    }
+    Ok(FirstContact { url, root })
+}
+
+fn needs_auth_key(url: &CoordinatorUrl, shown: &CoordinatorIdentity) -> Problem {
+    let name: String = shown.network_name.chars().filter(|c| !c.is_control()).collect();
+    Problem::new(
+        "needs-login",
+        format!(
+            "this device is not enrolled in the network `{name}` (root key {}) of the coordinator at `{url}`",
+            shown.root.fingerprint()
+        ),
+        format!(
+            "signing in with a browser does not exist yet: have an administrator make an auth key (`warren-coordinator auth-key create`), then run `warren up --coordinator {url} --auth-key-file FILE`"
+        ),
+    )
+}
+
 impl Daemon {
     pub(super) async fn on_call(&mut self, now: Now, call: Call) {
         let Call { request, reply } = call;
@@ -54,10 +107,10 @@ impl Daemon {
         let answer = match request.verb {
             Verb::Up(up) => return self.verb_up(now, up, reply).await,
             Verb::Ping { peer } => return self.verb_ping(now, &peer, reply),
+            Verb::Netcheck => return self.verb_netcheck(now, reply),
             Verb::Down => self.verb_down().await,
             Verb::Logout => self.verb_logout().await,
             Verb::Status => Ok(done(&self.status(now))),
-            Verb::Netcheck => Ok(done(&self.netcheck(now))),
             Verb::Whois { ip } => self.verb_whois(ip),
             Verb::Why { dst, port, proto } => self.verb_why(now, &dst, port, proto),
             Verb::Version => Ok(done(&json!({ "version": env!("CARGO_PKG_VERSION") }))),
@@ -68,9 +121,13 @@ impl Daemon {
 
     async fn verb_up(&mut self, now: Now, up: api::Up, reply: oneshot::Sender<Reply>) {
         let wait = Duration::from_millis(up.timeout_ms).min(MAX_UP_WAIT);
-        if let Err(problem) = self.bring_up(now, up).await {
-            let _ = reply.send(Reply::Problem(problem));
-            return;
+        match self.bring_up(now, up).await {
+            Ok(Begun::Joining) => {}
+            Ok(Begun::Look(first)) => return self.look(first, wait, reply),
+            Err(problem) => {
+                let _ = reply.send(Reply::Problem(problem));
+                return;
+            }
         }
         match &mut self.up {
             Some(up) if !wait.is_zero() => {
@@ -86,7 +143,7 @@ impl Daemon {
         }
     }
 
-    async fn bring_up(&mut self, now: Now, ask: api::Up) -> Result<(), Problem> {
+    async fn bring_up(&mut self, now: Now, ask: api::Up) -> Result<Begun, Problem> {
         let auth_key = ask.auth_key.map(Zeroizing::new);
         let key = auth_key.as_ref().map(|text| text.parse::<AuthKey>()).transpose().map_err(|e| {
             Problem::usage("bad-auth-key", e.to_string(), "copy the whole line, or use --auth-key-file")
@@ -105,14 +162,10 @@ impl Daemon {
             ));
         }
         if joined.is_some() {
-            return self.bring_up_again(url, fingerprint).await;
+            return self.bring_up_again(url, fingerprint).await.map(|()| Begun::Joining);
         }
         let (Some(key), Some(auth_key)) = (key, auth_key) else {
-            return Err(Problem::new(
-                "needs-login",
-                "this device is not enrolled, so it needs an auth key",
-                "run `warren up --coordinator URL --auth-key KEY`; an administrator makes keys with `warren-coordinator auth-key create`",
-            ));
+            return first_contact(url, fingerprint).map(Begun::Look);
         };
         if fingerprint.is_some_and(|wanted| wanted != key.root) {
             return Err(wrong_fingerprint("the auth key is for a coordinator with another root key"));
@@ -125,6 +178,8 @@ impl Daemon {
             ));
         };
         self.come_down().await?;
+        // A host that can't have a TUN should not spend the key.
+        drop(Tun::open(&self.options.tun)?);
         let mut dir = self.state.network(key.network)?;
         // Where no device came of an earlier try, the keys stay: the coordinator may have made one, and its reply was lost.
         let no_device = matches!(dir.membership(), Ok(None));
@@ -152,7 +207,7 @@ impl Daemon {
                 hostname: self.settings.hostname.clone().unwrap_or_else(host_name),
             }),
         };
-        self.start(now, join).await
+        self.start(now, join).await.map(|()| Begun::Joining)
     }
 
     async fn bring_up_again(
@@ -171,7 +226,9 @@ impl Daemon {
         if fingerprint.is_some_and(|wanted| wanted != up.config.root) {
             return Err(wrong_fingerprint("the network this device is in has another root key"));
         }
-        match url {
+        // Without one, back to where the coordinator was last met: another may have been tried in vain.
+        let pinned = || up.identity.as_ref().and_then(|i| i.url.parse().ok());
+        match url.or_else(pinned) {
             Some(url) if url != up.config.url => {
                 up.config.url = url;
                 up.reconnect();
@@ -179,6 +236,21 @@ impl Daemon {
             _ => up.control.retry_now(),
         }
         Ok(())
+    }
+
+    /// Finds out who the coordinator is, for somebody who has no key to join with, without holding anything else up.
+    fn look(&mut self, first: FirstContact, wait: Duration, reply: oneshot::Sender<Reply>) {
+        let FirstContact { url, root } = first;
+        while self.looks.try_join_next().is_some() {}
+        self.looks.spawn(async move {
+            let problem = match timeout(wait.min(CONNECT_TIMEOUT), control::look(&url, root, MARK)).await {
+                Ok(Ok(identity)) => needs_auth_key(&url, &identity),
+                Ok(Err(problem)) => problem,
+                Err(_) => no_answer(&url),
+            };
+            // The caller may have gone away.
+            let _ = reply.send(Reply::Problem(problem));
+        });
     }
 
     async fn verb_down(&mut self) -> Result<Reply, Problem> {
@@ -224,9 +296,6 @@ impl Daemon {
     fn begin_ping(&mut self, now: Now, peer: &str) -> Result<warren_engine::event::PingToken, Problem> {
         let device = self.peer(peer)?.id;
         let up = self.up.as_mut().ok_or_else(not_up)?;
-        if up.pings.len() >= MAX_PINGS {
-            return Err(Problem::new("busy", "too many pings are under way", "try again in a moment"));
-        }
         let engine = up.engine.as_mut().ok_or_else(not_up)?;
         engine.start_ping(now, device).ok_or_else(|| {
             Problem::new(
@@ -251,11 +320,11 @@ impl Daemon {
 
     fn verb_why(&self, now: Now, dst: &str, port: u16, proto: u8) -> Result<Reply, Problem> {
         let engine = self.up.as_ref().and_then(|up| up.engine.as_ref()).ok_or_else(not_up)?;
-        let ip = match dst.parse() {
-            Ok(ip) => ip,
-            Err(_) => *self.peer(dst)?.addrs.first().ok_or_else(|| unknown_peer(dst))?,
-        };
-        Ok(done(&engine.why(now, ip, proto, port)))
+        let ip = dst.parse().ok().or_else(|| self.peer(dst).ok()?.addrs.first().copied());
+        Ok(done(&match ip {
+            Some(ip) => engine.why(now, ip, proto, port),
+            None => engine.why_unknown(now, dst),
+        }))
     }
 
     /// The peer with this name, address or id.
@@ -272,23 +341,6 @@ impl Daemon {
                 })
             })
             .ok_or_else(|| unknown_peer(text))
-    }
-
-    fn netcheck(&self, now: Now) -> Netcheck {
-        let net =
-            self.up.as_ref().and_then(|up| up.engine.as_ref()).map(|e| e.status(now).net).unwrap_or_default();
-        Netcheck {
-            udp: net.udp,
-            ipv4: net.ipv4,
-            ipv6: net.ipv6,
-            nat: Nat::new(net.mapping),
-            port_mapping: Vec::new(),
-            relays: net
-                .relays
-                .into_iter()
-                .map(|r| RelayRtt { name: r.name, rtt_ms: r.rtt_ms.map(api::round_ms) })
-                .collect(),
-        }
     }
 
     /// Answers those who wait for `up`, if it is.
@@ -313,9 +365,12 @@ impl Daemon {
             return;
         }
         let problem = up.save_problem.clone().or_else(|| up.away.clone()).unwrap_or_else(|| {
+            if !up.welcomed {
+                return no_answer(&up.config.url);
+            }
             Problem::new(
                 "timeout",
-                "the agent is not connected yet",
+                "the coordinator has let this device in, and has not sent its netmap yet",
                 "wait longer with --timeout, and see `warren status`",
             )
         });
@@ -345,7 +400,7 @@ impl Up {
     }
 }
 
-fn not_up() -> Problem {
+pub(super) fn not_up() -> Problem {
     Problem::new(
         "not-up",
         "the agent is not up, or has no netmap yet",
@@ -358,6 +413,14 @@ fn unknown_peer(text: &str) -> Problem {
         "unknown-peer",
         format!("no peer of this device is called `{text}`"),
         "see `warren status` for names and addresses; a peer that no policy rule connects to this device is not listed",
+    )
+}
+
+fn no_answer(url: &CoordinatorUrl) -> Problem {
+    Problem::new(
+        "coordinator-away",
+        format!("nobody has answered at `{url}` in time"),
+        "check the URL, the network and any firewall, or wait longer with --timeout",
     )
 }
 

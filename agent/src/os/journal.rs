@@ -68,18 +68,18 @@ impl Journal {
         Ok(())
     }
 
-    /// The latest change that is not undone.
-    pub fn last(&self) -> Option<&Change> {
-        self.changes.last()
+    /// The changes, the latest first: the order to undo them in.
+    pub fn latest_first(&self) -> impl Iterator<Item = &Change> {
+        self.changes.iter().rev()
     }
 
-    /// The latest change is undone.
+    /// Everything is undone. Needs no space on the disk.
     ///
     /// # Errors
-    /// The disk is unwritable; the change will then be undone once more, which is harmless.
-    pub fn undone(&mut self, state: &StateDir) -> Result<(), Problem> {
-        self.changes.pop();
-        state.save_journal((!self.changes.is_empty()).then_some(self))
+    /// The disk is unwritable; the changes will then be undone once more, which is harmless.
+    pub fn clear(&mut self, state: &StateDir) -> Result<(), Problem> {
+        self.changes.clear();
+        state.save_journal::<Self>(None)
     }
 }
 
@@ -98,10 +98,8 @@ mod tests {
 
         let mut after_kill = Journal::load(&state).unwrap();
         assert_eq!(after_kill, journal);
-        assert_eq!(after_kill.last(), Some(&b));
-        after_kill.undone(&state).unwrap();
-        assert_eq!(Journal::load(&state).unwrap().last(), Some(&a));
-        after_kill.undone(&state).unwrap();
+        assert_eq!(after_kill.latest_first().collect::<Vec<_>>(), [&b, &a]);
+        after_kill.clear(&state).unwrap();
         assert_eq!(state.journal::<Journal>().unwrap(), None);
     }
 
@@ -111,6 +109,6 @@ mod tests {
         let state = StateDir::open(&dir.path().join("s")).unwrap();
         let old = Journal { boot_id: "another".into(), changes: vec![Change::Routes { table: 7 }] };
         state.save_journal(Some(&old)).unwrap();
-        assert_eq!(Journal::load(&state).unwrap().last(), None);
+        assert_eq!(Journal::load(&state).unwrap().latest_first().next(), None);
     }
 }

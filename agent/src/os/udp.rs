@@ -93,15 +93,26 @@ fn bind_pair(port: u16) -> io::Result<Vec<Udp>> {
     }
 }
 
+/// A non-blocking UDP socket with `mark` (0 for none), bound to `address`, of that family only.
+///
+/// # Errors
+/// The address is taken, or there is no permission for a mark.
+pub fn socket(address: SocketAddr, mark: u32) -> io::Result<std::net::UdpSocket> {
+    let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+    socket.set_nonblocking(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    if mark != 0 {
+        socket.set_mark(mark)?;
+    }
+    socket.bind(&address.into())?;
+    Ok(socket.into())
+}
+
 impl Udp {
     fn bind(id: u8, address: SocketAddr) -> io::Result<Self> {
-        let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
-        socket.set_nonblocking(true)?;
-        if address.is_ipv6() {
-            socket.set_only_v6(true)?;
-        }
-        socket.set_mark(MARK)?;
-        socket.bind(&address.into())?;
+        let socket = Socket::from(socket(address, MARK)?);
         let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
         fragment_if_needed(&socket, address.is_ipv6())?;
         // Smaller buffers than asked for only cost throughput.

@@ -113,7 +113,7 @@ pub(super) struct Link {
 pub(super) async fn dial(config: &RelayClientConfig, tls_after: Option<Duration>) -> Result<Link, End> {
     let tls = tls_config(config.relay.cert_sha256).map_err(|e| End::Lost(e.to_string()))?;
     let mut attempts = JoinSet::new();
-    for (i, addr) in (0u32..).zip(config.relay.addrs.iter().copied().take(MAX_ADDRESSES)) {
+    for (i, addr) in (0u32..).zip(tried(&config.relay.addrs)) {
         let mark = config.mark;
         let config = tls.clone();
         attempts.spawn(async move {
@@ -137,6 +137,10 @@ pub(super) async fn dial(config: &RelayClientConfig, tls_after: Option<Duration>
         }
     }
     Err(last)
+}
+
+fn tried(addrs: &[SocketAddr]) -> impl Iterator<Item = SocketAddr> {
+    addrs.iter().copied().take(MAX_ADDRESSES)
 }
 
 async fn dial_quic(addr: SocketAddr, mark: u32, tls: rustls::ClientConfig) -> Result<Link, End> {
@@ -348,5 +352,16 @@ impl ServerCertVerifier for Pin {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_relay_of_many_addresses_is_tried_at_a_few() {
+        let addrs = vec![SocketAddr::from((Ipv4Addr::LOCALHOST, 1)); 100];
+        assert_eq!(tried(&addrs).count(), MAX_ADDRESSES);
     }
 }

@@ -17,6 +17,15 @@ fn everything_comes_back_after_a_restart_and_is_private() {
     let saved = SavedNetmap::from_bytes(vec![1, 2, 3]);
     network.save_netmap(&saved).unwrap();
     network.save_handshake_floor(UnixTime::from_secs(9)).unwrap();
+    let token = Signed { payload: vec![1, 2], signature: vec![3; 64] };
+    let hint =
+        PathHint { device: DeviceId::from_bytes([2; 16]), endpoints: vec!["192.0.2.1:7".parse().unwrap()] };
+    let resume = Resume {
+        at: UnixTime::from_secs(8),
+        tokens: BTreeMap::from([(RelayId::from_bytes([5; 16]), token)]),
+        paths: vec![hint],
+    };
+    network.save_resume(&resume).unwrap();
     drop(state);
 
     let state = StateDir::open(&root).unwrap();
@@ -26,11 +35,26 @@ fn everything_comes_back_after_a_restart_and_is_private() {
     assert_eq!(network.membership().unwrap(), Some(member));
     assert_eq!(network.netmap().unwrap(), Some(saved));
     assert_eq!(network.handshake_floor().unwrap(), UnixTime::from_secs(9));
+    assert_eq!(network.resume(), resume);
     assert_eq!(network.identity().unwrap(), None);
     assert_eq!(fs::metadata(&root).unwrap().mode() & 0o777, 0o700);
     for entry in fs::read_dir(&network.path).unwrap() {
         assert_eq!(entry.unwrap().metadata().unwrap().mode() & 0o777, 0o600);
     }
+}
+
+#[test]
+fn what_is_only_for_a_quick_restart_may_be_damaged() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(&dir.path().join("s")).unwrap();
+    let network = state.network(NET).unwrap();
+    assert_eq!(network.resume(), Resume::default());
+    network.save_resume(&Resume { at: UnixTime::from_secs(8), ..Resume::default() }).unwrap();
+    let path = network.path.join("resume");
+    let mut bytes = fs::read(&path).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&path, bytes).unwrap();
+    assert_eq!(network.resume(), Resume::default());
 }
 
 #[test]
@@ -67,6 +91,18 @@ fn damage_anywhere_is_named_and_never_overwritten() {
     }
     fs::write(&path, &good).unwrap();
     network.keys().unwrap();
+}
+
+#[test]
+fn a_file_that_is_too_long_is_not_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = StateDir::open(&dir.path().join("s")).unwrap();
+    state.save_settings(&Settings::default()).unwrap();
+    // Sparse: it takes no space.
+    File::options().write(true).open(state.path().join("settings")).unwrap().set_len(MAX_FILE + 1).unwrap();
+    let problem = state.settings().unwrap_err();
+    assert_eq!(problem.code, "state-damaged");
+    assert!(problem.text.contains("longer than any state file"), "{}", problem.text);
 }
 
 #[test]

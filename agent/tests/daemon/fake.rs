@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use futures_util::{SinkExt as _, StreamExt as _};
 use prost::Message as _;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_tungstenite::tungstenite::Message;
@@ -31,6 +32,8 @@ pub(crate) struct Fake {
     root: RootSecretKey,
     control: ControlSecretKey,
     netmap_key: NetmapSecretKey,
+    /// The control key that its identity document names.
+    shown: ControlPublicKey,
     world: Arc<Mutex<World>>,
 }
 
@@ -64,12 +67,23 @@ impl Fake {
             device_key: None,
             push: None,
         };
+        let control = ControlSecretKey::generate(&mut OsEntropy);
         Self {
             root: RootSecretKey::generate(&mut OsEntropy),
-            control: ControlSecretKey::generate(&mut OsEntropy),
+            shown: control.public(),
+            control,
             netmap_key: NetmapSecretKey::generate(&mut OsEntropy),
             world: Arc::new(Mutex::new(world)),
         }
+    }
+
+    /// Shows the same identity and does not hold its key: who has copied what a coordinator shows.
+    pub(crate) fn impostor(&self) -> Self {
+        Self { control: ControlSecretKey::generate(&mut OsEntropy), ..self.clone() }
+    }
+
+    pub(crate) fn fingerprint(&self) -> String {
+        self.root.public().fingerprint().to_string()
     }
 
     pub(crate) fn auth_key(&self) -> String {
@@ -144,20 +158,21 @@ impl Fake {
         set
     }
 
-    async fn session(&self, stream: TcpStream) -> Option<()> {
+    /// One session, until it ends.
+    pub(crate) async fn session(&self, stream: impl AsyncRead + AsyncWrite + Unpin) -> Option<()> {
         let mut socket = tokio_tungstenite::accept_async(stream).await.ok()?;
         let identity = CoordinatorIdentity {
             network: NETWORK,
             network_name: "acme".into(),
             root: self.root.public(),
-            control: self.control.public(),
+            control: self.shown,
             netmap: self.netmap_key.public(),
             epoch: self.with(|w| w.epoch),
         };
         socket.send(Message::binary(identity.sign(&self.root).encode_to_vec())).await.ok()?;
         let hello = socket.next().await?.ok()?.into_data();
         let (mut session, peer, answer) =
-            session::accept(&self.control, NETWORK, &hello, &mut OsEntropy).unwrap();
+            session::accept(&self.control, NETWORK, &hello, &mut OsEntropy).ok()?;
         socket.send(Message::binary(answer)).await.ok()?;
         let (push, mut pushed) = mpsc::unbounded_channel();
         self.with(|w| {

@@ -88,7 +88,7 @@ impl World {
             let ack = self.fake.acks().pop().unwrap();
             assert!(ack.reason.contains(reason), "{what}: {ack:?}");
             assert_eq!((ack.epoch, ack.revision), (EPOCH, HELD), "{what}");
-            assert_eq!(self.incoming().await, "no_rule", "{what}");
+            assert_eq!(self.incoming().await, "no-rule", "{what}");
         }
     }
 

@@ -108,35 +108,35 @@ fn forbidden(ann: &[IpAddr], bob: &[IpAddr], cyd: &[IpAddr]) -> Result<Vec<(Vec<
         };
         let never_sent = udp((bob, 9), (ann, 9), 0)?;
         all.extend([
-            (udp((ann, 4_000), (bob, DENIED), 1)?, "ingress-no_rule"),
+            (udp((ann, 4_000), (bob, DENIED), 1)?, "ingress-no-rule"),
             // Looks like an answer of a DNS server.
-            (udp((ann, 53), (bob, 40_000), 2)?, "ingress-no_rule"),
-            (tcp(DENIED, TCP_SYN, None), "ingress-no_rule"),
-            (tcp(ALLOWED, TCP_SYN, None), "ingress-no_rule"),
-            (tcp(DENIED, 0, Some(7)), "ingress-no_flow"),
-            (tcp(DENIED, TCP_SYN, Some(7)), "ingress-no_flow"),
-            (tcp(DENIED, TCP_RST, None), "ingress-no_flow"),
+            (udp((ann, 53), (bob, 40_000), 2)?, "ingress-no-rule"),
+            (tcp(DENIED, TCP_SYN, None), "ingress-no-rule"),
+            (tcp(ALLOWED, TCP_SYN, None), "ingress-no-rule"),
+            (tcp(DENIED, 0, Some(7)), "ingress-no-flow"),
+            (tcp(DENIED, TCP_SYN, Some(7)), "ingress-no-flow"),
+            (tcp(DENIED, TCP_RST, None), "ingress-no-flow"),
             (tcp(DENIED, TCP_SYN | TCP_FIN, None), "ingress-malformed"),
             // In the name of somebody else, of the victim itself, and to somebody behind it.
-            (udp((cyd, 4_000), (bob, ALLOWED), 3)?, "ingress-spoofed_source"),
-            (udp((bob, 4_000), (bob, ALLOWED), 4)?, "ingress-spoofed_source"),
-            (udp((ann, 4_000), (cyd, ALLOWED), 5)?, "ingress-no_peer"),
-            (prohibited(addrs, &never_sent), "ingress-unrelated_icmp_error"),
+            (udp((cyd, 4_000), (bob, ALLOWED), 3)?, "ingress-spoofed-source"),
+            (udp((bob, 4_000), (bob, ALLOWED), 4)?, "ingress-spoofed-source"),
+            (udp((ann, 4_000), (cyd, ALLOWED), 5)?, "ingress-no-peer"),
+            (prohibited(addrs, &never_sent), "ingress-unrelated-icmp-error"),
         ]);
         let whole = udp((ann, 4_000), (bob, ALLOWED), 6)?;
         if ann.is_ipv4() {
             let mut later = whole.clone();
             later[6..8].copy_from_slice(&8_u16.to_be_bytes());
-            all.push((fix_header(later), "ingress-not_first_fragment"));
+            all.push((fix_header(later), "ingress-not-first-fragment"));
             let mut redirect = whole[..28].to_vec();
             (redirect[3], redirect[9]) = (28, 1);
             redirect[20..28].copy_from_slice(&[5, 0, 0, 0, 100, 64, 0, 9]);
-            all.push((fix_header(redirect), "ingress-forbidden_icmp"));
+            all.push((fix_header(redirect), "ingress-forbidden-icmp"));
         } else {
             let mut advertisement = whole[..48].to_vec();
             (advertisement[5], advertisement[6]) = (8, 58);
             advertisement[40..48].copy_from_slice(&[134, 0, 0, 0, 64, 0, 0, 0]);
-            all.push((advertisement, "ingress-forbidden_icmp"));
+            all.push((advertisement, "ingress-forbidden-icmp"));
         }
     }
     Ok(all)
@@ -219,9 +219,9 @@ fn an_agent_without_a_filter_delivers_no_denied_packet() -> Result<()> {
             outlaw.send(&syn.to_bytes())?;
             eventually("the drop is explained", LIMIT, || {
                 let why = world.bob.why(&from.to_string(), DENIED)?;
-                ensure!(why["filter"]["ingress"]["outcome"] == "no_rule", "{why}");
+                ensure!(why["filter"]["ingress"]["outcome"] == "no-rule", "{why}");
                 let last = &why["filter"]["drops"][0];
-                let told = last["reason"]["code"] == "no_rule" && last["direction"] == "ingress";
+                let told = last["reason"]["code"] == "no-rule" && last["direction"] == "ingress";
                 Ok((told && last["src"] == from.to_string()).then_some(()))
             })?;
         }
@@ -246,7 +246,7 @@ fn a_flow_that_policy_ends_is_cut_by_the_honest_end_alone() -> Result<()> {
         eventually("bob has heard of it", LIMIT, || {
             let asked = format!("{}:{ALLOWED}", ann[0]);
             let why = world.bob.json(&["why", &asked, "--proto", "udp", "--json"])?;
-            Ok((why["filter"]["ingress"]["outcome"] == "no_rule").then_some(()))
+            Ok((why["filter"]["ingress"]["outcome"] == "no-rule").then_some(()))
         })?;
         let (had_arrived, before) = (arrived(&world.bob.host)?, ingress_drops(&world.bob)?);
         for _ in 0..5 {
@@ -256,7 +256,7 @@ fn a_flow_that_policy_ends_is_cut_by_the_honest_end_alone() -> Result<()> {
             let now = ingress_drops(&world.bob)?;
             Ok((now.values().sum::<u64>() == before.values().sum::<u64>() + 5).then_some(()))
         })?;
-        let ended = |drops: &BTreeMap<String, u64>| drops.get("ingress-flow_ended").copied().unwrap_or(0);
+        let ended = |drops: &BTreeMap<String, u64>| drops.get("ingress-flow-ended").copied().unwrap_or(0);
         ensure!(ended(&ingress_drops(&world.bob)?) == ended(&before) + 5, "{:?}", ingress_drops(&world.bob)?);
         ensure!(arrived(&world.bob.host)? == had_arrived, "something arrived");
         Ok(())

@@ -9,9 +9,10 @@ use clap::{Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
+use warren_common::url::CoordinatorUrl;
 use warren_common::wire::relay_control::RelayJoinKey;
 use warren_relay::core::Limits;
-use warren_relay::join::{CoordinatorUrl, JoinConfig, JoinError, StateError, run};
+use warren_relay::join::{JoinConfig, JoinError, StateError, run};
 
 /// Carries sealed packets between devices that can't reach each other directly.
 #[derive(Parser)]

@@ -1,25 +1,20 @@
 //! The session with the coordinator: TCP, TLS for `https`, a WebSocket, its identity, Noise, messages.
 
-use std::fmt;
-use std::io;
-use std::pin::Pin;
-use std::str::FromStr;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures_util::{SinkExt as _, StreamExt as _};
 use prost::Message as _;
 use rustls::pki_types::ServerName;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, lookup_host};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
-use tokio_tungstenite::tungstenite::http::Uri;
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{self, Message};
 use tokio_tungstenite::{WebSocketStream, client_async_with_config};
+use tokio_util::either::Either;
+use warren_common::url::CoordinatorUrl;
 use warren_common::wire::control::{CoordinatorIdentity, Signed};
 use warren_common::wire::relay_control::{
     PATH, RelayBody, RelayMessage, RelayServerBody, RelayServerMessage,
@@ -37,66 +32,8 @@ const MAX_ADDRESSES: usize = 8;
 /// Longest time that one address may take.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// Where a coordinator is: `http://` or `https://`, host, optional port and path.
-#[derive(Clone, PartialEq, Eq)]
-pub struct CoordinatorUrl {
-    text: String,
-    tls: bool,
-    host: String,
-    port: u16,
-    path: String,
-}
-
-/// Why a text is not a coordinator's URL.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is not the URL of a coordinator: write `https://host` or `http://host:port`")]
-pub struct ParseUrlError(String);
-
-impl FromStr for CoordinatorUrl {
-    type Err = ParseUrlError;
-
-    fn from_str(text: &str) -> Result<Self, ParseUrlError> {
-        let text = text.trim().trim_end_matches('/');
-        let bad = || ParseUrlError(text.to_owned());
-        let uri: Uri = text.parse().map_err(|_| bad())?;
-        let (tls, default_port) = match uri.scheme_str() {
-            Some("https") => (true, 443),
-            Some("http") => (false, 80),
-            _ => return Err(bad()),
-        };
-        let authority = uri.authority().ok_or_else(bad)?;
-        let rest = authority.as_str().strip_prefix(authority.host()).ok_or_else(bad)?; // a user name comes first
-        let port = match rest.strip_prefix(':') {
-            Some(port) => port.parse().map_err(|_| bad())?,
-            None => default_port,
-        };
-        let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
-        if host.is_empty() || uri.query().is_some() {
-            return Err(bad());
-        }
-        Ok(Self { text: text.to_owned(), tls, host, port, path: uri.path().trim_end_matches('/').to_owned() })
-    }
-}
-
-impl fmt::Display for CoordinatorUrl {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
-    }
-}
-
-impl fmt::Debug for CoordinatorUrl {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
-    }
-}
-
-impl CoordinatorUrl {
-    fn websocket(&self) -> String {
-        let scheme = if self.tls { "wss" } else { "ws" };
-        let host = if self.host.contains(':') { format!("[{}]", self.host) } else { self.host.clone() };
-        format!("{scheme}://{host}:{}{}{PATH}", self.port, self.path)
-    }
-}
+/// A connection, encrypted by TLS or not.
+type Stream = Either<TcpStream, Box<TlsStream<TcpStream>>>;
 
 /// An established session.
 pub(super) struct Link {
@@ -117,7 +54,7 @@ impl Link {
         let mut config = WebSocketConfig::default();
         config.max_message_size = Some(MAX_FRAME);
         config.max_frame_size = Some(MAX_FRAME);
-        let mut socket = match client_async_with_config(url.websocket(), stream, Some(config)).await {
+        let mut socket = match client_async_with_config(url.websocket(PATH), stream, Some(config)).await {
             Ok((socket, _)) => socket,
             Err(tungstenite::Error::Http(response)) if response.status().is_client_error() => {
                 return Err(wrong(format!("it answers {PATH} with {}", response.status())));
@@ -179,14 +116,14 @@ async fn frame(socket: &mut WebSocketStream<Stream>) -> Result<tungstenite::Byte
 }
 
 async fn dial(url: &CoordinatorUrl) -> Result<Stream, String> {
-    let found = lookup_host((url.host.as_str(), url.port)).await;
-    let addresses = found.map_err(|_| format!("the name `{}` is not known", url.host))?;
+    let found = lookup_host((url.host(), url.port())).await;
+    let addresses = found.map_err(|_| format!("the name `{}` is not known", url.host()))?;
     let mut last = "it has no address".to_owned();
     for address in addresses.take(MAX_ADDRESSES) {
         match timeout(DIAL_TIMEOUT, TcpStream::connect(address)).await {
             Ok(Ok(stream)) => {
                 let _ = stream.set_nodelay(true); // without it it is only slower
-                return if url.tls { tls(url, stream).await } else { Ok(Stream::Plain(stream)) };
+                return if url.tls() { tls(url, stream).await } else { Ok(Either::Left(stream)) };
             }
             Ok(Err(error)) => last = error.to_string(),
             Err(_) => last = "it does not answer".to_owned(),
@@ -204,65 +141,7 @@ async fn tls(url: &CoordinatorUrl, stream: TcpStream) -> Result<Stream, String> 
         .map_err(|e| e.to_string())?
         .with_root_certificates(roots)
         .with_no_client_auth();
-    let name = ServerName::try_from(url.host.clone()).map_err(|e| e.to_string())?;
+    let name = ServerName::try_from(url.host().to_owned()).map_err(|e| e.to_string())?;
     let stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await;
-    stream.map(|s| Stream::Tls(Box::new(s))).map_err(|e| format!("its certificate is not valid: {e}"))
-}
-
-enum Stream {
-    Plain(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
-}
-
-impl AsyncRead for Stream {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(s) => Pin::new(s).poll_read(cx, buf),
-            Self::Tls(s) => Pin::new(s).poll_read(cx, buf),
-        }
-    }
-}
-
-impl AsyncWrite for Stream {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Plain(s) => Pin::new(s).poll_write(cx, buf),
-            Self::Tls(s) => Pin::new(s).poll_write(cx, buf),
-        }
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(s) => Pin::new(s).poll_flush(cx),
-            Self::Tls(s) => Pin::new(s).poll_flush(cx),
-        }
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(s) => Pin::new(s).poll_shutdown(cx),
-            Self::Tls(s) => Pin::new(s).poll_shutdown(cx),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn urls_become_websocket_urls() {
-        for (text, websocket) in [
-            ("https://warren.example", "wss://warren.example:443/relay/v1"),
-            ("http://10.0.0.1:8080/", "ws://10.0.0.1:8080/relay/v1"),
-            ("http://[fd00::1]/base/", "ws://[fd00::1]:80/base/relay/v1"),
-        ] {
-            assert_eq!(text.parse::<CoordinatorUrl>().unwrap().websocket(), websocket);
-        }
-        for text in
-            ["", "warren", "ftp://x", "http://user@host", "http://h/?x=1", "http://h:99999", "http://h:"]
-        {
-            assert!(text.parse::<CoordinatorUrl>().is_err(), "{text}");
-        }
-    }
+    stream.map(|s| Either::Right(Box::new(s))).map_err(|e| format!("its certificate is not valid: {e}"))
 }

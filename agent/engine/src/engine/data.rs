@@ -32,6 +32,7 @@ pub(super) struct Drops {
     pub(super) notices: u64,
     pub(super) events: u64,
     pub(super) bad_peers: u64,
+    pub(super) presence: u64,
     pub(super) wireguard: [u64; WG_REASONS.len()],
 }
 

@@ -15,6 +15,10 @@ use crate::status::{
     LeaseStatus, NetStatus, NetworkStatus, PathStatus, PeerStatus, RelayStatus, SelfStatus, Status, Whois,
     Why,
 };
+use crate::stun::Stun;
+
+/// What a device that isn't told of another can say about it.
+const NOT_VISIBLE: &str = "is visible to this device: there is none, or no policy rule connects the two (a device is told of those only that it may talk with, and of the names only of those that it may reach)";
 
 impl Engine {
     /// Everything at one moment.
@@ -33,7 +37,7 @@ impl Engine {
             revision: self.held.as_ref().map_or(0, |h| h.revision),
             lease: self.held.as_ref().map_or(LeaseStatus::None, |h| h.lease_status(now)),
             peers: netmap.map_or_else(Vec::new, |m| m.peers.values().map(|p| self.peer_status(p)).collect()),
-            net: self.net_status(),
+            net: self.net_status_by(&self.stun),
             drops: self.drop_counters().collect(),
             wakes: WakeReason::ALL.iter().map(|reason| (*reason, self.wakes[*reason as usize])).collect(),
         }
@@ -67,25 +71,35 @@ impl Engine {
             }
             Path::None => ("none", None, None),
         };
-        PathStatus { kind, endpoint, relay, rtt_ms: rtt.map(millis) }
+        PathStatus { kind: kind.into(), endpoint, relay, rtt_ms: rtt.map(millis) }
     }
 
-    fn net_status(&self) -> NetStatus {
+    /// The network around us by the answers to the last STUN round alone; `None` while they are still coming in.
+    pub fn net_status(&self) -> Option<NetStatus> {
+        (!self.stun.is_asking()).then(|| self.net_status_by(&self.stun.fresh()))
+    }
+
+    /// The same by the answers that have come so far.
+    pub fn net_status_so_far(&self) -> NetStatus {
+        self.net_status_by(&self.stun.fresh())
+    }
+
+    fn net_status_by(&self, stun: &Stun) -> NetStatus {
         let relays = self.netmap().map_or_else(Vec::new, |m| {
             let status = |r: &warren_common::netmap::Relay| RelayStatus {
                 id: r.id,
                 name: r.name.clone(),
                 connected: self.paths.relay_connected(r.id),
                 home: self.home == Some(r.id),
-                rtt_ms: self.stun.rtt(r.id).map(millis),
+                rtt_ms: stun.rtt(r.id).map(millis),
             };
             m.relays.values().map(status).collect()
         });
         NetStatus {
-            udp: self.stun.mapped().next().is_some(),
-            ipv4: self.stun.mapped().find(|a| a.is_ipv4()),
-            ipv6: self.stun.mapped().find(|a| a.is_ipv6()),
-            mapping: self.stun.mapping(self.paths.local()),
+            udp: stun.mapped().next().is_some(),
+            ipv4: stun.mapped().find(|a| a.is_ipv4()),
+            ipv6: stun.mapped().find(|a| a.is_ipv6()),
+            mapping: stun.mapping(self.paths.local()),
             relays,
         }
     }
@@ -121,21 +135,18 @@ impl Engine {
         let src = self.own.iter().find(|a| a.is_ipv4() == dst.is_ipv4()).copied();
         let filter = self.filter.why(now, src, dst, proto, port);
         let peer = self.whois(dst);
-        let path = self.routes.lookup(dst).map(|owner| self.paths.path(owner.peer).0);
+        let path = self.routes.lookup(dst).map(|owner| {
+            let (path, rtt) = self.paths.path(owner.peer);
+            self.path_status(path, rtt)
+        });
         let origin = |rule: &Option<crate::filter::RuleRef>| {
             rule.as_ref().map_or_else(|| "a rule".to_owned(), |r| format!("{} ({})", r.origin, r.id))
         };
-        let lease = self.held.as_ref().map(|h| h.lease_status(now));
-        let (reason, text) = match (lease, &peer) {
-            (None, _) => ("no-netmap", "no netmap was received yet, so nothing is allowed".to_owned()),
-            (Some(LeaseStatus::Ended | LeaseStatus::None), _) => (
-                "lease-ended",
-                "the lease of everything granted has ended; it is renewed when the coordinator is reached"
-                    .to_owned(),
-            ),
-            (_, None) => ("no-peer", format!("no device that this one may know has the address {dst}")),
-            (_, Some(who)) if who.is_self => ("self", format!("{dst} is this device's own address")),
-            (_, Some(_)) => match filter.egress.outcome {
+        let (reason, text) = match (self.not_in_force(now), &peer) {
+            (Some(problem), _) => problem,
+            (None, None) => ("not-visible", format!("no device with the address {dst} {NOT_VISIBLE}")),
+            (None, Some(who)) if who.is_self => ("self", format!("{dst} is this device's own address")),
+            (None, Some(_)) => match filter.egress.outcome {
                 Outcome::Allowed => ("allowed", format!("allowed by {}", origin(&filter.egress.rule))),
                 Outcome::DeniedByRule => {
                     ("denied-by-rule", format!("denied by {}", origin(&filter.egress.rule)))
@@ -144,7 +155,28 @@ impl Engine {
                 Outcome::Closed => ("closed", "nothing is allowed at present".to_owned()),
             },
         };
-        Why { allowed: reason == "allowed", reason, text, peer, path, filter }
+        Why { allowed: reason == "allowed", reason, text, peer, path, filter: Some(filter) }
+    }
+
+    /// The same for a name that no peer we know has: there is no address to ask about.
+    pub fn why_unknown(&self, now: Now, name: &str) -> Why {
+        let (reason, text) = self
+            .not_in_force(now)
+            .unwrap_or_else(|| ("not-visible", format!("no device called `{name}` {NOT_VISIBLE}")));
+        Why { allowed: false, reason, text, peer: None, path: None, filter: None }
+    }
+
+    /// Why nothing at all is allowed, if so.
+    fn not_in_force(&self, now: Now) -> Option<(&'static str, String)> {
+        match self.held.as_ref().map(|h| h.lease_status(now)) {
+            None => Some(("no-netmap", "no netmap was received yet, so nothing is allowed".to_owned())),
+            Some(LeaseStatus::Ended | LeaseStatus::None) => Some((
+                "lease-ended",
+                "the lease of everything granted has ended; it is renewed when the coordinator is reached"
+                    .to_owned(),
+            )),
+            Some(LeaseStatus::Valid { .. }) => None,
+        }
     }
 
     fn drop_counters(&self) -> impl Iterator<Item = (String, u64)> {
@@ -162,14 +194,17 @@ impl Engine {
             ("nothing-granted", d.not_granted),
             ("stun-unexpected", d.stun_unexpected),
             ("notices-full", d.notices),
-            ("events-full", d.events),
+            ("events-full", d.events + p.events),
             ("unusable-peer-key", d.bad_peers),
             ("probe-unknown", p.probe_unknown),
             ("probe-forged", p.probe_forged),
             ("probe-limited", p.probe_limited),
             ("probe-queue-full", p.probe_queue_full),
             ("candidate-refused", p.candidate_refused),
+            ("candidate-replaced", p.candidate_replaced),
+            ("ping-replaced", p.ping_replaced),
             ("pong-unexpected", p.pong_unexpected),
+            ("presence-full", d.presence),
         ];
         let own = own.into_iter().map(|(name, count)| (name.to_owned(), count));
         let wg =
@@ -185,6 +220,7 @@ impl Engine {
     }
 }
 
+/// Milliseconds with three digits after the point: a clock says no more.
 fn millis(duration: Duration) -> f64 {
-    duration.as_secs_f64() * 1_000.0
+    (duration.as_secs_f64() * 1_000_000.0).round() / 1_000.0
 }

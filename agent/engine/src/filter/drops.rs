@@ -7,7 +7,7 @@ use crate::packet::ParseError;
 
 /// Why a packet was dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error, Serialize)]
-#[serde(tag = "code", content = "detail", rename_all = "snake_case")]
+#[serde(tag = "code", content = "detail", rename_all = "kebab-case")]
 pub enum DropReason {
     /// No active rule allows it.
     #[error("no rule allows it")]
@@ -53,18 +53,18 @@ impl DropReason {
 
     /// Every label, in the order of the counters.
     pub const LABELS: [&'static str; Self::COUNT] = [
-        "no_rule",
-        "denied_by_rule",
-        "lease_ended",
+        "no-rule",
+        "denied-by-rule",
+        "lease-ended",
         "malformed",
-        "not_first_fragment",
-        "unrelated_icmp_error",
-        "forbidden_icmp",
-        "no_flow",
-        "flow_ended",
-        "flow_table_full",
-        "spoofed_source",
-        "no_peer",
+        "not-first-fragment",
+        "unrelated-icmp-error",
+        "forbidden-icmp",
+        "no-flow",
+        "flow-ended",
+        "flow-table-full",
+        "spoofed-source",
+        "no-peer",
     ];
 
     /// The stable name, for counters and logs.

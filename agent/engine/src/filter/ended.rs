@@ -8,7 +8,7 @@ use crate::packet::{TCP_RST, build};
 
 /// Why permissions ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "kebab-case")]
 pub enum EndReason {
     /// New rules don't allow it.
     PolicyChanged,

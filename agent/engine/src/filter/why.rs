@@ -7,7 +7,7 @@ use std::net::IpAddr;
 
 use serde::{Serialize, Serializer};
 use warren_common::filter::{Action, DEFAULT_PROTOS, FilterRule, PortRange, RuleId, has_ports};
-use warren_common::time::{Now, UnixTime};
+use warren_common::time::{Now, UnixTime, rfc3339};
 
 use super::{DropReason, EndReason, Filter};
 use crate::flow::table::FlowHash;
@@ -62,7 +62,7 @@ pub struct WhyDecision {
 
 /// The verdict on a new connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "kebab-case")]
 pub enum Outcome {
     /// A rule allows it and none denies it.
     Allowed,
@@ -97,11 +97,12 @@ pub struct NearMiss {
 
 /// The one thing that keeps a rule from matching; the variants are in the order of nearness.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(tag = "what", rename_all = "snake_case")]
+#[serde(tag = "what", rename_all = "kebab-case")]
 pub enum Miss {
     /// It isn't in force now.
     Time {
-        /// When it will be, if ever.
+        /// When it will be, if ever, as RFC 3339 text.
+        #[serde(with = "rfc3339::option")]
         next: Option<UnixTime>,
     },
     /// It opens other ports of the destination.
@@ -194,7 +195,8 @@ pub struct DropRecord {
     pub reason: DropReason,
     /// How many.
     pub count: u64,
-    /// When the last one was.
+    /// When the last one was, as RFC 3339 text.
+    #[serde(with = "rfc3339")]
     pub last: UnixTime,
 }
 

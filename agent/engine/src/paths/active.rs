@@ -1,5 +1,6 @@
 //! One peer in use: its addresses, the pings under way, the way chosen.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use arrayvec::ArrayVec;
@@ -10,8 +11,9 @@ use warren_common::wire::probe::{Candidate, CandidateKind, Message, NONCE_LEN, P
 
 use super::score::Score;
 use super::{
-    MAX_INFLIGHT, MAX_PONGS_PER_MINUTE, MAX_PROBES_PER_MINUTE, MAX_REMOTES, MAX_USER_PINGS, PING_TIMEOUT,
-    PeerIdx, RELAY_FRESH, REPLY_FRESH, Rate, Shared, TRUST, Way,
+    MAX_HINT_ENDPOINTS, MAX_INFLIGHT, MAX_PONGS_PER_SECOND, MAX_PROBES_PER_MINUTE, MAX_REMOTES,
+    MAX_USER_PINGS, MAX_USER_PINGS_PER_SECOND, PING_TIMEOUT, PathCounters, PeerIdx, RELAY_FRESH, REPLY_FRESH,
+    Rate, Shared, TRUST, Way,
 };
 use crate::event::{Event, Path, PingToken};
 use crate::io::{Destination, Source};
@@ -19,6 +21,7 @@ use crate::io::{Destination, Source};
 mod time;
 
 const MINUTE: Duration = Duration::from_secs(60);
+const SECOND: Duration = Duration::from_secs(1);
 /// How long a check waits for an ordinary answer before it spends a ping.
 const CHECK_PATIENCE: Duration = Duration::from_millis(300);
 /// Least time between two pings that packets from an unproved address bring about.
@@ -36,7 +39,7 @@ pub(super) struct Active {
     current: Option<Current>,
     remotes: ArrayVec<Remote, MAX_REMOTES>,
     inflight: ArrayVec<Inflight, MAX_INFLIGHT>,
-    /// Pings of the user that wait for a way, with the time to give up.
+    /// Pings of the user that wait for a way or for their turn, with the time to give up.
     waiting: ArrayVec<(PingToken, Instant), MAX_USER_PINGS>,
     round: usize,
     next_round: Instant,
@@ -53,6 +56,8 @@ pub(super) struct Active {
     probes: Rate,
     checks: Rate,
     pongs: Rate,
+    /// Pings for people.
+    asked: Rate,
 }
 
 struct Current {
@@ -108,6 +113,7 @@ impl Active {
             probes: Rate::default(),
             checks: Rate::default(),
             pongs: Rate::default(),
+            asked: Rate::default(),
         }
     }
 
@@ -120,8 +126,48 @@ impl Active {
         self.remotes.len()
     }
 
+    #[cfg(test)]
+    pub(super) fn inflight(&self) -> usize {
+        self.inflight.len()
+    }
+
     pub(super) const fn used(&mut self, now: Instant) {
         self.used = now;
+    }
+
+    pub(super) const fn last_used(&self) -> Instant {
+        self.used
+    }
+
+    /// Addresses worth trying after a restart: the one in use, then those that answered, the latest first, then the others.
+    pub(super) fn endpoints(&self) -> Vec<SocketAddr> {
+        let current = self.current.as_ref().map(|c| c.way);
+        let mut remotes: Vec<&Remote> = self.remotes.iter().collect();
+        remotes.sort_by_key(|r| (Some(r.way) != current, std::cmp::Reverse((r.confirmed, r.learned))));
+        let mut out = Vec::with_capacity(MAX_HINT_ENDPOINTS);
+        for remote in remotes {
+            if out.len() < MAX_HINT_ENDPOINTS && !out.contains(&remote.way.remote) {
+                out.push(remote.way.remote);
+            }
+        }
+        out
+    }
+
+    /// Takes addresses from before a restart.
+    pub(super) fn relearn<'a>(
+        &mut self,
+        now: Instant,
+        endpoints: impl Iterator<Item = &'a SocketAddr>,
+        shared: &mut Shared,
+    ) {
+        for addr in endpoints {
+            if shared.accepts(*addr) {
+                self.learn_on_all(now, *addr, CandidateKind::Observed, shared);
+            } else {
+                shared.counters.candidate_refused += 1;
+            }
+        }
+        self.restart_rounds(now);
     }
 
     /// The peer is idle or gone: what waits for it is told so.
@@ -228,7 +274,7 @@ impl Active {
                 shared.counters.candidate_refused += 1;
                 return;
             }
-            self.learn(now, way, CandidateKind::Observed);
+            self.learn(now, way, CandidateKind::Observed, &mut shared.counters);
             self.probe(now, way, shared);
         }
     }
@@ -267,7 +313,7 @@ impl Active {
         };
         if observed.is_some_and(|addr| !shared.accepts(addr)) {
             shared.counters.candidate_refused += 1;
-        } else if self.pongs.take(now, MINUTE, MAX_PONGS_PER_MINUTE) {
+        } else if self.pongs.take(now, SECOND, MAX_PONGS_PER_SECOND) {
             self.send(to, &Message::Pong { txid, observed }, shared);
         } else {
             shared.counters.probe_limited += 1;
@@ -279,7 +325,7 @@ impl Active {
         now: Instant,
         from: Source,
         txid: TxId,
-        observed: Option<std::net::SocketAddr>,
+        observed: Option<SocketAddr>,
         shared: &mut Shared,
     ) {
         let came = match from {
@@ -366,20 +412,20 @@ impl Active {
 
     // Commands.
 
-    pub(super) fn user_ping(
-        &mut self,
-        now: Instant,
-        token: PingToken,
-        home: Option<RelayId>,
-        shared: &mut Shared,
-    ) {
-        match self.destination(now, self.device, home, shared) {
-            Some(to) => self.ping(now, to, Some(token), shared),
-            None => {
-                if self.waiting.try_push((token, now + PING_TIMEOUT)).is_err() {
-                    shared.push_event(Event::PingResult { token, path: Path::None, rtt: None });
-                }
-            }
+    /// Queues a ping; it goes out when there is a way and its turn has come.
+    pub(super) fn user_ping(&mut self, now: Instant, token: PingToken, shared: &mut Shared) {
+        if self.waiting.try_push((token, now + PING_TIMEOUT)).is_err() {
+            shared.push_event(Event::PingResult { token, path: self.told, rtt: None });
+        }
+    }
+
+    /// Sends the pings that wait, as far as the budget goes.
+    fn send_waiting(&mut self, now: Instant, to: Destination, shared: &mut Shared) {
+        while let Some((token, _)) = self.waiting.first().copied()
+            && self.asked.take(now, SECOND, MAX_USER_PINGS_PER_SECOND)
+        {
+            self.waiting.remove(0);
+            self.ping(now, to, Some(token), shared);
         }
     }
 
@@ -398,7 +444,7 @@ impl Active {
 
     /// We are somewhere else: nothing that was proved holds.
     pub(super) fn on_network_change(&mut self, now: Instant, home: Option<RelayId>, shared: &mut Shared) {
-        let known: ArrayVec<(std::net::SocketAddr, CandidateKind), MAX_REMOTES> =
+        let known: ArrayVec<(SocketAddr, CandidateKind), MAX_REMOTES> =
             self.remotes.iter().map(|r| (r.way.remote, r.kind)).collect();
         self.remotes.clear();
         self.inflight.retain(|i| i.token.is_some());
@@ -423,16 +469,17 @@ impl Active {
     fn learn_on_all(
         &mut self,
         now: Instant,
-        addr: std::net::SocketAddr,
+        addr: SocketAddr,
         kind: CandidateKind,
-        shared: &Shared,
+        shared: &mut Shared,
     ) -> bool {
         let mut news = false;
         let mut last = None;
+        let Shared { local, counters, .. } = shared;
         // `local` is sorted by socket, so that equal ids are neighbours.
-        for local in shared.local.iter().filter(|l| l.addr.is_ipv4() == addr.is_ipv4()) {
+        for local in local.iter().filter(|l| l.addr.is_ipv4() == addr.is_ipv4()) {
             if last.replace(local.id) != Some(local.id) {
-                news |= self.learn(now, Way { socket: local.id, remote: addr }, kind);
+                news |= self.learn(now, Way { socket: local.id, remote: addr }, kind, counters);
             }
         }
         news
@@ -451,7 +498,7 @@ impl Active {
     }
 
     /// Takes note of an address; the one that is least worth keeping makes room. True if it is new.
-    fn learn(&mut self, now: Instant, way: Way, kind: CandidateKind) -> bool {
+    fn learn(&mut self, now: Instant, way: Way, kind: CandidateKind, counters: &mut PathCounters) -> bool {
         if let Some(remote) = self.remotes.iter_mut().find(|r| r.way == way) {
             remote.learned = now;
             remote.kind = remote.kind.min(kind);
@@ -464,6 +511,7 @@ impl Active {
                 .min_by_key(|at| (self.remotes[*at].confirmed, self.remotes[*at].learned));
             if let Some(at) = spare {
                 self.remotes.remove(at);
+                counters.candidate_replaced += 1;
             }
         }
         let remote = Remote {
@@ -494,6 +542,7 @@ impl Active {
         if self.inflight.is_full() {
             let at = self.inflight.iter().position(|i| i.token.is_none()).unwrap_or(0);
             let given_up = self.inflight.remove(at);
+            shared.counters.ping_replaced += 1;
             if let Some(token) = given_up.token {
                 shared.push_event(Event::PingResult { token, path: self.told, rtt: None });
             }

@@ -100,6 +100,7 @@ impl Shared {
     pub(super) fn push_event(&mut self, event: Event) {
         if self.events.len() >= MAX_PATH_EVENTS {
             self.events.pop_front();
+            self.counters.events += 1;
         }
         self.events.push_back(event);
     }

@@ -82,19 +82,56 @@ fn addresses_and_probes_are_bounded_whatever_the_peer_lists() {
     assert!(pings as u32 <= MAX_PROBES_PER_MINUTE, "{pings} pings in 26 s");
     assert!(announced as u32 <= MAX_CHECKS_PER_MINUTE);
     assert!(paths.counters().probe_limited > 0);
+    assert_eq!(paths.counters().candidate_replaced, (256 * MAX_CANDIDATES - MAX_REMOTES) as u64);
+}
+
+#[test]
+fn pings_under_way_are_bounded_and_those_of_people_go_last() {
+    let (mut paths, keys) = pair();
+    let mut now = START;
+    let pings = 10;
+    for n in 0..pings {
+        paths.ping(now, 0, PingToken(n));
+    }
+    // Several rounds over as many addresses as there can be, all within the time that a ping may take.
+    for n in 0..4 {
+        paths.handle_probe(now, relayed(), &keys.seal(&candidates(n), nonce(n.into())));
+        now += ROUND_PAUSES[usize::from(n)];
+        paths.handle_timeout(now);
+        assert!(active(&paths).inflight() <= MAX_INFLIGHT);
+    }
+    assert!(paths.counters().ping_replaced > 0);
+    let lost = |e: &Event| matches!(e, Event::PingResult { rtt: None, .. });
+    assert!(!std::iter::from_fn(|| paths.poll_event()).any(|e| lost(&e)));
+    paths.handle_timeout(START + PING_TIMEOUT);
+    assert_eq!(std::iter::from_fn(|| paths.poll_event()).filter(lost).count() as u64, pings);
+}
+
+#[test]
+fn our_sockets_and_events_are_bounded() {
+    let (mut paths, _) = pair();
+    let local = |n: u8| LocalSocket { id: 0, addr: SocketAddr::from(([192, 0, 2, n], 1_000)) };
+    let many: Vec<_> = (0..=255).map(local).collect();
+    assert!(paths.set_local(START, &many));
+    assert_eq!(paths.local().len(), MAX_LOCAL);
+    for _ in 0..MAX_PATH_EVENTS + 7 {
+        paths.shared.push_event(Event::LeaseEnded);
+    }
+    assert_eq!((paths.shared.events.len(), paths.counters().events), (MAX_PATH_EVENTS, 7));
 }
 
 #[test]
 fn answers_are_bounded() {
     let (mut paths, keys) = pair();
-    let asked = MAX_PONGS_PER_MINUTE + 100;
+    let asked = MAX_PONGS_PER_SECOND + 100;
     let mut pongs = 0;
     for n in 0..asked {
         let ping = keys.seal(&Message::Ping { txid: [n as u8; TXID_LEN] }, nonce(n));
         paths.handle_probe(START, relayed(), &ping);
         pongs += sent(&mut paths, &keys).1;
     }
-    assert_eq!(pongs as u32, MAX_PONGS_PER_MINUTE);
+    assert_eq!(pongs as u32, MAX_PONGS_PER_SECOND);
+    assert_eq!(paths.counters().probe_limited, 100);
 }
 
 #[test]
@@ -206,6 +243,46 @@ fn user_pings_are_bounded_and_each_has_a_result() {
     assert_eq!(results(&mut paths), 5);
     paths.handle_timeout(START + PING_TIMEOUT);
     assert_eq!(results(&mut paths), MAX_USER_PINGS);
+}
+
+#[test]
+fn hasty_pings_wait_for_their_turn_and_none_is_lost() {
+    let (mut paths, keys) = pair();
+    let (mut now, mut asked, mut answered) = (START, 0, 0);
+    // As fast as the answers come, for ten seconds: a loop over `warren ping -c 1`.
+    while now < START + Duration::from_secs(10) {
+        paths.ping(now, 0, PingToken(asked));
+        asked += 1;
+        loop {
+            let mut out = Outbox::new();
+            paths.poll_transmit(&mut out);
+            let pings: Vec<_> = out
+                .datagrams()
+                .filter_map(|(_, probe)| match keys.open(probe) {
+                    Ok(Message::Ping { txid }) => Some(txid),
+                    _ => None,
+                })
+                .collect();
+            for txid in pings {
+                let pong = keys.seal(&Message::Pong { txid, observed: None }, nonce(asked as u32));
+                paths.handle_probe(now, relayed(), &pong);
+            }
+            match std::iter::from_fn(|| paths.poll_event()).find(|e| matches!(e, Event::PingResult { .. })) {
+                Some(Event::PingResult { rtt, .. }) => {
+                    assert!(rtt.is_some(), "ping {asked} was lost");
+                    answered += 1;
+                    break;
+                }
+                _ => {
+                    now = paths.poll_timeout().unwrap();
+                    paths.handle_timeout(now);
+                }
+            }
+        }
+        now += Duration::from_millis(1);
+    }
+    assert_eq!(asked, answered);
+    assert!((150..=220).contains(&asked), "{asked} pings in ten seconds");
 }
 
 #[test]

@@ -373,7 +373,9 @@ impl Net {
 
     pub(crate) fn path_kind(&self, n: usize, to: usize) -> &'static str {
         let status = self.nodes[n].engine.status(self.now);
-        status.peers.iter().find(|p| p.id == self.nodes[to].device).map_or("unknown", |p| p.path.kind)
+        let peer = status.peers.iter().find(|p| p.id == self.nodes[to].device);
+        let known = ["direct", "relay", "none"];
+        known.into_iter().find(|kind| peer.is_some_and(|p| p.path.kind == *kind)).unwrap_or("unknown")
     }
 
     pub(crate) fn drops(&self, n: usize, name: &str) -> u64 {

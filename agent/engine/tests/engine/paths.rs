@@ -1,13 +1,14 @@
 //! Join, relay first, direct after, distress, roaming, rest.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use proptest::prelude::*;
 use proptest::sample::Index;
 use warren_common::wire::probe::MAGIC;
 use warren_engine::event::{Event, Path};
-use warren_engine::io::Source;
-use warren_engine::paths::{IDLE_AFTER, MAX_PROBES_PER_MINUTE};
+use warren_engine::io::{LocalSocket, Source};
+use warren_engine::paths::{IDLE_AFTER, MAX_HINT_ENDPOINTS, MAX_HINTS, MAX_PROBES_PER_MINUTE, PathHint};
 use warren_engine::status::Mapping;
 
 use crate::net::{Behind, DIRECT_DELAY, Net, RELAY, RELAY_DELAY, device};
@@ -102,6 +103,69 @@ fn a_relay_that_comes_late_brings_what_waited() {
     net.set_relay(0, true);
     net.run(3 * RELAY_DELAY + MS);
     assert_eq!(net.nodes[1].got.len(), 1, "the handshake was repeated at once");
+}
+
+/// Node `n` starts anew from what it saved, while relay and coordinator are away. Its socket and its NAT are the same.
+fn restart_alone(net: &mut Net, n: usize) {
+    let (now, old) = (net.now, &net.nodes[n].engine);
+    let (saved, hints) = (old.to_saved(now).unwrap(), old.path_hints());
+    let mut engine = crate::net::engine(n, &net.nodes[n].keys, &net.root);
+    engine.restore(now, &saved).unwrap();
+    engine.handle_interfaces(now, &[LocalSocket { id: 0, addr: net.nodes[n].local }]);
+    engine.resume(now, &hints);
+    net.nodes[n].engine = engine;
+    net.drain(n);
+}
+
+#[test]
+fn a_restart_without_relay_and_coordinator_goes_on_where_it_was() {
+    let mut net = Net::new(&[Behind::PortRestricted, Behind::PortRestricted]);
+    talk(&mut net, 5);
+    assert_eq!(net.path_kind(0, 1), "direct");
+    for n in 0..2 {
+        net.set_relay(n, false);
+        net.set_control(n, false);
+    }
+    restart_alone(&mut net, 0);
+    assert_eq!(net.path_kind(0, 1), "none");
+    // Ping and pong, initiation, response and what confirms it.
+    net.run(5 * DIRECT_DELAY + MS);
+    assert_eq!(net.path_kind(0, 1), "direct");
+    // The other side has heard nothing of the restart, and may speak first.
+    let (a, b) = (net.nodes[0].got.len(), net.nodes[1].got.len());
+    net.send(1, 0, b"go on");
+    net.send(0, 1, b"go on");
+    net.run(2 * DIRECT_DELAY);
+    assert_eq!((net.nodes[0].got.len(), net.nodes[1].got.len()), (a + 1, b + 1));
+}
+
+#[test]
+fn what_is_kept_across_a_restart_is_bounded_and_grants_nothing() {
+    let mut net = Net::new(&[Behind::Nothing, Behind::Nothing]);
+    talk(&mut net, 1);
+    let addr = |n: u16| SocketAddr::from(([192, 0, 2, 1], 1_000 + n));
+    let (now, overlay) = (net.now, "100.64.0.9:1".parse().unwrap());
+    let many = PathHint { device: device(1), endpoints: (0..100).map(addr).collect() };
+    let hints = [
+        PathHint { device: device(7), endpoints: vec![addr(1)] },
+        PathHint { device: device(1), endpoints: vec![overlay, "127.0.0.1:1".parse().unwrap()] },
+        many,
+    ];
+    let mut engine = crate::net::engine(0, &net.nodes[0].keys, &net.root);
+    engine.resume(now, &hints); // without a netmap there are no peers
+    assert!(engine.path_hints().is_empty());
+    engine.restore(now, &net.nodes[0].engine.to_saved(now).unwrap()).unwrap();
+    engine.handle_interfaces(now, &[LocalSocket { id: 0, addr: net.nodes[0].local }]);
+    engine.resume(now, &hints);
+    let kept = engine.path_hints();
+    assert_eq!((kept.len(), kept[0].device, kept[0].endpoints.len()), (1, device(1), MAX_HINT_ENDPOINTS));
+    assert!(kept[0].endpoints.iter().all(|e| *e == net.nodes[1].local || e.ip() == addr(0).ip()));
+    assert_eq!(engine.status(now).drops["candidate-refused"], 2);
+    let over: Vec<_> = (0..=MAX_HINTS).map(|_| PathHint { device: device(7), endpoints: vec![] }).collect();
+    let mut fresh = crate::net::engine(0, &net.nodes[0].keys, &net.root);
+    fresh.restore(now, &net.nodes[0].engine.to_saved(now).unwrap()).unwrap();
+    fresh.resume(now, &[over, hints.to_vec()].concat());
+    assert!(fresh.path_hints().is_empty(), "more than {MAX_HINTS} are not looked at");
 }
 
 #[test]

@@ -10,7 +10,9 @@ use warren_common::wire::control::UpdateKind;
 use warren_engine::engine::Engine;
 use warren_engine::event::Event;
 use warren_engine::io::Outbox;
-use warren_engine::netmap::{MAX_LEASE, MIN_LEASE, RestoreError, SavedNetmap, UpdateRefused};
+use warren_engine::netmap::{
+    MAX_LEASE, MAX_UPDATE_BYTES, MIN_LEASE, RestoreError, SavedNetmap, UpdateRefused,
+};
 use warren_engine::packet::{Addrs, Packet, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, Transport, build::Segment};
 use warren_engine::status::LeaseStatus;
 
@@ -117,7 +119,7 @@ fn either_end_alone_is_enough() {
         net.send(0, 1, b"denied");
         net.run(S);
         assert!(net.nodes[1].got.is_empty());
-        let counter = if open == 0 { (1, "ingress-no_rule") } else { (0, "egress-no_rule") };
+        let counter = if open == 0 { (1, "ingress-no-rule") } else { (0, "egress-no-rule") };
         assert_eq!(net.drops(counter.0, counter.1), 1);
     }
 }
@@ -145,7 +147,7 @@ fn a_removed_peer_is_gone_and_a_new_key_is_another_peer() {
 fn a_source_that_belongs_to_somebody_else_is_dropped_at_both_ends() {
     let mut net = Net::new(&[Behind::Nothing, Behind::Nothing, Behind::Nothing]);
     net.send_packet(0, &udp(overlay(2), overlay(1), 1, 2, b"spoofed"));
-    assert_eq!(net.drops(0, "egress-spoofed_source"), 1);
+    assert_eq!(net.drops(0, "egress-spoofed-source"), 1);
     // An agent that doesn't check: it believes that node 2's address is its own.
     net.netmaps[0].device.addrs = vec![overlay(2).into()];
     net.netmaps[0].egress.insert(crate::net::allow(900, overlay(2), overlay(1)));
@@ -153,7 +155,7 @@ fn a_source_that_belongs_to_somebody_else_is_dropped_at_both_ends() {
     net.send_packet(0, &udp(overlay(2), overlay(1), 1, 2, b"spoofed"));
     net.run(S);
     assert!(net.nodes[1].got.is_empty());
-    assert_eq!(net.drops(1, "ingress-spoofed_source"), 1);
+    assert_eq!(net.drops(1, "ingress-spoofed-source"), 1);
 }
 
 #[test]
@@ -198,7 +200,7 @@ fn the_end_of_the_lease_denies_everything_until_a_renewal() {
     net.run(S);
     assert!(!net.nodes[1].got.iter().any(|p| p.ends_with(b"denied")));
     assert!(!net.nodes[0].got.iter().any(|p| p.ends_with(b"denied too")));
-    assert!(net.drops(0, "egress-lease_ended") >= 1 && net.drops(0, "nothing-granted") >= 1);
+    assert!(net.drops(0, "egress-lease-ended") >= 1 && net.drops(0, "nothing-granted") >= 1);
     assert!(net.direct + net.relayed > before.0 + before.1, "node 1 still tries");
     let now = net.now;
     assert_eq!(net.nodes[0].engine.start_ping(now, device(1)), None);
@@ -324,6 +326,18 @@ fn only_the_right_updates_are_accepted() {
 }
 
 #[test]
+fn an_update_that_is_too_long_is_not_even_verified() {
+    let net = pair();
+    let mut update = net.snapshot(0, 9);
+    update.payload.resize(MAX_UPDATE_BYTES + 1, 0);
+    let refused = net.nodes[0].engine.check_update(net.now, &update);
+    assert_eq!(refused.unwrap_err(), UpdateRefused::TooBig);
+    update.payload.pop();
+    let refused = net.nodes[0].engine.check_update(net.now, &update);
+    assert_eq!(refused.unwrap_err(), UpdateRefused::BadSignature);
+}
+
+#[test]
 fn of_a_delta_that_does_not_add_up_only_what_restricts_applies() {
     let mut net = Net::new(&[Behind::Nothing, Behind::Nothing, Behind::Nothing]);
     let mut meant = net.netmaps[0].clone();
@@ -435,7 +449,10 @@ fn why_and_whois_name_what_decides() {
     let allowed = why(&net, "100.64.0.2");
     assert!(allowed.allowed && allowed.text.contains("grants[101]"), "{}", allowed.text);
     assert_eq!(why(&net, "100.64.0.1").reason, "self");
-    assert_eq!(why(&net, "100.64.0.9").reason, "no-peer");
+    assert_eq!(why(&net, "100.64.0.9").reason, "not-visible");
+    let unknown = net.nodes[0].engine.why_unknown(net.now, "db9");
+    assert_eq!((unknown.allowed, unknown.reason), (false, "not-visible"));
+    assert!(unknown.text.contains("`db9`") && unknown.text.contains("no policy rule"), "{}", unknown.text);
     net.netmaps[0].egress.clear();
     net.push_netmap(0);
     assert_eq!(why(&net, "100.64.0.2").reason, "no-rule");

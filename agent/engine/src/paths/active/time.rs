@@ -7,7 +7,7 @@ use warren_common::ids::RelayId;
 use warren_common::time::Instant;
 use warren_common::wire::probe::Message;
 
-use super::{Active, Check, MINUTE};
+use super::{Active, Check, MINUTE, SECOND};
 use crate::event::{Event, Path};
 use crate::io::Destination;
 use crate::paths::shared::Shared;
@@ -34,9 +34,7 @@ impl Active {
         self.run_round(now, home, shared);
         self.announce(now, home, shared);
         if let Some(to) = self.destination(now, self.device, home, shared) {
-            for (token, _) in std::mem::take(&mut self.waiting) {
-                self.ping(now, to, Some(token), shared);
-            }
+            self.send_waiting(now, to, shared);
             if !std::mem::replace(&mut self.reachable, true) {
                 shared.ready.push_back(self.idx);
             }
@@ -60,7 +58,8 @@ impl Active {
             None => c.last_rx + KEEPALIVE,
         });
         let pings = self.inflight.iter().filter(|i| i.token.is_some()).map(|i| i.sent + PING_TIMEOUT);
-        let waiting = self.waiting.iter().map(|(_, until)| *until);
+        let turn = self.reachable.then(|| self.asked.next(SECOND));
+        let waiting = self.waiting.iter().map(|(_, until)| turn.map_or(*until, |turn| turn.min(*until)));
         let owed = self.owed.map(|(at, _)| at);
         let idle_at = if self.has_user_pings() { None } else { Some(idle_at) };
         let times = pings.chain(waiting).chain(keep).chain(owed).chain(idle_at).chain([self.next_round]);
