@@ -408,8 +408,8 @@ pub fn workspace_binary(name: &str) -> Result<PathBuf> {
         .with_context(|| format!("{name} is not built; run `cargo build --workspace --all-targets` first"))
 }
 
-/// Prints to standard output, which is where the test harness and xtask look.
+/// Prints to standard output, which is where the test harness and xtask look: skips, logs of failures, figures.
 #[expect(clippy::print_stdout, reason = "skips and failing processes' logs are for the reader of a test run")]
-fn say(line: &str) {
+pub fn say(line: &str) {
     println!("{line}");
 }
