@@ -156,41 +156,55 @@ impl Store for SqliteStore {
         changes: &[Change],
         at: UnixTime,
     ) -> Result<Commit, StoreError> {
-        let path = self.path.clone();
-        let fail = |e| classify(&path, e);
-        // Dropping the transaction on any error rolls it back.
-        let mut transaction = self.connection.begin_with("BEGIN IMMEDIATE").await.map_err(fail)?;
-        let version = Self::version(&mut transaction).await.map_err(fail)?;
-        if version != expected {
-            transaction.rollback().await.map_err(fail)?;
-            return Ok(Commit::Conflict(self.newer(expected).await?));
+        // Not sqlx's transactions: when the disk is full SQLite rolls back by itself, and sqlx's own count of open
+        // transactions then never comes back to zero.
+        let result = self.transact(expected, changes, at).await;
+        if !matches!(result, Ok(Some(_))) {
+            // If there is nothing (left) to roll back, that is the wanted state as well.
+            let _ = sqlx::query("ROLLBACK").execute(&mut self.connection).await;
+        }
+        match result.map_err(|e| classify(&self.path, e))? {
+            Some(version) => Ok(Commit::Committed(version)),
+            None => Ok(Commit::Conflict(self.newer(expected).await?)),
+        }
+    }
+}
+
+impl SqliteStore {
+    /// The new version, or `None` (and an open transaction) if the state is not at `expected`.
+    async fn transact(
+        &mut self,
+        expected: u64,
+        changes: &[Change],
+        at: UnixTime,
+    ) -> sqlx::Result<Option<u64>> {
+        let connection = &mut self.connection;
+        sqlx::query("BEGIN IMMEDIATE").execute(&mut *connection).await?;
+        if Self::version(connection).await? != expected {
+            return Ok(None);
         }
         for change in changes {
-            write(&mut transaction, change).await.map_err(fail)?;
+            write(connection, change).await?;
         }
         let next = expected + 1;
-        let log = json(&changes).map_err(fail)?;
         sqlx::query("INSERT INTO change_log (version, at_us, changes) VALUES ($1, $2, $3)")
             .bind(next as i64)
             .bind(at.as_micros())
-            .bind(log)
-            .execute(&mut *transaction)
-            .await
-            .map_err(fail)?;
+            .bind(json(&changes)?)
+            .execute(&mut *connection)
+            .await?;
         sqlx::query("DELETE FROM change_log WHERE version <= $1")
             .bind(next.saturating_sub(MAX_LOG) as i64)
-            .execute(&mut *transaction)
-            .await
-            .map_err(fail)?;
+            .execute(&mut *connection)
+            .await?;
         sqlx::query(
             "INSERT INTO state (id, version) VALUES (1, $1) ON CONFLICT (id) DO UPDATE SET version = $1",
         )
         .bind(next as i64)
-        .execute(&mut *transaction)
-        .await
-        .map_err(fail)?;
-        transaction.commit().await.map_err(fail)?;
-        Ok(Commit::Committed(next))
+        .execute(&mut *connection)
+        .await?;
+        sqlx::query("COMMIT").execute(&mut *connection).await?;
+        Ok(Some(next))
     }
 }
 
