@@ -12,6 +12,7 @@ mod relays;
 mod session;
 mod status;
 mod verbs;
+mod why;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -40,6 +41,7 @@ use check::Checked;
 use keep::Keep;
 use packets::Buffers;
 use relays::Relays;
+use why::Whys;
 
 /// The TUN's name unless told otherwise.
 pub const DEFAULT_TUN: &str = "warren0";
@@ -147,6 +149,7 @@ struct Up {
     waiters: Vec<Waiter>,
     /// Pings of local callers, of whom there are [`crate::api::MAX_CONNECTIONS`] at most.
     pings: Vec<(PingToken, oneshot::Sender<Reply>)>,
+    whys: Whys,
 }
 
 /// What a device shows to be let in.
@@ -352,6 +355,7 @@ impl Daemon {
         if let Some(up) = &mut self.up {
             consider(up.engine.as_mut().and_then(|e| e.poll_timeout(now)).map(|(at, _)| at));
             consider(up.waiters.iter().map(|w| w.deadline).min());
+            consider(up.whys.deadline());
             consider(up.stalled.as_ref().map(|(_, at)| *at));
             consider(up.reconnect_at);
             consider(up.keep.due());
@@ -371,6 +375,7 @@ impl Daemon {
         if let Some(engine) = &mut up.engine {
             engine.handle_timeout(now);
         }
+        up.whys.time_out(now.boot);
         up.retry_stalled(now);
         up.reconnect_if_due(now.boot);
         up.leave_idle_relays(now);

@@ -5,7 +5,9 @@
 //! Matching semantics: a packet is allowed when some active, not staged `Allow` rule matches and no active, not
 //! staged `Deny` rule matches. No match means denied.
 
+use std::cmp::Ordering;
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
@@ -161,11 +163,15 @@ impl fmt::Display for RuleId {
 }
 
 /// One compiled rule, seen by one device.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+///
+/// Rules are compared, ordered and hashed without [`FilterRule::origin`]: a rule that only moved inside the policy file
+/// is the same rule, and nobody needs to hear of it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct FilterRule {
     /// Which policy rule this comes from.
     pub id: RuleId,
-    /// Where the rule stands in the policy, for people: `grants[3] line 41`.
+    /// Where the rule stood in the policy when it was sent, for people: `grants[3] line 41`. The coordinator knows
+    /// where it stands now ([`crate::wire::control::RuleOriginsRequest`]).
     pub origin: String,
     /// Allow or deny.
     pub action: Action,
@@ -181,7 +187,15 @@ pub struct FilterRule {
     pub active: Option<Vec<UnixInterval>>,
 }
 
+/// What makes a rule this rule.
+type Meaning<'r> =
+    (RuleId, Action, bool, &'r [IpRange], &'r [FilterDst], &'r [u8], Option<&'r Vec<UnixInterval>>);
+
 impl FilterRule {
+    fn meaning(&self) -> Meaning<'_> {
+        (self.id, self.action, self.staged, &self.src, &self.dst, &self.protos, self.active.as_ref())
+    }
+
     /// True if the rule is in force at `now` (seconds since the Unix epoch).
     pub fn is_active(&self, now: i64) -> bool {
         match &self.active {
@@ -200,5 +214,31 @@ impl FilterRule {
                 .dst
                 .iter()
                 .any(|d| d.net.contains(dst) && (!has_ports(proto) || d.ports.contains(dst_port)))
+    }
+}
+
+impl PartialEq for FilterRule {
+    fn eq(&self, other: &Self) -> bool {
+        self.meaning() == other.meaning()
+    }
+}
+
+impl Eq for FilterRule {}
+
+impl Ord for FilterRule {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.meaning().cmp(&other.meaning())
+    }
+}
+
+impl PartialOrd for FilterRule {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Hash for FilterRule {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.meaning().hash(state);
     }
 }

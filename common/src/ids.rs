@@ -154,6 +154,11 @@ id_type!(
     AuthKeyId, "key_", "auth key"
 );
 
+id_type!(
+    /// A token of the HTTP API; its secret is apart.
+    ApiTokenId, "tok_", "API token"
+);
+
 #[cfg(test)]
 mod tests {
     use super::*;

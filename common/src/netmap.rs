@@ -111,7 +111,7 @@ pub struct Netmap {
     pub relays: BTreeMap<RelayId, Relay>,
 }
 
-/// Names a rule inside a delta: the first 16 bytes of the SHA-256 of its canonical encoding.
+/// Names a rule inside a delta: the first 16 bytes of the SHA-256 of its canonical encoding, which knows no origin.
 pub type RuleKey = [u8; 16];
 
 /// The difference between two netmaps.
@@ -260,7 +260,9 @@ fn apply_rules(rules: &mut BTreeSet<FilterRule>, removed: &[RuleKey], added: Vec
         let removed: BTreeSet<&RuleKey> = removed.iter().collect();
         rules.retain(|rule| !removed.contains(&rule_key(rule)));
     }
-    rules.extend(added);
+    for rule in added {
+        rules.replace(rule); // the newer origin counts
+    }
 }
 
 #[derive(Default)]
@@ -334,7 +336,6 @@ impl Canonical {
 
     fn rule(&mut self, rule: &FilterRule) {
         self.fixed(&rule.id.0.to_be_bytes());
-        self.text(&rule.origin);
         self.fixed(&[u8::from(rule.action == Action::Deny), u8::from(rule.staged)]);
         self.list(&rule.src, Self::range);
         self.list(&rule.dst, |o, d| {

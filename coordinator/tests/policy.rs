@@ -7,8 +7,11 @@ use std::path::PathBuf;
 
 use support::{Client, TestCoordinator};
 use warren_common::filter::Action;
-use warren_common::wire::control::{ClientBody, Presence, ServerBody, Signal, UpdateKind};
+use warren_common::wire::control::{
+    ClientBody, Presence, RuleOrigin, RuleOriginsRequest, ServerBody, Signal, UpdateKind,
+};
 use warren_coordinator::admin::Call;
+use warren_coordinator::policy_source::Source;
 
 const WEB_TO_DB: &str = r#"{ // comments are fine
   "tagOwners": {"tag:web": [], "tag:db": []},
@@ -178,7 +181,7 @@ async fn a_policy_file_is_followed_and_a_bad_edit_changes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let path: PathBuf = dir.path().join("policy.hujson");
     std::fs::write(&path, WEB_TO_DB).unwrap();
-    let mut coordinator = TestCoordinator::start_with(|o| o.policy = Some(path.clone())).await;
+    let mut coordinator = TestCoordinator::start_with(|o| o.policy = Source::File(path.clone())).await;
     let first = status(&coordinator, |s| s["revision"] == 1).await;
     assert_eq!((first["source"].as_str(), first["path"].as_str()), (Some("file"), path.to_str()));
     let mut web = join(&coordinator, 1, "tag:web", "web").await;
@@ -210,8 +213,7 @@ async fn a_policy_file_is_followed_and_a_bad_edit_changes_nothing() {
     assert!(refused.text.contains("policy.hujson"), "{refused:?}");
     // A good edit is followed, and cuts.
     std::fs::write(&path, "{}").unwrap();
-    let good = status(&coordinator, |s| s["revision"] == 2).await;
-    assert!(good["error"].is_null());
+    status(&coordinator, |s| s["revision"] == 2 && s["error"].is_null()).await;
     again.until(|n| n.peers.is_empty()).await;
 }
 
@@ -226,4 +228,50 @@ async fn a_policy_whose_own_tests_fail_is_refused_with_the_test() {
     assert!(refused.usage && refused.text.contains("tests[0]"), "{refused:?}");
     let status = coordinator.call(Call::PolicyStatus).await.unwrap();
     assert_eq!(status["revision"], 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_edit_that_only_moves_lines_tells_nobody() {
+    let coordinator = TestCoordinator::start().await;
+    coordinator.set_policy(WEB_TO_DB).await;
+    let mut db = join(&coordinator, 2, "tag:db", "db").await;
+    let mut web = join(&coordinator, 1, "tag:web", "web").await;
+    db.until(|n| n.peers.len() == 1).await;
+    let rule = web.netmap().egress.first().unwrap().clone();
+    assert_eq!(rule.origin, "acls[0] line 3");
+
+    let edited = format!("// What this is for.\n\n/* by\n ann */ {WEB_TO_DB}\n\n");
+    let status = coordinator.set_policy(&edited).await;
+    assert_eq!(status["revision"], 2);
+    for client in [&mut web, &mut db] {
+        let before = client.updates.len();
+        client.ping().await;
+        assert_eq!(client.updates.len(), before, "an update came before the answer");
+    }
+    // Where it stands now is told to who asks, for rules it holds.
+    let ask = RuleOriginsRequest { nonce: 7, rules: vec![rule.id.0, 1] };
+    web.send(ClientBody::RuleOrigins(ask)).await;
+    let answer = loop {
+        match web.next_other().await {
+            Some(ServerBody::RuleOrigins(answer)) => break answer,
+            Some(ServerBody::Presence(_)) => {}
+            unexpected => panic!("{unexpected:?}"),
+        }
+    };
+    let moved = RuleOrigin { rule: rule.id.0, origin: "acls[0] line 6".into() };
+    assert_eq!((answer.nonce, answer.rules), (7, vec![moved]));
+    let mut other = join(&coordinator, 3, "tag:other", "other").await;
+    other.send(ClientBody::RuleOrigins(RuleOriginsRequest { nonce: 8, rules: vec![rule.id.0] })).await;
+    match other.next_other().await {
+        Some(ServerBody::RuleOrigins(answer)) => assert!(answer.rules.is_empty()),
+        unexpected => panic!("{unexpected:?}"),
+    }
+    // Nor does a reconnect: what the agent holds is what it should hold.
+    let (keys, root) = (web.keys.clone(), coordinator.auth_key().await.root);
+    let disk = web.close().await;
+    let mut web = Client::connect(coordinator.addr, &root, &keys).await.unwrap();
+    let welcome = web.resume(disk.clone()).await.unwrap();
+    web.confirm(&welcome).await;
+    let update = web.next_update().await;
+    assert!(matches!(update.kind, UpdateKind::Lease) && update.to == disk.revision, "{update:?}");
 }

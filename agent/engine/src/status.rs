@@ -1,10 +1,11 @@
 //! Answers to questions: what an engine knows, as data for `warren status`, `why`, `whois` and metrics.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
+use warren_common::filter::RuleId;
 use warren_common::ids::{DeviceId, NetworkId, RelayId};
 use warren_common::time::{UnixTime, rfc3339};
 
@@ -191,4 +192,24 @@ pub struct Why {
     pub path: Option<PathStatus>,
     /// Rules, flows and recent drops, in detail and for both directions; absent if no address is known to ask about.
     pub filter: Option<crate::filter::Why>,
+}
+
+impl Why {
+    /// The rules it names.
+    pub fn rules(&self) -> BTreeSet<RuleId> {
+        self.filter.iter().flat_map(crate::filter::Why::rules).map(|rule| rule.id).collect()
+    }
+
+    /// Puts in where rules stand in the policy now, as far as `origins` knows.
+    pub fn set_origins(&mut self, origins: &BTreeMap<RuleId, String>) {
+        let Some(filter) = &mut self.filter else { return };
+        for rule in filter.rules_mut() {
+            if let Some(origin) = origins.get(&rule.id) {
+                rule.origin.clone_from(origin);
+            }
+        }
+        if matches!(self.reason, "allowed" | "denied-by-rule") {
+            self.text = filter.egress.verdict();
+        }
+    }
 }

@@ -14,6 +14,7 @@ use warren_engine::netmap::{Identity as EngineIdentity, PendingUpdate, RestoreEr
 
 use super::keep::Keep;
 use super::relays::Relays;
+use super::why::Whys;
 use super::{CONTROL_QUEUE, Daemon, Enrolment, RETRY, SAVE_INTERVAL, Saving, Then, Up, bound, seed};
 use crate::clock;
 use crate::control::{ControlClient, ControlConfig, ControlEvent};
@@ -95,6 +96,7 @@ impl Daemon {
             since: now.boot,
             waiters: Vec::new(),
             pings: Vec::new(),
+            whys: Whys::default(),
         }));
         self.make_engine(now).await?;
         if let Err(problem) = self.configure_host().await {
@@ -258,6 +260,7 @@ impl Daemon {
                 }
             }
             ServerBody::RelayToken(grant) => up.on_relay_token(now, grant),
+            ServerBody::RuleOrigins(answer) => up.whys.settle(answer),
         }
     }
 

@@ -14,6 +14,7 @@ use warren_common::netmap::Peer;
 use warren_common::time::Now;
 use warren_common::url::CoordinatorUrl;
 use warren_common::wire::control::CoordinatorIdentity;
+use warren_engine::status::Why;
 use zeroize::Zeroizing;
 
 use super::session::Join;
@@ -108,11 +109,11 @@ impl Daemon {
             Verb::Up(up) => return self.verb_up(now, up, reply).await,
             Verb::Ping { peer } => return self.verb_ping(now, &peer, reply),
             Verb::Netcheck => return self.verb_netcheck(now, reply),
+            Verb::Why { dst, port, proto } => return self.verb_why(now, &dst, port, proto, reply),
             Verb::Down => self.verb_down().await,
             Verb::Logout => self.verb_logout().await,
             Verb::Status => Ok(done(&self.status(now))),
             Verb::Whois { ip } => self.verb_whois(ip),
-            Verb::Why { dst, port, proto } => self.verb_why(now, &dst, port, proto),
             Verb::Version => Ok(done(&json!({ "version": env!("CARGO_PKG_VERSION") }))),
             Verb::Bugreport => Ok(done(&self.bugreport(now))),
         };
@@ -318,13 +319,25 @@ impl Daemon {
         Ok(done(&who))
     }
 
-    fn verb_why(&self, now: Now, dst: &str, port: u16, proto: u8) -> Result<Reply, Problem> {
+    fn verb_why(&mut self, now: Now, dst: &str, port: u16, proto: u8, reply: oneshot::Sender<Reply>) {
+        match (self.why(now, dst, port, proto), &mut self.up) {
+            (Ok(why), Some(up)) => up.answer_why(now, why, reply),
+            (Ok(why), None) => {
+                let _ = reply.send(done(&why));
+            }
+            (Err(problem), _) => {
+                let _ = reply.send(Reply::Problem(problem));
+            }
+        }
+    }
+
+    fn why(&self, now: Now, dst: &str, port: u16, proto: u8) -> Result<Why, Problem> {
         let engine = self.up.as_ref().and_then(|up| up.engine.as_ref()).ok_or_else(not_up)?;
         let ip = dst.parse().ok().or_else(|| self.peer(dst).ok()?.addrs.first().copied());
-        Ok(done(&match ip {
+        Ok(match ip {
             Some(ip) => engine.why(now, ip, proto, port),
             None => engine.why_unknown(now, dst),
-        }))
+        })
     }
 
     /// The peer with this name, address or id.

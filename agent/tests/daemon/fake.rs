@@ -18,8 +18,8 @@ use warren_common::ids::{AuthKeyId, DeviceId, NetworkId};
 use warren_common::keys::{ControlPublicKey, ControlSecretKey, NetmapSecretKey, RootSecretKey};
 use warren_common::netmap::{Netmap, Network, Peer, SelfDevice};
 use warren_common::wire::control::{
-    Ack, ClientBody, ClientMessage, CoordinatorIdentity, NetmapUpdate, Pong, Refused, ServerBody,
-    ServerMessage, Signed, UpdateKind, Welcome,
+    Ack, ClientBody, ClientMessage, CoordinatorIdentity, NetmapUpdate, Pong, Refused, RuleOrigin, RuleOrigins,
+    ServerBody, ServerMessage, Signed, UpdateKind, Welcome,
 };
 use warren_common::wire::session;
 
@@ -47,6 +47,8 @@ pub(crate) struct World {
     pub(crate) refuse: Option<&'static str>,
     /// Added to the clock it shows.
     pub(crate) clock_offset: Duration,
+    /// Where rules stand in the policy now; it doesn't say if absent.
+    pub(crate) origins: Option<BTreeMap<u64, String>>,
     pub(crate) heard: Vec<ClientBody>,
     generation: u64,
     device_key: Option<ControlPublicKey>,
@@ -62,6 +64,7 @@ impl Fake {
             signer: None,
             refuse: None,
             clock_offset: Duration::ZERO,
+            origins: None,
             heard: Vec::new(),
             generation: 0,
             device_key: None,
@@ -224,6 +227,15 @@ impl Fake {
                 let signer = signer.unwrap_or_else(|| self.netmap_key.clone());
                 ServerBody::Update(self.update(revision, netmap).sign(&signer))
             }
+            ClientBody::RuleOrigins(ask) => match self.with(|w| w.origins.clone()) {
+                Some(origins) => {
+                    let rules = ask.rules.iter().filter_map(|rule| {
+                        Some(RuleOrigin { rule: *rule, origin: origins.get(rule)?.clone() })
+                    });
+                    ServerBody::RuleOrigins(RuleOrigins { nonce: ask.nonce, rules: rules.collect() })
+                }
+                None => return,
+            },
             ClientBody::Ping(ping) => ServerBody::Pong(Pong { nonce: ping.nonce, unix_us: unix }),
             _ => return,
         };

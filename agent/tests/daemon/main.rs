@@ -10,6 +10,8 @@ mod first_contact;
 mod hostile;
 mod revocation;
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
@@ -17,6 +19,7 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio::process::{Child, Command};
+use warren_common::filter::{Action, FilterDst, FilterRule, IpRange, PortRange, RuleId};
 use warren_common::wire::control::ClientBody;
 
 use fake::Fake;
@@ -239,6 +242,41 @@ fn it_joins_shows_the_contract_s_status_and_leaves_nothing_behind() {
         assert_eq!(world.warren(&["up"]).await.code, 0);
         assert!(world.end(libc::SIGTERM).await.success());
         assert_eq!(host(), before);
+    });
+}
+
+#[test]
+fn why_shows_the_line_where_a_rule_stands_now() {
+    in_world(async |mut world| {
+        let net = |text: &str| IpRange::from(text.parse::<IpAddr>().unwrap());
+        let rule = FilterRule {
+            id: RuleId(7),
+            origin: "grants[0] line 3".into(),
+            action: Action::Allow,
+            staged: false,
+            src: vec![net("100.64.0.1")],
+            dst: vec![FilterDst { net: net("100.64.0.2"), ports: PortRange { first: 5432, last: 5432 } }],
+            protos: vec![6],
+            active: None,
+        };
+        world.fake.with(|w| {
+            w.netmap.egress = BTreeSet::from([rule]);
+            w.origins = Some(BTreeMap::from([(7, "grants[0] line 9".into())]));
+        });
+        world.join().await;
+        // The file got six lines above the rule, and no netmap was sent for that.
+        let why = world.warren(&["why", "db1:5432"]).await;
+        assert!(why.code == 0 && why.stdout.contains("grants[0] line 9"), "{}", why.stdout);
+        let near = world.warren(&["why", "db1:22", "--json"]).await;
+        assert!(near.code == 1 && near.stdout.contains("grants[0] line 9"), "{}", near.stdout);
+        // A coordinator that doesn't say, and none at all: the line it came with.
+        world.fake.with(|w| w.origins = None);
+        let why = world.warren(&["why", "db1:5432"]).await;
+        assert!(why.stdout.contains("grants[0] line 3"), "{}", why.stdout);
+        world._server.shutdown().await;
+        world.health("coordinator-away").await;
+        let why = world.warren(&["why", "db1:5432"]).await;
+        assert!(why.stdout.contains("grants[0] line 3"), "{}", why.stdout);
     });
 }
 

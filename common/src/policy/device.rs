@@ -192,8 +192,8 @@ impl Compiled {
         }
     }
 
-    /// Where a rule stands now, `grants[3] line 41`. [`FilterRule::origin`] is not part of a fingerprint, so a
-    /// device may hold an older line number; the id is the stable name.
+    /// Where a rule stands now, `grants[3] line 41`. A device may hold an older line number, since an edit that only
+    /// moves rules touches no device; the id is the stable name.
     pub fn origin_of(&self, id: RuleId) -> Option<&str> {
         self.rules.iter().find(|r| r.id == id).map(|r| r.origin.as_str())
     }

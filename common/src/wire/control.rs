@@ -242,7 +242,7 @@ impl NetmapUpdate {
 #[derive(Clone, PartialEq, Message)]
 pub struct ClientMessage {
     /// What it says. Unknown kinds decode as `None` and are ignored.
-    #[prost(oneof = "ClientBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
+    #[prost(oneof = "ClientBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
     pub body: Option<ClientBody>,
 }
 
@@ -276,6 +276,9 @@ pub enum ClientBody {
     /// The device leaves the network for good.
     #[prost(message, tag = "9")]
     Logout(Empty),
+    /// Where do these rules stand in the policy now?
+    #[prost(message, tag = "10")]
+    RuleOrigins(RuleOriginsRequest),
 }
 
 /// A device asks to be let in. Sent inside the handshaken session only. Its control key is the Noise static key.
@@ -400,11 +403,25 @@ pub struct Ping {
     pub nonce: u64,
 }
 
+/// Most rules one [`RuleOriginsRequest`] may ask for: more than `warren why` shows.
+pub const MAX_RULE_ORIGINS: usize = 32;
+
+/// Asks where rules stand in the policy now: lines move without a netmap changing.
+#[derive(Clone, PartialEq, Message)]
+pub struct RuleOriginsRequest {
+    /// Comes back in the answer.
+    #[prost(uint64, tag = "1")]
+    pub nonce: u64,
+    /// Ids of rules in the netmap that was sent, at most [`MAX_RULE_ORIGINS`].
+    #[prost(fixed64, repeated, tag = "2")]
+    pub rules: Vec<u64>,
+}
+
 /// From a coordinator to an agent.
 #[derive(Clone, PartialEq, Message)]
 pub struct ServerMessage {
     /// What it says. Unknown kinds decode as `None` and are ignored.
-    #[prost(oneof = "ServerBody", tags = "1, 2, 3, 4, 5, 6, 7")]
+    #[prost(oneof = "ServerBody", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
     pub body: Option<ServerBody>,
 }
 
@@ -432,6 +449,9 @@ pub enum ServerBody {
     /// Which peers are connected to the coordinator; advisory, grants nothing.
     #[prost(message, tag = "7")]
     Presence(Presence),
+    /// Answer to `RuleOrigins`.
+    #[prost(message, tag = "8")]
+    RuleOrigins(RuleOrigins),
 }
 
 /// The session stands.
@@ -542,4 +562,26 @@ pub struct Presence {
     /// Ids of peers that are now offline.
     #[prost(bytes = "vec", repeated, tag = "2")]
     pub offline: Vec<Vec<u8>>,
+}
+
+/// Where rules stand in the policy now. Rules that the device's netmap doesn't hold are left out.
+#[derive(Clone, PartialEq, Message)]
+pub struct RuleOrigins {
+    /// As asked.
+    #[prost(uint64, tag = "1")]
+    pub nonce: u64,
+    /// The rules.
+    #[prost(message, repeated, tag = "2")]
+    pub rules: Vec<RuleOrigin>,
+}
+
+/// Where one rule stands.
+#[derive(Clone, PartialEq, Message)]
+pub struct RuleOrigin {
+    /// Its id.
+    #[prost(fixed64, tag = "1")]
+    pub rule: u64,
+    /// Its place, `grants[3] line 41`.
+    #[prost(string, tag = "2")]
+    pub origin: String,
 }

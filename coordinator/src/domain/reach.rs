@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use warren_common::filter::RuleId;
 use warren_common::ids::DeviceId;
 use warren_common::netmap::{Netmap, Network, Peer, Relay, SelfDevice};
 use warren_common::policy::{Compiled, Diagnostic, Inventory, Need, Node, Policy, User, compile};
@@ -44,7 +45,7 @@ impl Reach {
         let inventory = inventory(state);
         let compiled = Policy::parse(text)
             .and_then(|policy| compile(&policy, &inventory, now.as_secs(), HORIZON_S))
-            .map_err(|found| render(&found));
+            .map_err(|found| render("policy", &found));
         let (compiled, error) = match compiled {
             Ok(compiled) => (Some(compiled), None),
             // Accepted once, so only a state that no command makes gets here. Nothing is allowed then.
@@ -59,6 +60,11 @@ impl Reach {
     /// Why the policy in force could not be compiled.
     pub fn error(&self) -> Option<&str> {
         self.error.as_deref()
+    }
+
+    /// Where a rule stands in the policy in force, `grants[3] line 41`.
+    pub fn origin_of(&self, rule: RuleId) -> Option<&str> {
+        self.compiled.origin_of(rule)
     }
 
     /// When it must be computed again though nothing changed, in seconds since the Unix epoch.
@@ -155,15 +161,16 @@ impl Difference {
     }
 }
 
-/// Checks that `text` is a policy that can be put in force over `state`, its own tests included.
+/// Checks that `text`, which messages call `name`, is a policy that can be put in force over `state`, its own tests
+/// included.
 ///
 /// # Errors
 /// What is wrong with it, for people, over several lines.
-pub fn check(state: &State, text: &str, now: UnixTime) -> Result<(), String> {
-    let policy = Policy::parse(text).map_err(|found| render(&found))?;
+pub fn check(state: &State, name: &str, text: &str, now: UnixTime) -> Result<(), String> {
+    let policy = Policy::parse(text).map_err(|found| render(name, &found))?;
     let mut inventory = inventory(state);
     inventory.own_domains = domains(state, "");
-    let compiled = compile(&policy, &inventory, now.as_secs(), 0).map_err(|found| render(&found))?;
+    let compiled = compile(&policy, &inventory, now.as_secs(), 0).map_err(|found| render(name, &found))?;
     let failures: Vec<String> = compiled
         .run_tests()
         .results
@@ -175,8 +182,8 @@ pub fn check(state: &State, text: &str, now: UnixTime) -> Result<(), String> {
     if failures.is_empty() { Ok(()) } else { Err(failures.join("\n")) }
 }
 
-fn render(found: &[Diagnostic]) -> String {
-    found.iter().map(|d| d.render("policy")).collect::<Vec<_>>().join("\n")
+fn render(name: &str, found: &[Diagnostic]) -> String {
+    found.iter().map(|d| d.render(name)).collect::<Vec<_>>().join("\n")
 }
 
 #[expect(clippy::expect_used, reason = "an empty policy over no devices has nothing that could conflict")]
@@ -211,6 +218,14 @@ fn inventory(state: &State) -> Inventory {
         nodes: devices.map(|d| (d.id.to_string(), node(state, d))).collect(),
         own_domains: domains(state, state.policy().map_or("", |p| p.text.as_str())),
     }
+}
+
+/// The network as policy tools take it: devices by their name.
+pub fn export(state: &State) -> Inventory {
+    let inventory = inventory(state);
+    let name = |id: &str| state.device(id.parse().ok()?).map(|d| d.name.clone());
+    let nodes = inventory.nodes.into_iter().filter_map(|(id, node)| Some((name(&id)?, node))).collect();
+    Inventory { nodes, ..inventory }
 }
 
 /// The mail domains of the network: those of its users. A policy in force keeps those that it names after its last user

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
+use warren_common::filter::RuleId;
 use warren_common::ids::{DeviceId, RelayId};
 use warren_common::netmap::Netmap;
 use warren_common::time::{Instant, Now};
@@ -51,6 +52,10 @@ impl Live {
         self.sent.peers.keys().copied().collect()
     }
 
+    pub(super) fn has_rule(&self, rule: RuleId) -> bool {
+        self.sent.ingress.iter().chain(&self.sent.egress).any(|r| r.id == rule)
+    }
+
     pub(super) fn token_peers(&self, relay: RelayId) -> Option<Vec<DeviceId>> {
         self.sent.relays.contains_key(&relay).then(|| self.peers())
     }
@@ -70,6 +75,15 @@ impl Coordinator {
     pub(super) fn go_live(&mut self, id: SessionId, device: DeviceId, known: Option<Known>, now: Now) {
         let Some(netmap) = self.reach.netmap(&self.state, device) else { return };
         let epoch = self.state.settings().epoch;
+        let newest = (epoch, self.revision);
+        if known.as_ref().is_some_and(|k| (k.epoch, k.revision) > newest) {
+            self.stats.ahead += 1;
+            tracing::error!(
+                %device,
+                "an agent holds a newer netmap than this coordinator ever made: the database was restored from a backup; \
+                 stop the coordinator and run `warren-coordinator restored` once"
+            );
+        }
         let held = known.filter(|k| k.epoch == epoch);
         let current = held.as_ref().is_some_and(|k| k.revision <= self.revision && k.hash == netmap.hash());
         let revision = match &held {

@@ -42,6 +42,8 @@ impl Impact {
                 (Change::RemoveDevice(id), _) => {
                     impact.followed.insert(*id);
                 }
+                // The same text from elsewhere, such as another commit.
+                (Change::PutPolicy(new), Change::PutPolicy(old)) if new.sha256 == old.sha256 => {}
                 (
                     Change::PutUser(_) | Change::RemoveUser(_) | Change::PutPolicy(_) | Change::RemovePolicy,
                     _,
@@ -59,6 +61,8 @@ impl Impact {
                     Change::PutSettings(_)
                     | Change::PutAuthKey(_)
                     | Change::RemoveAuthKey(_)
+                    | Change::PutApiToken(_)
+                    | Change::RemoveApiToken(_)
                     | Change::Rest(..)
                     | Change::EndRest(_),
                     _,

@@ -1,14 +1,17 @@
 //! What is kept per connection, and what its agent may say when.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use rand_core::{CryptoRng, RngCore};
 use warren_common::auth_key::AuthKey;
+use warren_common::filter::RuleId;
 use warren_common::ids::{DeviceId, RelayId};
 use warren_common::keys::{ControlPublicKey, ProbePublicKey, WgPublicKey};
 use warren_common::time::{Instant, Now};
 use warren_common::wire::control::{
-    ClientBody, Enroll, Pong, RelayTokenGrant, RelayTokenRequest, Report, Resume, ServerBody, Signal,
+    ClientBody, Enroll, MAX_RULE_ORIGINS, Pong, RelayTokenGrant, RelayTokenRequest, Report, Resume,
+    RuleOrigin, RuleOrigins, RuleOriginsRequest, ServerBody, Signal,
 };
 use warren_common::wire::token::{MAX_TOKEN_LIFE_S, MAX_TOKEN_PEERS, RelayToken};
 
@@ -168,6 +171,7 @@ impl Coordinator {
                     self.grant_token(id, relay, now);
                 }
             }
+            ClientBody::RuleOrigins(ask) => self.tell_origins(id, ask),
             ClientBody::Logout(_) => {
                 self.submit(Origin::Session(id), Command::RemoveDevice(device), now, rng);
             }
@@ -221,6 +225,21 @@ impl Coordinator {
         };
         self.stats.relay_tokens += 1;
         self.send(id, ServerBody::RelayToken(grant));
+    }
+
+    /// Answers where rules of the session's netmap stand in the policy now.
+    fn tell_origins(&mut self, id: SessionId, ask: RuleOriginsRequest) {
+        let Some(live) = self.sessions.get(&id).and_then(Session::live) else { return };
+        let asked: BTreeSet<RuleId> = ask.rules.into_iter().take(MAX_RULE_ORIGINS).map(RuleId).collect();
+        let rules = asked
+            .into_iter()
+            .filter(|rule| live.has_rule(*rule))
+            .filter_map(|rule| {
+                let origin = self.reach.origin_of(rule)?.to_owned();
+                Some(RuleOrigin { rule: rule.0, origin })
+            })
+            .collect();
+        self.send(id, ServerBody::RuleOrigins(RuleOrigins { nonce: ask.nonce, rules }));
     }
 
     pub(super) fn session_timeout(&mut self, id: SessionId, now: Now) {

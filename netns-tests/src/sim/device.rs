@@ -225,7 +225,7 @@ impl Device {
                 self.token = grant.token;
                 self.present_token(context);
             }
-            ServerBody::Presence(_) | ServerBody::Pong(_) => {}
+            ServerBody::Presence(_) | ServerBody::Pong(_) | ServerBody::RuleOrigins(_) => {}
         }
     }
 

@@ -139,18 +139,13 @@ impl Engine {
             let (path, rtt) = self.paths.path(owner.peer);
             self.path_status(path, rtt)
         });
-        let origin = |rule: &Option<crate::filter::RuleRef>| {
-            rule.as_ref().map_or_else(|| "a rule".to_owned(), |r| format!("{} ({})", r.origin, r.id))
-        };
         let (reason, text) = match (self.not_in_force(now), &peer) {
             (Some(problem), _) => problem,
             (None, None) => ("not-visible", format!("no device with the address {dst} {NOT_VISIBLE}")),
             (None, Some(who)) if who.is_self => ("self", format!("{dst} is this device's own address")),
             (None, Some(_)) => match filter.egress.outcome {
-                Outcome::Allowed => ("allowed", format!("allowed by {}", origin(&filter.egress.rule))),
-                Outcome::DeniedByRule => {
-                    ("denied-by-rule", format!("denied by {}", origin(&filter.egress.rule)))
-                }
+                Outcome::Allowed => ("allowed", filter.egress.verdict()),
+                Outcome::DeniedByRule => ("denied-by-rule", filter.egress.verdict()),
                 Outcome::NoRule => ("no-rule", "no rule allows it".to_owned()),
                 Outcome::Closed => ("closed", "nothing is allowed at present".to_owned()),
             },

@@ -47,6 +47,16 @@ pub struct Why {
     pub drops: Vec<DropRecord>,
 }
 
+impl Why {
+    pub(crate) fn rules(&self) -> impl Iterator<Item = &RuleRef> {
+        self.egress.rules().chain(self.ingress.rules())
+    }
+
+    pub(crate) fn rules_mut(&mut self) -> impl Iterator<Item = &mut RuleRef> {
+        self.egress.rules_mut().chain(self.ingress.rules_mut())
+    }
+}
+
 /// What the rules say about one direction.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct WhyDecision {
@@ -58,6 +68,27 @@ pub struct WhyDecision {
     pub staged: Vec<RuleRef>,
     /// Allow rules that fail by one thing only, the nearest first; none if a connection is allowed.
     pub near_misses: Vec<NearMiss>,
+}
+
+impl WhyDecision {
+    /// Which rule decides, for people.
+    pub(crate) fn verdict(&self) -> String {
+        let verb = if self.outcome == Outcome::Allowed { "allowed" } else { "denied" };
+        match &self.rule {
+            Some(rule) => format!("{verb} by {} ({})", rule.origin, rule.id),
+            None => format!("{verb} by a rule"),
+        }
+    }
+
+    fn rules(&self) -> impl Iterator<Item = &RuleRef> {
+        let near = self.near_misses.iter().map(|miss| &miss.rule);
+        self.rule.iter().chain(&self.staged).chain(near)
+    }
+
+    fn rules_mut(&mut self) -> impl Iterator<Item = &mut RuleRef> {
+        let near = self.near_misses.iter_mut().map(|miss| &mut miss.rule);
+        self.rule.iter_mut().chain(&mut self.staged).chain(near)
+    }
 }
 
 /// The verdict on a new connection.
