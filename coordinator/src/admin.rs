@@ -8,7 +8,7 @@ mod view;
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -20,11 +20,10 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use crate::domain::{Command, NewAuthKey, PolicySource, Refusal, Reply};
-use crate::policy_file::PolicyError;
+use crate::domain::{Command, NewApiToken, NewAuthKey, Refusal, Reply};
+use crate::health;
+use crate::policy_source::Active;
 use crate::server::{Handle, Stopping};
-
-pub use view::policy_status;
 
 /// Most connections of the admin socket at a time.
 pub const MAX_ADMIN_CONNECTIONS: usize = 32;
@@ -81,6 +80,16 @@ pub enum Call {
     PolicySet { text: String },
     /// `policy status`
     PolicyStatus,
+    /// `policy inventory`
+    PolicyInventory,
+    /// `api-token create`
+    ApiTokenCreate { name: String, write: bool, life_s: Option<u64> },
+    /// `api-token list`
+    ApiTokenList,
+    /// `api-token revoke`
+    ApiTokenRevoke { token: String },
+    /// `health`
+    Health,
     /// `relay list`
     RelayList,
     /// `relay create`
@@ -127,9 +136,7 @@ enum Answer {
 pub struct AdminServer {
     listener: UnixListener,
     handle: Handle,
-    /// Where policy comes from, and what is wrong with it.
-    source: PolicySource,
-    policy_error: Arc<Mutex<PolicyError>>,
+    policy: Active,
 }
 
 impl AdminServer {
@@ -137,12 +144,7 @@ impl AdminServer {
     ///
     /// # Errors
     /// The socket can't be made.
-    pub fn bind(
-        state_dir: &Path,
-        handle: Handle,
-        source: PolicySource,
-        policy_error: Arc<Mutex<PolicyError>>,
-    ) -> io::Result<Self> {
+    pub fn bind(state_dir: &Path, handle: Handle, policy: Active) -> io::Result<Self> {
         let path = socket_path(state_dir);
         // A left-over of a killed process: we hold the directory's lock, so nobody listens on it.
         match std::fs::remove_file(&path) {
@@ -153,7 +155,7 @@ impl AdminServer {
         let listener = std::os::unix::net::UnixListener::bind(&path)?;
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
         listener.set_nonblocking(true)?;
-        Ok(Self { listener: UnixListener::from_std(listener)?, handle, source, policy_error })
+        Ok(Self { listener: UnixListener::from_std(listener)?, handle, policy })
     }
 
     /// Serves until `stop` is cancelled.
@@ -288,13 +290,40 @@ impl AdminServer {
                 }
             }
             Call::PolicySet { text } => {
-                if let PolicySource::File(path) = &self.source {
-                    return Err(Refusal::PolicySourceIsFile(path.clone()).into());
-                }
-                self.command(Command::SetPolicy { source: PolicySource::Api, text }).await?;
-                self.policy_status().await
+                self.policy.put(text, None).await??;
+                Ok(self.policy.status().await?)
             }
-            Call::PolicyStatus => self.policy_status().await,
+            Call::PolicyStatus => Ok(self.policy.status().await?),
+            Call::PolicyInventory => {
+                let inventory = self.look(|c, _| crate::domain::reach::export(c.state())).await?;
+                serde_json::to_value(inventory).map_err(|e| usage(&e))
+            }
+            Call::ApiTokenCreate { name, write, life_s } => {
+                let new = NewApiToken { name, write, life: life_s.map(Duration::from_secs) };
+                match self.command(Command::CreateApiToken(new)).await? {
+                    Reply::ApiToken(token) => {
+                        let (id, text) = (token.id, token.expose());
+                        let found =
+                            self.look(move |c, _| c.state().api_tokens().get(&id).map(view::api_token));
+                        let mut value = found.await?.unwrap_or_else(|| json!({}));
+                        value["token"] = json!(text);
+                        Ok(value)
+                    }
+                    _ => Ok(json!({})),
+                }
+            }
+            Call::ApiTokenList => {
+                self.look(|c, _| c.state().api_tokens().values().map(view::api_token).collect()).await
+            }
+            Call::ApiTokenRevoke { token } => {
+                let id = token.parse().map_err(|e| usage(&e))?;
+                self.done(Command::RevokeApiToken(id)).await
+            }
+            Call::Health => {
+                let policy = self.policy.clone();
+                self.look(move |c, health| json!(health::list(c, health, policy.source(), &policy.found())))
+                    .await
+            }
             Call::RelayList => self.look(|c, _| c.state().relays().values().map(view::relay).collect()).await,
             Call::RelayCreate { name } => match self.command(Command::CreateRelay(name.clone())).await? {
                 Reply::Relay { id, join_key } => Ok(json!({ "id": id, "name": name, "join_key": join_key })),
@@ -314,13 +343,6 @@ impl AdminServer {
                 self.done(Command::RemoveRelay(id)).await
             }
         }
-    }
-
-    async fn policy_status(&self) -> Result<Value, Failure> {
-        let error = self.policy_error.lock().map_or_else(|e| e.into_inner().clone(), |e| e.clone());
-        let source = self.source.clone();
-        self.look(move |c, _| policy_status(c.state(), &source, error.text.as_deref().or(c.policy_error())))
-            .await
     }
 
     async fn command(&self, command: Command) -> Result<Reply, Failure> {

@@ -1,19 +1,15 @@
 //! The command line.
 
-use std::net::SocketAddr;
+mod ask;
+mod serve;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use comfy_table::Table;
-use comfy_table::presets::NOTHING;
-use ipnet::{Ipv4Net, Ipv6Net};
-use serde_json::Value;
 
-use crate::admin::{Call, Failure, call};
-use crate::embedded_relay::RelayListen;
-use crate::policy_file;
-use crate::serve::{NetworkName, Options, PublicUrl};
+pub use ask::administer;
+pub use serve::{GitArgs, ServeArgs};
 
 /// Warren's coordinator: decides who may reach what, and tells every agent at once.
 #[derive(Debug, Parser)]
@@ -54,9 +50,14 @@ pub struct Ask {
 pub enum Verb {
     /// Run the coordinator
     #[command(
-        after_help = "Examples:\n  warren-coordinator serve --state-dir /var/lib/warren-coordinator --listen 0.0.0.0:8080 \\\n      --public-url http://203.0.113.10:8080 --policy /etc/warren/policy.hujson"
+        after_help = "Examples:\n  warren-coordinator serve --state-dir /var/lib/warren-coordinator --listen 0.0.0.0:8080 \\\n      --public-url http://203.0.113.10:8080 --policy /etc/warren/policy.hujson\n  warren-coordinator serve --listen 0.0.0.0:443 --public-url https://warren.example.com \\\n      --tls-cert chain.pem --tls-key key.pem \\\n      --policy-git https://git.example.com/net/policy.git --policy-git-allowed-signers /etc/warren/allowed_signers"
     )]
     Serve(Box<ServeArgs>),
+    /// Say that the database was restored from a backup (the coordinator must not run)
+    ///
+    /// Raises the network's epoch, so that agents accept netmaps with numbers that they have seen before the restore.
+    #[command(after_help = "Example:\n  warren-coordinator restored --state-dir /var/lib/warren-coordinator")]
+    Restored(RestoredArgs),
     /// Make, list and revoke the keys that let devices in
     #[command(
         subcommand,
@@ -81,6 +82,19 @@ pub enum Verb {
         after_help = "Examples:\n  warren-coordinator policy status\n  warren-coordinator policy set policy.hujson"
     )]
     Policy(PolicyVerb),
+    /// Make, list and revoke tokens of the HTTP API
+    #[command(
+        subcommand,
+        after_help = "Examples:\n  warren-coordinator api-token create ci --expires 30d\n  warren-coordinator api-token list"
+    )]
+    ApiToken(ApiTokenVerb),
+    /// What is not as it should be, and what to do about it
+    #[command(after_help = "Example:\n  warren-coordinator health --json")]
+    Health {
+        /// Where and how.
+        #[command(flatten)]
+        ask: Ask,
+    },
     /// See and manage relays
     #[command(
         subcommand,
@@ -89,77 +103,24 @@ pub enum Verb {
     Relay(RelayVerb),
 }
 
-/// `serve`
+/// `restored`
 #[derive(Clone, Debug, Args)]
-pub struct ServeArgs {
+pub struct RestoredArgs {
     /// Where everything is kept.
     #[command(flatten)]
     pub dir: StateDir,
-    /// Where to listen for agents
-    #[arg(long, value_name = "ADDR:PORT")]
-    pub listen: SocketAddr,
-    /// Under which URL agents reach this coordinator
-    #[arg(long, value_name = "URL")]
-    pub public_url: PublicUrl,
-    /// The policy file; watched, and applied when it changes
-    #[arg(long, value_name = "FILE")]
-    pub policy: Option<PathBuf>,
-    /// The database, sqlite:///path/to/file; the default is in the state directory
+    /// The database, if `serve` is given one
     #[arg(long, value_name = "URL")]
     pub database: Option<String>,
-    /// The TLS certificate chain (PEM)
-    #[arg(long, value_name = "FILE", requires = "tls_key")]
-    pub tls_cert: Option<PathBuf>,
-    /// The TLS private key (PEM)
-    #[arg(long, value_name = "FILE", requires = "tls_cert")]
-    pub tls_key: Option<PathBuf>,
-    /// Don't run a relay and STUN server inside the coordinator
-    #[arg(long, conflicts_with_all = ["relay_listen", "stun_listen"])]
-    pub no_embedded_relay: bool,
-    /// Where the embedded relay listens (UDP and TCP)
-    #[arg(long, value_name = "ADDR:PORT", default_value = "0.0.0.0:3340")]
-    pub relay_listen: SocketAddr,
-    /// Where the embedded STUN server listens (UDP)
-    #[arg(long, value_name = "ADDR:PORT", default_value = "0.0.0.0:3478")]
-    pub stun_listen: SocketAddr,
-    /// The pool of IPv4 overlay addresses; 100.64.0.0/10 in a new network
-    #[arg(long, value_name = "CIDR")]
-    pub ipv4_pool: Option<Ipv4Net>,
-    /// The prefix of IPv6 overlay addresses; derived from the network's id in a new network
-    #[arg(long, value_name = "CIDR")]
-    pub ipv6_prefix: Option<Ipv6Net>,
-    /// The network's name, for people; the host of --public-url in a new network
-    #[arg(long, value_name = "NAME")]
-    pub network_name: Option<NetworkName>,
-    /// How long an agent works without hearing from us: 5m to 7d
-    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = parse_duration)]
-    pub lease: Duration,
-}
-
-impl ServeArgs {
-    /// What `serve` needs.
-    pub fn options(self) -> Options {
-        Options {
-            state_dir: self.dir.state_dir,
-            listen: self.listen,
-            public_url: self.public_url,
-            policy: self.policy,
-            database: self.database,
-            tls: self.tls_cert.zip(self.tls_key),
-            relay: (!self.no_embedded_relay)
-                .then_some(RelayListen { relay: self.relay_listen, stun: self.stun_listen }),
-            ipv4_pool: self.ipv4_pool,
-            ipv6_prefix: self.ipv6_prefix,
-            lease: self.lease,
-            network_name: self.network_name,
-        }
-    }
 }
 
 /// `auth-key …`
 #[derive(Debug, Subcommand)]
 pub enum AuthKeyVerb {
     /// Make a key; prints it alone, once
+    #[command(
+        after_help = "Example:\n  warren-coordinator auth-key create --tag tag:web --expires 1h > web.key"
+    )]
     Create {
         /// A tag for the devices it lets in; repeatable
         #[arg(long = "tag", value_name = "tag:x", conflicts_with = "user")]
@@ -181,12 +142,14 @@ pub enum AuthKeyVerb {
         ask: Ask,
     },
     /// List keys (never their secrets)
+    #[command(after_help = "Example:\n  warren-coordinator auth-key list --json")]
     List {
         /// Where and how.
         #[command(flatten)]
         ask: Ask,
     },
     /// Take a key back; devices it let in stay
+    #[command(after_help = "Example:\n  warren-coordinator auth-key revoke key_01j9zk3v8q6m4t2r7x5w1y0a9b")]
     Revoke {
         /// The key's id, key_…
         key: String,
@@ -200,18 +163,23 @@ pub enum AuthKeyVerb {
 #[derive(Debug, Subcommand)]
 pub enum DeviceVerb {
     /// List devices
+    #[command(after_help = "Example:\n  warren-coordinator device list")]
     List {
         /// Where and how.
         #[command(flatten)]
         ask: Ask,
     },
     /// Show one device whole
+    #[command(after_help = "Example:\n  warren-coordinator device show web-1 --json")]
     Show(DeviceArg),
     /// Admit a device that awaits approval
+    #[command(after_help = "Example:\n  warren-coordinator device approve laptop")]
     Approve(DeviceArg),
     /// Cut a device off until it enrols again
+    #[command(after_help = "Example:\n  warren-coordinator device expire laptop")]
     Expire(DeviceArg),
     /// Remove a device for good
+    #[command(after_help = "Example:\n  warren-coordinator device remove web-1")]
     Remove(DeviceArg),
 }
 
@@ -229,18 +197,23 @@ pub struct DeviceArg {
 #[derive(Debug, Subcommand)]
 pub enum UserVerb {
     /// List users
+    #[command(after_help = "Example:\n  warren-coordinator user list")]
     List {
         /// Where and how.
         #[command(flatten)]
         ask: Ask,
     },
     /// Add a user
+    #[command(after_help = "Example:\n  warren-coordinator user create ann@example.com")]
     Create(UserArg),
     /// Cut all of a user's devices off
+    #[command(after_help = "Example:\n  warren-coordinator user suspend ann@example.com")]
     Suspend(UserArg),
     /// Let a suspended user's devices back in
+    #[command(after_help = "Example:\n  warren-coordinator user restore ann@example.com")]
     Restore(UserArg),
     /// Remove a user with their devices and auth keys
+    #[command(after_help = "Example:\n  warren-coordinator user remove ann@example.com")]
     Remove(UserArg),
 }
 
@@ -258,12 +231,14 @@ pub struct UserArg {
 #[derive(Debug, Subcommand)]
 pub enum PolicyVerb {
     /// Print the policy in force
+    #[command(after_help = "Example:\n  warren-coordinator policy get > policy.hujson")]
     Get {
         /// Where and how.
         #[command(flatten)]
         ask: Ask,
     },
-    /// Put a policy in force (unless it comes from a file)
+    /// Put a policy in force (unless it comes from a file or a repository)
+    #[command(after_help = "Example:\n  warren-coordinator policy set policy.hujson")]
     Set {
         /// The policy file; - for stdin
         file: PathBuf,
@@ -272,7 +247,51 @@ pub enum PolicyVerb {
         ask: Ask,
     },
     /// Where the policy comes from, and what is wrong with it
+    #[command(after_help = "Example:\n  warren-coordinator policy status --json")]
     Status {
+        /// Where and how.
+        #[command(flatten)]
+        ask: Ask,
+    },
+    /// Print users and devices as `warren policy test` and `diff` take them
+    #[command(after_help = "Example:\n  warren-coordinator policy inventory > inventory.json")]
+    Inventory {
+        /// Where and how.
+        #[command(flatten)]
+        ask: Ask,
+    },
+}
+
+/// `api-token …`
+#[derive(Debug, Subcommand)]
+pub enum ApiTokenVerb {
+    /// Make a token for the HTTP API; prints it alone, once
+    #[command(after_help = "Example:\n  warren-coordinator api-token create ci --expires 30d > ci.token")]
+    Create {
+        /// What it is for
+        name: String,
+        /// Let it change things, not only read
+        #[arg(long)]
+        write: bool,
+        /// How long the token works, such as 1h, 30d [default: 90d]
+        #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+        expires: Option<Duration>,
+        /// Where and how.
+        #[command(flatten)]
+        ask: Ask,
+    },
+    /// List tokens (never their secrets)
+    #[command(after_help = "Example:\n  warren-coordinator api-token list")]
+    List {
+        /// Where and how.
+        #[command(flatten)]
+        ask: Ask,
+    },
+    /// Take a token back, at once
+    #[command(after_help = "Example:\n  warren-coordinator api-token revoke tok_01j9zk3v8q6m4t2r7x5w1y0a9b")]
+    Revoke {
+        /// The token's id, tok_…
+        token: String,
         /// Where and how.
         #[command(flatten)]
         ask: Ask,
@@ -283,12 +302,14 @@ pub enum PolicyVerb {
 #[derive(Debug, Subcommand)]
 pub enum RelayVerb {
     /// List relays
+    #[command(after_help = "Example:\n  warren-coordinator relay list")]
     List {
         /// Where and how.
         #[command(flatten)]
         ask: Ask,
     },
     /// Make a relay's join key; prints it alone, once
+    #[command(after_help = "Example:\n  warren-coordinator relay create fra1 > fra1.key")]
     Create {
         /// The relay's name
         name: String,
@@ -297,6 +318,7 @@ pub enum RelayVerb {
         ask: Ask,
     },
     /// Remove a relay
+    #[command(after_help = "Example:\n  warren-coordinator relay remove fra1")]
     Remove {
         /// The relay's name or id
         relay: String,
@@ -330,111 +352,6 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     if total == 0 { Err(wrong()) } else { Ok(Duration::from_secs(total)) }
 }
 
-/// Carries out any verb but `serve`: what to print on stdout.
-///
-/// # Errors
-/// What the coordinator, or reading a file, says.
-pub fn administer(verb: Verb) -> Result<String, Failure> {
-    let (ask, request) = request(verb)?;
-    let value = call(&ask.dir.state_dir, &request)?;
-    Ok(if ask.json { format!("{value:#}") } else { present(&request, &value) })
-}
-
-fn request(verb: Verb) -> Result<(Ask, Call), Failure> {
-    Ok(match verb {
-        Verb::Serve(_) => {
-            return Err(Failure { text: "`serve` is no question".into(), fix: String::new(), usage: true });
-        }
-        Verb::AuthKey(AuthKeyVerb::Create { tags, user, reusable, ephemeral, expires, ask }) => {
-            let life_s = expires.map(|e| e.as_secs());
-            (ask, Call::AuthKeyCreate { tags, user, reusable, ephemeral, life_s })
-        }
-        Verb::AuthKey(AuthKeyVerb::List { ask }) => (ask, Call::AuthKeyList),
-        Verb::AuthKey(AuthKeyVerb::Revoke { key, ask }) => (ask, Call::AuthKeyRevoke { key }),
-        Verb::Device(DeviceVerb::List { ask }) => (ask, Call::DeviceList),
-        Verb::Device(DeviceVerb::Show(a)) => (a.ask, Call::DeviceShow { device: a.device }),
-        Verb::Device(DeviceVerb::Approve(a)) => (a.ask, Call::DeviceApprove { device: a.device }),
-        Verb::Device(DeviceVerb::Expire(a)) => (a.ask, Call::DeviceExpire { device: a.device }),
-        Verb::Device(DeviceVerb::Remove(a)) => (a.ask, Call::DeviceRemove { device: a.device }),
-        Verb::User(UserVerb::List { ask }) => (ask, Call::UserList),
-        Verb::User(UserVerb::Create(a)) => (a.ask, Call::UserCreate { email: a.email }),
-        Verb::User(UserVerb::Suspend(a)) => (a.ask, Call::UserSuspend { email: a.email }),
-        Verb::User(UserVerb::Restore(a)) => (a.ask, Call::UserRestore { email: a.email }),
-        Verb::User(UserVerb::Remove(a)) => (a.ask, Call::UserRemove { email: a.email }),
-        Verb::Policy(PolicyVerb::Get { ask }) => (ask, Call::PolicyGet),
-        Verb::Policy(PolicyVerb::Set { file, ask }) => {
-            let read = if file.as_os_str() == "-" {
-                std::io::read_to_string(std::io::stdin()).map_err(|e| format!("can't read stdin: {e}"))
-            } else {
-                policy_file::read(&file)
-            };
-            let fix = || "name a readable policy file".to_owned();
-            let text = read.map_err(|text| Failure { text, fix: fix(), usage: true })?;
-            (ask, Call::PolicySet { text })
-        }
-        Verb::Policy(PolicyVerb::Status { ask }) => (ask, Call::PolicyStatus),
-        Verb::Relay(RelayVerb::List { ask }) => (ask, Call::RelayList),
-        Verb::Relay(RelayVerb::Create { name, ask }) => (ask, Call::RelayCreate { name }),
-        Verb::Relay(RelayVerb::Remove { relay, ask }) => (ask, Call::RelayRemove { relay }),
-    })
-}
-
-/// The answer for people.
-fn present(call: &Call, value: &Value) -> String {
-    match call {
-        Call::AuthKeyCreate { .. } => text(&value["key"]),
-        Call::RelayCreate { .. } => text(&value["join_key"]),
-        Call::PolicyGet => text(&value["policy"]),
-        Call::AuthKeyList => {
-            table(value, &["id", "user", "tags", "reusable", "ephemeral", "expires_at", "used_by"])
-        }
-        Call::DeviceList => table(value, &["id", "name", "ips", "user", "tags", "state", "online"]),
-        Call::UserList => table(value, &["id", "email", "devices", "suspended"]),
-        Call::RelayList => table(value, &["id", "name", "embedded", "joined", "addrs", "stun"]),
-        Call::DeviceShow { .. } | Call::PolicyStatus | Call::PolicySet { .. } => {
-            let mut shown = Table::new();
-            shown.load_style(NOTHING);
-            for (key, value) in value.as_object().into_iter().flatten() {
-                shown.add_row([key.clone(), text(value)]);
-            }
-            trimmed(&shown)
-        }
-        Call::AuthKeyRevoke { .. }
-        | Call::DeviceApprove { .. }
-        | Call::DeviceExpire { .. }
-        | Call::DeviceRemove { .. }
-        | Call::UserCreate { .. }
-        | Call::UserSuspend { .. }
-        | Call::UserRestore { .. }
-        | Call::UserRemove { .. }
-        | Call::RelayRemove { .. } => "done".to_owned(),
-    }
-}
-
-fn table(rows: &Value, columns: &[&str]) -> String {
-    let mut table = Table::new();
-    table.load_style(NOTHING);
-    table.set_header(columns.iter().map(|c| c.to_uppercase()));
-    for row in rows.as_array().into_iter().flatten() {
-        table.add_row(columns.iter().map(|c| text(&row[*c])));
-    }
-    trimmed(&table)
-}
-
-fn trimmed(table: &Table) -> String {
-    table.lines().map(|line| line.trim().to_owned()).collect::<Vec<_>>().join("\n")
-}
-
-fn text(value: &Value) -> String {
-    match value {
-        Value::Null => "-".to_owned(),
-        Value::String(text) => text.clone(),
-        Value::Array(items) if items.is_empty() => "-".to_owned(),
-        Value::Array(items) => items.iter().map(text).collect::<Vec<_>>().join(","),
-        Value::Bool(_) | Value::Number(_) | Value::Object(_) => value.to_string(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -443,6 +360,34 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_verb_has_help_with_an_example() {
+        fn look(command: &clap::Command, path: &str) {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains(path) || path == "warren-coordinator", "{path}: {help}");
+            assert!(command.get_about().is_some(), "{path}");
+            for verb in command.get_subcommands().filter(|c| c.get_name() != "help") {
+                look(verb, &format!("{path} {}", verb.get_name()));
+            }
+        }
+        look(&Cli::command(), "warren-coordinator");
+    }
+
+    #[test]
+    fn examples_are_valid() {
+        fn look(command: &clap::Command) {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let joined = help.replace("\\\n", " ");
+            for line in joined.lines().filter_map(|l| l.trim().strip_prefix("warren-coordinator ")) {
+                let line = line.split(" > ").next().unwrap();
+                let words = ["warren-coordinator"].into_iter().chain(line.split_whitespace());
+                assert!(Cli::try_parse_from(words).is_ok(), "{line}");
+            }
+            command.get_subcommands().for_each(look);
+        }
+        look(&Cli::command());
     }
 
     #[test]

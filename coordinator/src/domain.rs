@@ -11,12 +11,13 @@ mod command;
 mod entity;
 mod name;
 pub mod reach;
+mod token;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
-use warren_common::ids::{AuthKeyId, DeviceId, RelayId, UserId};
+use warren_common::ids::{ApiTokenId, AuthKeyId, DeviceId, RelayId, UserId};
 use warren_common::keys::ControlPublicKey;
 use warren_common::time::UnixTime;
 
@@ -27,9 +28,14 @@ pub use apply::{
 };
 pub use command::{Command, EnrollRequest, NewAuthKey, Refusal, Reply};
 pub use entity::{
-    AuthKeyRecord, Device, DeviceState, Generation, PolicyRecord, PolicySource, RelayRecord, Settings, User,
+    AuthKeyRecord, Device, DeviceState, Generation, GitCommit, PolicyRecord, PolicySource, RelayRecord,
+    Settings, User,
 };
 pub use name::{MAX_NAME, sanitise_hostname, valid_email, valid_tag};
+pub use token::{
+    API_TOKEN_PREFIX, ApiToken, ApiTokenRecord, DEFAULT_API_TOKEN_LIFE, MAX_API_TOKEN_LIFE, MAX_API_TOKENS,
+    NewApiToken, ParseApiTokenError,
+};
 
 /// One row of the network's state that is put or removed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,6 +55,10 @@ pub enum Change {
     PutAuthKey(Box<AuthKeyRecord>),
     /// An auth key is gone.
     RemoveAuthKey(AuthKeyId),
+    /// A new token of the HTTP API.
+    PutApiToken(Box<ApiTokenRecord>),
+    /// A token of the HTTP API is gone.
+    RemoveApiToken(ApiTokenId),
     /// A relay, new or changed.
     PutRelay(Box<RelayRecord>),
     /// A relay is gone.
@@ -70,6 +80,7 @@ pub struct State {
     devices: BTreeMap<DeviceId, Device>,
     users: BTreeMap<UserId, User>,
     auth_keys: BTreeMap<AuthKeyId, AuthKeyRecord>,
+    api_tokens: BTreeMap<ApiTokenId, ApiTokenRecord>,
     relays: BTreeMap<RelayId, RelayRecord>,
     policy: Option<PolicyRecord>,
     resting: BTreeMap<IpAddr, UnixTime>,
@@ -88,6 +99,7 @@ impl State {
             devices: BTreeMap::new(),
             users: BTreeMap::new(),
             auth_keys: BTreeMap::new(),
+            api_tokens: BTreeMap::new(),
             relays: BTreeMap::new(),
             policy: None,
             resting: BTreeMap::new(),
@@ -116,6 +128,11 @@ impl State {
     /// Auth keys by id; secrets are hashes.
     pub const fn auth_keys(&self) -> &BTreeMap<AuthKeyId, AuthKeyRecord> {
         &self.auth_keys
+    }
+
+    /// Tokens of the HTTP API by id; secrets are hashes.
+    pub const fn api_tokens(&self) -> &BTreeMap<ApiTokenId, ApiTokenRecord> {
+        &self.api_tokens
     }
 
     /// Relays by id.
@@ -204,6 +221,15 @@ impl State {
                 .auth_keys
                 .remove(&id)
                 .map_or(Change::RemoveAuthKey(id), |k| Change::PutAuthKey(Box::new(k))),
+            Change::PutApiToken(new) => {
+                let id = new.id;
+                let old = self.api_tokens.insert(id, *new);
+                old.map_or(Change::RemoveApiToken(id), |t| Change::PutApiToken(Box::new(t)))
+            }
+            Change::RemoveApiToken(id) => self
+                .api_tokens
+                .remove(&id)
+                .map_or(Change::RemoveApiToken(id), |t| Change::PutApiToken(Box::new(t))),
             Change::PutRelay(new) => {
                 let id = new.id;
                 let old = self.relays.insert(id, *new);

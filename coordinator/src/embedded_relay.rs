@@ -112,5 +112,63 @@ async fn public(options: &Options, listen: SocketAddr) -> Result<Vec<SocketAddr>
     let mut addrs: Vec<SocketAddr> = found.filter(|a| listen.is_ipv6() || a.is_ipv4()).collect();
     addrs.sort_unstable();
     addrs.dedup();
+    if addrs.is_empty() {
+        return Err(Box::new(ServeError::failed(format!(
+            "`{host}` of --public-url has no IPv4 address, and the embedded relay listens on IPv4 only; \
+             use --relay-listen [::]:{port} and --stun-listen with [::] too, or --no-embedded-relay",
+            port = listen.port()
+        ))));
+    }
     Ok(addrs)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::policy_source::Source;
+
+    fn options(url: &str, relay: &str, stun: &str) -> Options {
+        Options {
+            state_dir: "/nonexistent".into(),
+            listen: ([127, 0, 0, 1], 0).into(),
+            public_url: url.parse().unwrap(),
+            policy: Source::Api,
+            database: None,
+            tls: None,
+            relay: Some(RelayListen { relay: relay.parse().unwrap(), stun: stun.parse().unwrap() }),
+            ipv4_pool: None,
+            ipv6_prefix: None,
+            network_name: None,
+            lease: Duration::from_secs(3_600),
+        }
+    }
+
+    async fn shown(url: &str, listen: &str) -> Result<Vec<SocketAddr>, Box<ServeError>> {
+        public(&options(url, listen, listen), listen.parse().unwrap()).await
+    }
+
+    #[tokio::test]
+    async fn agents_are_told_where_it_listens_or_the_public_host() {
+        let addrs = |list: &[&str]| list.iter().map(|a| a.parse().unwrap()).collect::<Vec<SocketAddr>>();
+        let there = shown("https://c.example", "192.0.2.7:3340").await.unwrap();
+        assert_eq!(there, addrs(&["192.0.2.7:3340"]));
+        let everywhere = shown("http://203.0.113.10:8080", "0.0.0.0:3340").await.unwrap();
+        assert_eq!(everywhere, addrs(&["203.0.113.10:3340"]));
+        let both = shown("http://[2001:db8::1]:8080", "[::]:3340").await.unwrap();
+        assert_eq!(both, addrs(&["[2001:db8::1]:3340"]));
+        // An IPv4 socket hears no IPv6.
+        let error = shown("http://[2001:db8::1]:8080", "0.0.0.0:3340").await.unwrap_err();
+        assert!(error.text.contains("--relay-listen [::]:3340"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_port_that_changes_and_a_host_without_address_are_named() {
+        let error = shown("http://203.0.113.10", "192.0.2.7:0").await.unwrap_err();
+        assert!(error.usage && error.text.contains("not port 0"), "{error}");
+        // RFC 6761: never exists.
+        let error = shown("http://coordinator.invalid", "0.0.0.0:3340").await.unwrap_err();
+        assert!(!error.usage && error.text.contains("--no-embedded-relay"), "{error}");
+    }
 }

@@ -1,7 +1,8 @@
 //! The coordinator: decides who may reach what and tells every agent, at once.
 //!
 //! [`domain`] and [`push`] are pure and used by the simulator too. [`store`] persists, [`server`] is the one task that
-//! owns both, [`api`] and [`admin`] are its network and local sides, [`serve`] puts everything together.
+//! owns both, [`policy_source`] feeds it, [`api`] and [`admin`] are its network and local sides,
+//! [`serve`] puts everything together.
 #![forbid(unsafe_code)]
 
 pub mod admin;
@@ -9,9 +10,10 @@ pub mod api;
 pub mod cli;
 pub mod domain;
 pub mod embedded_relay;
+pub mod health;
 pub mod keys;
 pub mod os;
-pub mod policy_file;
+pub mod policy_source;
 pub mod push;
 pub mod relays;
 pub mod serve;

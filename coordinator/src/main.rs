@@ -7,8 +7,8 @@ use clap::Parser as _;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
-use warren_coordinator::cli::{Cli, Verb, administer};
-use warren_coordinator::serve::{Options, ServeError, serve};
+use warren_coordinator::cli::{Cli, RestoredArgs, Verb, administer};
+use warren_coordinator::serve::{Options, ServeError, restored, serve};
 
 fn main() -> ExitCode {
     match Cli::parse().verb {
@@ -16,14 +16,29 @@ fn main() -> ExitCode {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(&error.text, "", error.usage),
         },
+        Verb::Restored(args) => match raise_epoch(args) {
+            Ok(epoch) => say(&format!("the network's epoch is {epoch} now; start the coordinator again")),
+            Err(error) => fail(&error.text, "", error.usage),
+        },
         verb => match administer(verb) {
-            Ok(text) => match writeln!(std::io::stdout(), "{text}") {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(_) => ExitCode::FAILURE, // nobody reads us any more
-            },
+            Ok(text) => say(&text),
             Err(failure) => fail(&failure.text, &failure.fix, failure.usage),
         },
     }
+}
+
+fn say(text: &str) -> ExitCode {
+    match writeln!(std::io::stdout(), "{text}") {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE, // nobody reads us any more
+    }
+}
+
+fn raise_epoch(args: RestoredArgs) -> Result<u64, Box<ServeError>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime
+        .map_err(|e| Box::new(ServeError { text: format!("can't start threads: {e}"), usage: false }))?;
+    runtime.block_on(restored(&args.dir.state_dir, args.database.as_deref()))
 }
 
 fn fail(text: &str, fix: &str, usage: bool) -> ExitCode {

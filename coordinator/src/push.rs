@@ -143,6 +143,8 @@ pub struct Stats {
     pub closed: u64,
     /// Devices caught running from a copied state directory.
     pub copied: u64,
+    /// Agents that held a newer netmap than was ever made here: the database was restored from a backup.
+    pub ahead: u64,
 }
 
 struct Pending {

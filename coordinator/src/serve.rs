@@ -1,30 +1,35 @@
 //! `serve`: puts the parts together, runs them until a signal, and takes them apart in order.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::{Ipv4Net, Ipv6Net};
 use prost::Message as _;
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use warren_common::ids::NetworkId;
 use warren_common::policy::Policy;
+use zeroize::Zeroizing;
 
 use crate::admin::AdminServer;
-use crate::api::{self, MAX_HALF_OPEN, Shared};
-use crate::domain::{Change, PolicySource, Settings, State, derive_ipv6_prefix};
+use crate::api::{self, MAX_HALF_OPEN, Shared, Webhook};
+use crate::domain::{Change, Settings, State, derive_ipv6_prefix};
 use crate::embedded_relay::{self, RelayListen};
 use crate::keys::Keys;
 use crate::os::{self, DirLock, OsEntropy};
-use crate::policy_file::{self, PolicyError, Watcher};
+use crate::policy_source::file::Watcher;
+use crate::policy_source::git::{
+    AllowedSigners, Follower, GitOptions, MAX_POLL, MIN_POLL, Mirror, Scheme, Signatures, read_secret,
+};
+use crate::policy_source::{self, Active, Source};
 use crate::push::{Config, Coordinator};
 use crate::relays::Relays;
 use crate::server::Server;
-use crate::store::{Commit, Database, Loaded, Store as _};
+use crate::store::{Commit, Database, Loaded, Store as _, StoreError};
 
 /// The IPv4 pool unless `--ipv4-pool` says otherwise: the range that RFC 6598 sets aside.
 pub const DEFAULT_IPV4_POOL: &str = "100.64.0.0/10";
@@ -42,8 +47,8 @@ pub struct Options {
     pub listen: SocketAddr,
     /// Under which URL agents reach it.
     pub public_url: PublicUrl,
-    /// The policy file to watch.
-    pub policy: Option<PathBuf>,
+    /// Where policy comes from.
+    pub policy: Source,
     /// The database's URL.
     pub database: Option<String>,
     /// PEM files of certificate chain and key.
@@ -140,9 +145,15 @@ where
 #[derive(Debug)]
 pub struct Fault(String);
 
-impl From<crate::store::StoreError> for Fault {
-    fn from(error: crate::store::StoreError) -> Self {
-        Self(error.to_string())
+impl From<StoreError> for Fault {
+    fn from(error: StoreError) -> Self {
+        let fix = match &error {
+            StoreError::Unavailable(_) => {
+                "; make room on its disk, let its owner write to it, or wait until nobody holds it, and start again"
+            }
+            _ => "",
+        };
+        Self(format!("{error}{fix}"))
     }
 }
 
@@ -158,21 +169,10 @@ impl From<crate::keys::KeyError> for Fault {
 /// It can't start: the text says why and what to do.
 pub async fn serve(options: Options, stop: CancellationToken) -> Result<(), Box<ServeError>> {
     check(&options)?;
-    let dir = &options.state_dir;
-    os::private_dir(dir).map_err(|e| {
-        ServeError::failed(format!(
-            "can't use the state directory {}: {e}; check its owner, or name another with --state-dir",
-            dir.display()
-        ))
-    })?;
-    let lock = DirLock::take(dir)
-        .map_err(|e| ServeError::failed(format!("can't lock the state directory {}: {e}", dir.display())))?;
-    let Some(_lock) = lock else {
-        return Err(Box::new(ServeError::failed(format!(
-            "another coordinator runs on the state directory {}; stop it or name another directory with --state-dir",
-            dir.display()
-        ))));
-    };
+    let webhook = webhook_secret(&options.policy)?;
+    let dir = options.state_dir.clone();
+    let dir = dir.as_path();
+    let _lock = take_dir(dir)?;
     let tls = options.tls.as_ref().map(|(cert, key)| api::tls_acceptor(cert, key)).transpose();
     let tls = tls.map_err(|e| ServeError::usage(e.to_string()))?;
     let listener = TcpListener::bind(options.listen).await.map_err(|e| bind_error(options.listen, &e))?;
@@ -193,12 +193,9 @@ pub async fn serve(options: Options, stop: CancellationToken) -> Result<(), Box<
     let relays = Relays::new(embedded.clone(), coordinator.revision());
     let (server, handle) = Server::new(coordinator, store, loaded.version, relays.clone());
 
-    let source = match &options.policy {
-        Some(path) => PolicySource::File(path.display().to_string()),
-        None => PolicySource::Api,
-    };
-    let policy_error = Arc::new(Mutex::new(PolicyError::default()));
-    let admin = AdminServer::bind(dir, handle.clone(), source, policy_error.clone())
+    let wake = Arc::new(Notify::new());
+    let active = Active::new(options.policy.clone(), handle.clone());
+    let admin = AdminServer::bind(dir, handle.clone(), active.clone())
         .map_err(|e| ServeError::failed(format!("can't make the admin socket in {}: {e}", dir.display())))?;
     let shared = Arc::new(Shared {
         handle: handle.clone(),
@@ -207,6 +204,9 @@ pub async fn serve(options: Options, stop: CancellationToken) -> Result<(), Box<
         control_key: keys.control.clone(),
         network: settings.network,
         half_open: Arc::new(Semaphore::new(MAX_HALF_OPEN)),
+        policy: active.clone(),
+        webhook: webhook.map(|secret| Webhook::new(secret, wake.clone())),
+        https: options.public_url.tls || options.tls.is_some(),
         stop: stop.clone(),
     });
 
@@ -222,16 +222,24 @@ pub async fn serve(options: Options, stop: CancellationToken) -> Result<(), Box<
         }))
     };
     serving.cancelled().await;
-    if let Some(path) = &options.policy {
-        let mut watcher = Watcher::new(path.clone(), handle.clone(), policy_error);
-        watcher.look().await;
-        parts.spawn(watcher.run(stop.clone()));
+    match options.policy {
+        Source::Api => {}
+        Source::File(path) => {
+            let mut watcher = Watcher::new(path, active);
+            watcher.look().await;
+            parts.spawn(watcher.run(stop.clone()));
+        }
+        Source::Git(git) => {
+            let mirror = Mirror::new(dir.join("policy-git"), (*git).clone());
+            parts.spawn(Follower::new(*git, mirror, active, wake).run(stop.clone()));
+        }
     }
     parts.spawn(admin.run(stop.clone()));
     parts.spawn(api::serve(listener, tls, api::router(shared), stop.clone()));
     tracing::info!(
         network = %settings.network,
         fingerprint = %settings.root,
+        epoch = settings.epoch,
         listen = %options.listen,
         url = %options.public_url.text,
         "the coordinator serves"
@@ -253,6 +261,70 @@ pub async fn serve(options: Options, stop: CancellationToken) -> Result<(), Box<
     Ok(())
 }
 
+/// Makes the state directory private and ours.
+fn take_dir(dir: &Path) -> Result<DirLock, ServeError> {
+    os::private_dir(dir).map_err(|e| {
+        ServeError::failed(format!(
+            "can't use the state directory {}: {e}; check its owner, or name another with --state-dir",
+            dir.display()
+        ))
+    })?;
+    let lock = DirLock::take(dir)
+        .map_err(|e| ServeError::failed(format!("can't lock the state directory {}: {e}", dir.display())))?;
+    lock.ok_or_else(|| {
+        ServeError::failed(format!(
+            "another coordinator runs on the state directory {}; stop it or name another directory with --state-dir",
+            dir.display()
+        ))
+    })
+}
+
+/// Raises the epoch of the network in `state_dir` after its database was restored from a backup: agents then accept
+/// revision numbers that they have seen before. The change is in the database's log with its time, and the root key
+/// signs an identity with the new epoch, which agents insist on from then on.
+///
+/// # Errors
+/// A coordinator runs there, there is no network, or the store fails.
+pub async fn restored(state_dir: &Path, database: Option<&str>) -> Result<u64, Box<ServeError>> {
+    if !state_dir.is_dir() {
+        return Err(Box::new(ServeError::failed(format!(
+            "there is no state directory {}; name the right one with --state-dir",
+            state_dir.display()
+        ))));
+    }
+    let _lock = take_dir(state_dir)?;
+    let path = Database::path_of(database, state_dir).map_err(|e| ServeError::usage(e.to_string()))?;
+    if !path.exists() {
+        let text = format!("there is no database {}; put the backup there first", path.display());
+        return Err(Box::new(ServeError::failed(text)));
+    }
+    let mut store = Database::open(&path).await?;
+    let Some(Loaded { version, state }) = store.load().await? else {
+        return Err(Box::new(ServeError::failed(format!(
+            "the database {} holds no network",
+            path.display()
+        ))));
+    };
+    // Without the root key nothing could vouch for the new epoch.
+    let keys = Keys::load(state_dir, false, &mut OsEntropy)?;
+    if keys.root.public().fingerprint() != state.settings().root {
+        return Err(Box::from(crate::keys::KeyError::OtherNetwork(state_dir.to_owned())));
+    }
+    // Not just the next number: the same backup may be restored a second time, and that must be a newer epoch again.
+    let old = state.settings().epoch;
+    let epoch = (old + 1).max(os::now().unix.as_secs().unsigned_abs());
+    let settings = Settings { epoch, ..state.settings().clone() };
+    match store.commit(version, &[Change::PutSettings(Box::new(settings))], os::now().unix).await? {
+        Commit::Committed(_) => {
+            store.close().await?;
+            Ok(epoch)
+        }
+        Commit::Conflict(_) => {
+            Err(Box::new(ServeError::failed("another coordinator uses this database; stop it first")))
+        }
+    }
+}
+
 #[expect(clippy::disallowed_methods, reason = "the handle is owned by an abort-on-drop guard")]
 fn spawn(task: impl Future<Output = ()> + Send + 'static) -> tokio::task::JoinHandle<()> {
     tokio::spawn(task)
@@ -261,6 +333,9 @@ fn spawn(task: impl Future<Output = ()> + Send + 'static) -> tokio::task::JoinHa
 fn check(options: &Options) -> Result<(), ServeError> {
     if !(MIN_LEASE..=MAX_LEASE).contains(&options.lease) {
         return Err(ServeError::usage("--lease must be between 5m and 7d: agents refuse anything else"));
+    }
+    if let Source::Git(git) = &options.policy {
+        check_git(git)?;
     }
     if let Some(pool) = options.ipv4_pool.filter(|p| p.prefix_len() > 30 || p.prefix_len() < 8) {
         return Err(ServeError::usage(format!("--ipv4-pool {pool}: expected a prefix between /8 and /30")));
@@ -376,14 +451,59 @@ async fn open_network(
 /// Before any policy was accepted, a file that can't even be read or parsed is a mistake of whoever starts us.
 /// Afterwards it never keeps us from starting.
 fn first_policy(options: &Options, state: &State) -> Result<(), ServeError> {
-    let Some(path) = options.policy.as_ref().filter(|_| state.policy().is_none()) else { return Ok(()) };
-    let text = policy_file::read(path).map_err(|e| {
-        ServeError::usage(format!("{e}; correct --policy, or leave it out to start with nothing allowed"))
-    })?;
-    Policy::parse(&text).map(|_| ()).map_err(|found| {
-        let messages: Vec<String> = found.iter().map(|d| d.render(&path.display().to_string())).collect();
-        ServeError::usage(messages.join("\n"))
-    })
+    match &options.policy {
+        _ if state.policy().is_some() => Ok(()),
+        Source::Api => Ok(()),
+        Source::File(path) => {
+            let text = policy_source::file::read(path).map_err(|e| {
+                ServeError::usage(format!(
+                    "{e}; correct --policy, or leave it out to start with nothing allowed"
+                ))
+            })?;
+            Policy::parse(&text).map(|_| ()).map_err(|found| {
+                let name = path.display().to_string();
+                let messages: Vec<String> = found.iter().map(|d| d.render(&name)).collect();
+                ServeError::usage(messages.join("\n"))
+            })
+        }
+        Source::Git(git) => match &git.allowed_signers {
+            Some(path) => {
+                AllowedSigners::read(path).map(|_| ()).map_err(|e| ServeError::usage(e.to_string()))
+            }
+            None => Ok(()),
+        },
+    }
+}
+
+/// What webhooks must know, if any are taken.
+fn webhook_secret(source: &Source) -> Result<Option<Zeroizing<String>>, ServeError> {
+    let Source::Git(git) = source else { return Ok(None) };
+    let secret = git.webhook_secret.as_deref().map(read_secret).transpose();
+    secret.map_err(|e| ServeError::usage(e.to_string()))
+}
+
+fn check_git(git: &GitOptions) -> Result<(), ServeError> {
+    if git.signatures != Signatures::Off && git.allowed_signers.is_none() {
+        return Err(ServeError::usage(
+            "say whose signatures count with --policy-git-allowed-signers FILE, or give up on them with \
+             --policy-git-signatures off: whoever can write to the repository rules the network then",
+        ));
+    }
+    if !(MIN_POLL..=MAX_POLL).contains(&git.poll) {
+        return Err(ServeError::usage("--policy-git-poll must be between 1s and 24h"));
+    }
+    match git.url.scheme() {
+        Scheme::Ssh if git.ssh_key.is_none() => Err(ServeError::usage(
+            "an ssh URL needs --policy-git-ssh-key FILE, a private key that may read the repository",
+        )),
+        Scheme::Ssh | Scheme::File if git.token.is_some() => {
+            Err(ServeError::usage("--policy-git-token-file is for https URLs"))
+        }
+        Scheme::Https | Scheme::File if git.ssh_key.is_some() || git.known_hosts.is_some() => {
+            Err(ServeError::usage("--policy-git-ssh-key and --policy-git-known-hosts are for ssh URLs"))
+        }
+        Scheme::Https | Scheme::Ssh | Scheme::File => Ok(()),
+    }
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use warren_common::keys::ControlPublicKey;
+use warren_common::time::Instant;
 use warren_common::wire::control::{ClientBody, ServerBody};
 
 use crate::domain::{Command, Refusal, Reply};
@@ -25,6 +26,11 @@ pub const MAX_BATCH: usize = 256;
 pub const MAX_OUTBOUND: usize = 256;
 /// How often a batch is decided again after conflicts before its callers hear that the store is unavailable.
 pub const MAX_CONFLICTS: usize = 8;
+
+/// How long after a failed commit the store is tried again.
+pub const STORE_RETRY: Duration = Duration::from_secs(2);
+/// How long the task sleeps at most.
+const IDLE: Duration = Duration::from_secs(3_600);
 
 /// What a session's connection is told.
 #[derive(Debug)]
@@ -149,6 +155,8 @@ pub struct Server<S> {
     tickets: BTreeMap<u64, oneshot::Sender<Result<Reply, Refusal>>>,
     next_ticket: u64,
     health: Health,
+    /// When the store is tried again after it has failed.
+    retry_at: Option<Instant>,
     looks: Vec<Look>,
 }
 
@@ -173,6 +181,7 @@ impl<S: Store> Server<S> {
             tickets: BTreeMap::new(),
             next_ticket: 1,
             health: Health::default(),
+            retry_at: None,
             looks: Vec::new(),
         };
         (server, Handle { requests: sender })
@@ -183,7 +192,8 @@ impl<S: Store> Server<S> {
         self.upkeep().await;
         let mut batch = Vec::with_capacity(MAX_BATCH);
         loop {
-            let wait = self.coordinator.poll_timeout().since(os::now().boot).min(Duration::from_secs(3_600));
+            let due = self.coordinator.poll_timeout().min(self.retry_at.unwrap_or(Instant::FAR_FUTURE));
+            let wait = due.since(os::now().boot).min(IDLE);
             tokio::select! {
                 () = stop.cancelled() => break,
                 count = self.requests.recv_many(&mut batch, MAX_BATCH) => {
@@ -192,9 +202,26 @@ impl<S: Store> Server<S> {
                     }
                     batch.drain(..).for_each(|request| self.take(request));
                 }
-                () = tokio::time::sleep(wait) => self.coordinator.handle_timeout(os::now()),
+                () = tokio::time::sleep(wait) => {}
             }
+            // Also when requests come all the time.
+            self.handle_timeouts();
             self.upkeep().await;
+        }
+        if let Err(error) = self.store.close().await {
+            tracing::warn!(%error, "the database is not closed well; it puts itself right at the next start");
+        }
+    }
+
+    fn handle_timeouts(&mut self) {
+        let now = os::now();
+        if self.coordinator.poll_timeout() <= now.boot {
+            self.coordinator.handle_timeout(now);
+        }
+        if self.retry_at.is_some_and(|at| at <= now.boot) {
+            self.retry_at = None;
+            // Something to store: health says so as soon as it works again.
+            self.coordinator.submit(Origin::Internal, Command::ReserveRevisions, now, &mut OsEntropy);
         }
     }
 
@@ -253,6 +280,7 @@ impl<S: Store> Server<S> {
                 Ok(Commit::Committed(version)) => {
                     self.version = version;
                     self.health.commits += 1;
+                    self.retry_at = None;
                     if self.health.store_error.take().is_some() {
                         tracing::info!("the database can be written again");
                     }
@@ -280,6 +308,7 @@ impl<S: Store> Server<S> {
             tracing::error!(error = %text, "nothing can be stored; requests are refused until it works again");
         }
         self.health.store_error = Some(text.clone());
+        self.retry_at = Some(os::now().boot + STORE_RETRY);
         self.coordinator.not_saved(&Refusal::StoreUnavailable(text), os::now());
     }
 

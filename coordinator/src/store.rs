@@ -25,6 +25,9 @@ pub trait Store: Send {
         changes: &[Change],
         at: UnixTime,
     ) -> impl Future<Output = Result<Commit, StoreError>> + Send;
+
+    /// Lets go of the store in good order; without it, it puts itself right when it is opened again.
+    fn close(self) -> impl Future<Output = Result<(), StoreError>> + Send;
 }
 
 /// A stored state.
@@ -134,6 +137,12 @@ impl Store for Database {
     ) -> Result<Commit, StoreError> {
         match self {
             Self::Sqlite(store) => store.commit(expected, changes, at).await,
+        }
+    }
+
+    async fn close(self) -> Result<(), StoreError> {
+        match self {
+            Self::Sqlite(store) => store.close().await,
         }
     }
 }

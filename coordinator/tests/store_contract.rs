@@ -10,13 +10,14 @@ use tokio_util::sync::CancellationToken;
 use warren_common::ids::NetworkId;
 use warren_common::keys::{ControlPublicKey, Fingerprint, NetmapSecretKey, ProbePublicKey, WgPublicKey};
 use warren_common::time::UnixTime;
+use warren_common::wire::control::{ClientBody, Ping};
 use warren_coordinator::domain::{
     Change, Command, EnrollRequest, NewAuthKey, PolicySource, Refusal, Reply, Settings, State,
 };
 use warren_coordinator::os;
 use warren_coordinator::push::{Config, Coordinator};
 use warren_coordinator::relays::Relays;
-use warren_coordinator::server::{Handle, Server};
+use warren_coordinator::server::{Handle, MAX_CONFLICTS, Server};
 use warren_coordinator::store::{Commit, Loaded, MAX_LOG, Newer, SqliteStore, Store, StoreError};
 
 const NOW: UnixTime = UnixTime::from_secs(1_000_000_000);
@@ -238,6 +239,10 @@ impl Store for Flaky {
         }
         self.inner.commit(expected, changes, at).await
     }
+
+    async fn close(self) -> Result<(), StoreError> {
+        self.inner.close().await
+    }
 }
 
 struct Lab {
@@ -307,4 +312,37 @@ async fn a_conflict_is_decided_again_on_the_fresh_state() {
     let (devices, conflicts) =
         lab.handle.look(|c, health| (c.state().devices().len(), health.conflicts)).await.unwrap();
     assert_eq!((devices, conflicts), (1, 1));
+}
+
+#[tokio::test]
+async fn writers_that_are_always_faster_are_given_up_on_and_not_for_ever() {
+    let dir = tempfile::tempdir().unwrap();
+    let lab = lab(dir.path()).await;
+    let create = || Command::CreateAuthKey(NewAuthKey::default());
+    assert!(lab.handle.command(create()).await.unwrap().is_ok());
+    lab.meddle.lock().unwrap().extend((0..MAX_CONFLICTS).map(|_| vec![Change::RemovePolicy]));
+    let refusal = lab.handle.command(create()).await.unwrap().unwrap_err();
+    assert!(matches!(&refusal, Refusal::StoreUnavailable(why) if why.contains("faster")), "{refusal:?}");
+    assert!(lab.handle.command(create()).await.unwrap().is_ok());
+    let (keys, conflicts) =
+        lab.handle.look(|c, health| (c.state().auth_keys().len(), health.conflicts)).await.unwrap();
+    assert_eq!((keys, conflicts), (2, MAX_CONFLICTS as u64));
+}
+
+#[tokio::test]
+async fn a_session_that_reads_too_slowly_loses_its_connection() {
+    let dir = tempfile::tempdir().unwrap();
+    let lab = lab(dir.path()).await;
+    let (sender, mut outbound) = tokio::sync::mpsc::channel(2);
+    let session = lab.handle.connect(ControlPublicKey::from_bytes([1; 32]), sender).await.unwrap().unwrap();
+    // As many answers as fit, and one.
+    for nonce in 0..=2 {
+        lab.handle.message(session, ClientBody::Ping(Ping { nonce })).await.unwrap();
+    }
+    assert_eq!(lab.handle.look(|_, health| health.slow_sessions).await.unwrap(), 1);
+    let mut told = 0;
+    while outbound.recv().await.is_some() {
+        told += 1;
+    }
+    assert_eq!(told, 2);
 }

@@ -18,8 +18,8 @@ use warren_common::ids::{AuthKeyId, DeviceId, NetworkId};
 use warren_common::keys::{ControlPublicKey, ControlSecretKey, NetmapSecretKey, RootSecretKey};
 use warren_common::netmap::{Netmap, Network, Peer, SelfDevice};
 use warren_common::wire::control::{
-    Ack, ClientBody, ClientMessage, CoordinatorIdentity, NetmapUpdate, Pong, Refused, RuleOrigin, RuleOrigins,
-    ServerBody, ServerMessage, Signed, UpdateKind, Welcome,
+    Ack, ClientBody, ClientMessage, CoordinatorIdentity, NetmapUpdate, Pong, Refused, RuleOrigin,
+    RuleOrigins, ServerBody, ServerMessage, Signed, UpdateKind, Welcome,
 };
 use warren_common::wire::session;
 

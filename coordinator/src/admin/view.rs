@@ -4,7 +4,7 @@ use data_encoding::HEXLOWER;
 use serde_json::{Value, json};
 use warren_common::netmap::Netmap;
 
-use crate::domain::{AuthKeyRecord, Device, PolicySource, RelayRecord, State, User};
+use crate::domain::{ApiTokenRecord, AuthKeyRecord, Device, RelayRecord, User};
 use crate::push::Coordinator;
 
 pub(super) fn device(coordinator: &Coordinator, device: &Device) -> Value {
@@ -79,19 +79,12 @@ pub(super) fn relay(relay: &RelayRecord) -> Value {
     })
 }
 
-/// `policy status`: what is in force, where policy comes from, and what is wrong with what is there now.
-pub fn policy_status(state: &State, source: &PolicySource, error: Option<&str>) -> Value {
-    let (word, path) = match source {
-        PolicySource::File(path) => ("file", Some(path)),
-        PolicySource::Api => ("api", None),
-    };
-    let policy = state.policy();
+pub(super) fn api_token(token: &ApiTokenRecord) -> Value {
     json!({
-        "source": word,
-        "path": path,
-        "revision": policy.map_or(0, |p| p.revision),
-        "applied_at": policy.map(|p| p.applied.to_rfc3339()),
-        "sha256": policy.map(|p| HEXLOWER.encode(&p.sha256)),
-        "error": error,
+        "id": token.id,
+        "name": token.name,
+        "write": token.write,
+        "created_at": token.created.to_rfc3339(),
+        "expires_at": token.expires.to_rfc3339(),
     })
 }

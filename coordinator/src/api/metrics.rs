@@ -6,11 +6,14 @@ use warren_common::wire::relay::RefusalCode;
 use warren_relay::core::DropReason;
 use warren_relay::server::ServerStats;
 
+use super::Webhook;
+use crate::policy_source::Report;
 use crate::push::Coordinator;
 use crate::server::Health;
 
 pub(super) const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
+#[derive(Clone, Copy)]
 enum Kind {
     Counter,
     Gauge,
@@ -20,7 +23,7 @@ pub(super) fn render(coordinator: &Coordinator, health: &Health) -> String {
     use Kind::{Counter, Gauge};
     let (state, stats) = (coordinator.state(), coordinator.stats());
     let policy_revision = state.policy().map_or(0, |p| p.revision);
-    let metrics: [(&str, Kind, &str, u64); 24] = [
+    let metrics = [
         ("warren_devices", Gauge, "Enrolled devices.", state.devices().len() as u64),
         ("warren_devices_online", Gauge, "Devices with a session.", coordinator.online_count() as u64),
         ("warren_users", Gauge, "Users.", state.users().len() as u64),
@@ -70,14 +73,36 @@ pub(super) fn render(coordinator: &Coordinator, health: &Health) -> String {
             u64::from(health.store_error.is_none()),
         ),
         ("warren_epoch", Gauge, "The network's epoch.", state.settings().epoch),
+        ("warren_agents_ahead_total", Counter, "Agents with newer netmaps than were made here.", stats.ahead),
     ];
     let mut out = String::new();
-    for (name, kind, help, value) in metrics {
-        describe(&mut out, name, kind, help);
-        // Writing to a String can't fail, here and below.
-        let _ = writeln!(out, "{name} {value}");
-    }
+    write_all(&mut out, &metrics);
     out
+}
+
+/// What is known of relays of other processes.
+pub(super) fn render_relays(out: &mut String, joined: usize) {
+    let joined =
+        ("warren_relays_joined", Kind::Gauge, "Relays of other processes with a session.", joined as u64);
+    write_all(out, &[joined]);
+}
+
+/// The policy source's.
+pub(super) fn render_policy(out: &mut String, found: &Report, webhook: Option<&Webhook>) {
+    use Kind::{Counter, Gauge};
+    let up = u64::from(found.error.is_none());
+    write_all(
+        out,
+        &[("warren_policy_source_up", Gauge, "1 if what the policy source holds is in force.", up)],
+    );
+    let Some((accepted, refused)) = webhook.map(Webhook::counts) else { return };
+    write_all(
+        out,
+        &[
+            ("warren_policy_webhooks_total", Counter, "Webhooks that knew the secret.", accepted),
+            ("warren_policy_webhooks_refused_total", Counter, "Webhooks that did not.", refused),
+        ],
+    );
 }
 
 /// The embedded relay's.
@@ -85,7 +110,7 @@ pub(super) fn render_relay(stats: &ServerStats, out: &mut String) {
     use Kind::{Counter, Gauge};
     let core = &stats.core;
     let counters = &core.counters;
-    let metrics: [(&str, Kind, &str, u64); 9] = [
+    let metrics = [
         ("warren_relay_clients", Gauge, "Devices connected to the embedded relay.", core.clients as u64),
         ("warren_relay_half_open", Gauge, "Connections that have not authenticated.", core.half_open as u64),
         ("warren_relay_queued_bytes", Gauge, "Data that waits for devices.", core.queued_bytes as u64),
@@ -111,10 +136,7 @@ pub(super) fn render_relay(stats: &ServerStats, out: &mut String) {
             stats.stun_ignored,
         ),
     ];
-    for (name, kind, help, value) in metrics {
-        describe(out, name, kind, help);
-        let _ = writeln!(out, "{name} {value}");
-    }
+    write_all(out, &metrics);
     describe(out, "warren_relay_dropped_total", Counter, "Frames dropped, by reason.");
     for reason in DropReason::ALL {
         let (word, count) = (reason.as_str(), counters.dropped(*reason));
@@ -124,6 +146,14 @@ pub(super) fn render_relay(stats: &ServerStats, out: &mut String) {
     for code in RefusalCode::KNOWN {
         let (word, count) = (code.as_str(), counters.closed(*code));
         let _ = writeln!(out, "warren_relay_closed_total{{reason=\"{word}\"}} {count}");
+    }
+}
+
+fn write_all(out: &mut String, metrics: &[(&str, Kind, &str, u64)]) {
+    for (name, kind, help, value) in metrics {
+        describe(out, name, *kind, help);
+        // Writing to a String can't fail, here and elsewhere.
+        let _ = writeln!(out, "{name} {value}");
     }
 }
 

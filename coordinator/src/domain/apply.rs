@@ -46,7 +46,7 @@ pub(super) const AUTH_KEY_MEMORY: Duration = Duration::from_secs(7 * 24 * 3_600)
 /// How many revision numbers are reserved at a time: one write for some hundred pushes, and 2^54 restarts left.
 pub const REVISION_BLOCK: u64 = 1_024;
 
-type Decision = Result<(Vec<Change>, Reply), Refusal>;
+pub(super) type Decision = Result<(Vec<Change>, Reply), Refusal>;
 
 impl State {
     /// Decides what `command` changes. Touches nothing: [`State::absorb`] carries the changes out, in order.
@@ -61,6 +61,8 @@ impl State {
                 let key = self.auth_keys.get(id).ok_or_else(|| not_found("auth key", id))?;
                 done(vec![Change::RemoveAuthKey(key.id)])
             }
+            Command::CreateApiToken(new) => self.create_api_token(new, now, rng),
+            Command::RevokeApiToken(id) => self.revoke_api_token(*id),
             Command::Enroll(request) => self.enroll(request, now, rng),
             Command::Resume { device, control, generation, version } => {
                 self.resume(*device, control, *generation, version, rng)
@@ -124,6 +126,10 @@ impl State {
                 done(vec![Change::RemoveRelay(relay.id)])
             }
             Command::SetPolicy { source, text } => self.set_policy(source, text, now),
+            Command::EditPolicy { text, expected } => match self.policy.as_ref().map(|p| p.sha256) {
+                held if held == *expected => self.set_policy(&PolicySource::Api, text, now),
+                _ => Err(Refusal::PolicyChanged),
+            },
             Command::ReserveRevisions => {
                 let settings = Settings {
                     revisions_reserved: self.settings.revisions_reserved + REVISION_BLOCK,
@@ -445,10 +451,17 @@ impl State {
 
     fn set_policy(&self, source: &PolicySource, text: &str, now: UnixTime) -> Decision {
         let sha256: [u8; 32] = Sha256::digest(text.as_bytes()).into();
-        if let Some(old) = self.policy.as_ref().filter(|p| p.sha256 == sha256 && p.source == *source) {
-            return Ok((vec![], Reply::Policy { revision: old.revision }));
+        if let Some(old) = self.policy.as_ref().filter(|p| p.sha256 == sha256) {
+            let moved = PolicyRecord { source: source.clone(), ..old.clone() };
+            let changes = if moved == *old { vec![] } else { vec![Change::PutPolicy(Box::new(moved))] };
+            return Ok((changes, Reply::Policy { revision: old.revision }));
         }
-        super::reach::check(self, text, now).map_err(Refusal::PolicyInvalid)?;
+        let name = match source {
+            PolicySource::File(path) => path,
+            PolicySource::Git(commit) => &commit.path,
+            PolicySource::Api => "policy",
+        };
+        super::reach::check(self, name, text, now).map_err(Refusal::PolicyInvalid)?;
         let revision = self.policy.as_ref().map_or(1, |p| p.revision + 1);
         let record =
             PolicyRecord { text: text.to_owned(), sha256, revision, applied: now, source: source.clone() };
@@ -458,15 +471,19 @@ impl State {
     fn sweep(&self, now: UnixTime) -> Vec<Change> {
         let rested = self.resting.iter().filter(|(_, until)| now >= **until);
         let keys = self.auth_keys.values().filter(|k| now >= k.expires + AUTH_KEY_MEMORY);
-        rested.map(|(a, _)| Change::EndRest(*a)).chain(keys.map(|k| Change::RemoveAuthKey(k.id))).collect()
+        rested
+            .map(|(a, _)| Change::EndRest(*a))
+            .chain(keys.map(|k| Change::RemoveAuthKey(k.id)))
+            .chain(self.old_api_tokens(now))
+            .collect()
     }
 }
 
-fn done(changes: Vec<Change>) -> Decision {
+pub(super) fn done(changes: Vec<Change>) -> Decision {
     Ok((changes, Reply::Done))
 }
 
-fn not_found(what: &'static str, name: &dyn std::fmt::Display) -> Refusal {
+pub(super) fn not_found(what: &'static str, name: &dyn std::fmt::Display) -> Refusal {
     Refusal::NotFound { what, name: name.to_string() }
 }
 

@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use warren_common::auth_key::AuthKey;
-use warren_common::ids::{AuthKeyId, DeviceId, RelayId, UserId};
+use warren_common::ids::{ApiTokenId, AuthKeyId, DeviceId, RelayId, UserId};
 use warren_common::keys::{ControlPublicKey, ProbePublicKey, WgPublicKey};
 use warren_common::time::UnixTime;
 use warren_common::wire::control::RefusedCode;
 
 use super::entity::PolicySource;
+use super::token::{ApiToken, NewApiToken};
 
 /// A device asks to be let in.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,6 +54,10 @@ pub enum Command {
     CreateAuthKey(NewAuthKey),
     /// Takes an auth key back.
     RevokeAuthKey(AuthKeyId),
+    /// Makes a token of the HTTP API.
+    CreateApiToken(NewApiToken),
+    /// Takes a token of the HTTP API back.
+    RevokeApiToken(ApiTokenId),
     /// Lets a device in.
     Enroll(Box<EnrollRequest>),
     /// Opens a session of an enrolled device.
@@ -143,9 +148,16 @@ pub enum Command {
         /// The file's text.
         text: String,
     },
+    /// Puts a policy from the API in force, in place of the one that its author has read.
+    EditPolicy {
+        /// The policy's text.
+        text: String,
+        /// SHA-256 of the text of the policy in force; `None` if there must be none yet.
+        expected: Option<[u8; 32]>,
+    },
     /// Reserves the next block of revision numbers.
     ReserveRevisions,
-    /// Forgets what is over: rests, and auth keys long past their end.
+    /// Forgets what is over: rests, and keys and tokens long past their end.
     Sweep,
 }
 
@@ -156,6 +168,8 @@ pub enum Reply {
     Done,
     /// The new auth key: the only time its secret is seen.
     AuthKey(AuthKey),
+    /// The new token of the HTTP API: the only time its secret is seen.
+    ApiToken(ApiToken),
     /// The device may open a session and should persist this generation.
     Admitted {
         /// The device.
@@ -255,6 +269,12 @@ pub enum Refusal {
     /// Another source is active.
     #[error("the active policy source is the file {0}")]
     PolicySourceIsFile(String),
+    /// Another source is active.
+    #[error("the active policy source is the git repository {0}")]
+    PolicySourceIsGit(String),
+    /// The policy in force is not the one that was to be replaced.
+    #[error("the policy was changed meanwhile")]
+    PolicyChanged,
     /// The store can't take it now.
     #[error("the coordinator can't store anything now: {0}")]
     StoreUnavailable(String),
@@ -282,7 +302,9 @@ impl Refusal {
             | Self::Exists { .. }
             | Self::NotFound { .. }
             | Self::PolicyInvalid(_)
-            | Self::PolicySourceIsFile(_) => RefusedCode::Other,
+            | Self::PolicySourceIsFile(_)
+            | Self::PolicySourceIsGit(_)
+            | Self::PolicyChanged => RefusedCode::Other,
         }
     }
 
@@ -313,6 +335,8 @@ impl Refusal {
             Self::NotFound { .. } => "see the `list` verb for what there is",
             Self::PolicyInvalid(_) => "correct the file; the last accepted policy stays in force",
             Self::PolicySourceIsFile(_) => "edit that file: it is applied when it is saved",
+            Self::PolicySourceIsGit(_) => "commit to that repository: it is applied when it is pushed",
+            Self::PolicyChanged => "read it again, make the change there, and send it with the new ETag",
             Self::StoreUnavailable(_) => {
                 "check the coordinator's disk space and permissions; it goes on by itself once it can write"
             }

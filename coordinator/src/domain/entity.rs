@@ -187,8 +187,27 @@ pub struct RelayRecord {
 pub enum PolicySource {
     /// A file given with `--policy`: its path.
     File(String),
-    /// `policy set`.
+    /// A commit of a repository given with `--policy-git`.
+    Git(Box<GitCommit>),
+    /// `policy set`, or the HTTP API.
     Api,
+}
+
+/// A commit that a policy was taken from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GitCommit {
+    /// The repository.
+    pub url: String,
+    /// The branch.
+    pub branch: String,
+    /// The file in it.
+    pub path: String,
+    /// The commit's id in hexadecimal.
+    pub commit: String,
+    /// Who signed it, as the allowed-signers file calls them; `None` if nobody did or that was not asked for.
+    pub signer: Option<String>,
+    /// What is doubtful about it or the commits before it.
+    pub warnings: Vec<String>,
 }
 
 /// The policy in force.

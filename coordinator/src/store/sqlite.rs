@@ -14,7 +14,9 @@ use sqlx::{Connection as _, Row as _, SqliteConnection};
 use warren_common::time::UnixTime;
 
 use super::{Commit, Loaded, Newer, Store, StoreError};
-use crate::domain::{AuthKeyRecord, Change, Device, PolicyRecord, RelayRecord, Settings, State, User};
+use crate::domain::{
+    ApiTokenRecord, AuthKeyRecord, Change, Device, PolicyRecord, RelayRecord, Settings, State, User,
+};
 
 /// How many versions the change log keeps: what another writer may be behind before it must load everything.
 pub const MAX_LOG: u64 = 4_096;
@@ -123,6 +125,7 @@ impl Store for SqliteStore {
         let devices: Vec<Device> = self.rows("SELECT body FROM devices").await?;
         let users: Vec<User> = self.rows("SELECT body FROM users").await?;
         let keys: Vec<AuthKeyRecord> = self.rows("SELECT body FROM auth_keys").await?;
+        let tokens: Vec<ApiTokenRecord> = self.rows("SELECT body FROM api_tokens").await?;
         let relays: Vec<RelayRecord> = self.rows("SELECT body FROM relays").await?;
         let policy: Vec<PolicyRecord> = self.rows("SELECT body FROM policy").await?;
         let rests = sqlx::query_as::<_, (String, i64)>("SELECT addr, until_us FROM resting")
@@ -141,6 +144,7 @@ impl Store for SqliteStore {
             .map(Change::PutUser)
             .chain(devices.into_iter().map(|d| Change::PutDevice(Box::new(d))))
             .chain(keys.into_iter().map(|k| Change::PutAuthKey(Box::new(k))))
+            .chain(tokens.into_iter().map(|t| Change::PutApiToken(Box::new(t))))
             .chain(relays.into_iter().map(|r| Change::PutRelay(Box::new(r))))
             .chain(policy.into_iter().map(|p| Change::PutPolicy(Box::new(p))))
             .chain(rests);
@@ -156,6 +160,32 @@ impl Store for SqliteStore {
         changes: &[Change],
         at: UnixTime,
     ) -> Result<Commit, StoreError> {
+        let mut result = self.attempt(expected, changes, at).await;
+        if result.as_ref().is_err_and(is_full) {
+            // Perhaps it is our own log that fills the disk. If this fails too, the first error says what is wrong.
+            let _ = sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").execute(&mut self.connection).await;
+            result = self.attempt(expected, changes, at).await;
+        }
+        match result.map_err(|e| classify(&self.path, e))? {
+            Some(version) => Ok(Commit::Committed(version)),
+            None => Ok(Commit::Conflict(self.newer(expected).await?)),
+        }
+    }
+
+    async fn close(self) -> Result<(), StoreError> {
+        let path = self.path;
+        self.connection.close().await.map_err(|e| classify(&path, e))
+    }
+}
+
+impl SqliteStore {
+    /// The new version, or `None` if the state is not at `expected`; nothing is open afterwards.
+    async fn attempt(
+        &mut self,
+        expected: u64,
+        changes: &[Change],
+        at: UnixTime,
+    ) -> sqlx::Result<Option<u64>> {
         // Not sqlx's transactions: when the disk is full SQLite rolls back by itself, and sqlx's own count of open
         // transactions then never comes back to zero.
         let result = self.transact(expected, changes, at).await;
@@ -163,14 +193,9 @@ impl Store for SqliteStore {
             // If there is nothing (left) to roll back, that is the wanted state as well.
             let _ = sqlx::query("ROLLBACK").execute(&mut self.connection).await;
         }
-        match result.map_err(|e| classify(&self.path, e))? {
-            Some(version) => Ok(Commit::Committed(version)),
-            None => Ok(Commit::Conflict(self.newer(expected).await?)),
-        }
+        result
     }
-}
 
-impl SqliteStore {
     /// The new version, or `None` (and an open transaction) if the state is not at `expected`.
     async fn transact(
         &mut self,
@@ -244,6 +269,14 @@ async fn write(connection: &mut SqliteConnection, change: &Change) -> sqlx::Resu
         .bind(key.id.to_string())
         .bind(json(key)?),
         Change::RemoveAuthKey(id) => sqlx::query("DELETE FROM auth_keys WHERE id = $1").bind(id.to_string()),
+        Change::PutApiToken(token) => sqlx::query(
+            "INSERT INTO api_tokens (id, body) VALUES ($1, $2) ON CONFLICT (id) DO UPDATE SET body = $2",
+        )
+        .bind(token.id.to_string())
+        .bind(json(token)?),
+        Change::RemoveApiToken(id) => {
+            sqlx::query("DELETE FROM api_tokens WHERE id = $1").bind(id.to_string())
+        }
         Change::PutRelay(relay) => sqlx::query(
             "INSERT INTO relays (id, name, body) VALUES ($1, $2, $3) \
              ON CONFLICT (id) DO UPDATE SET name = $2, body = $3",
@@ -271,13 +304,21 @@ async fn write(connection: &mut SqliteConnection, change: &Change) -> sqlx::Resu
 /// SQLite's primary result codes for a file that is no (sound) database: SQLITE_CORRUPT and SQLITE_NOTADB.
 const DAMAGED: [i32; 2] = [11, 26];
 
+/// SQLITE_FULL.
+const FULL: i32 = 13;
+
+/// SQLite's primary result code; extended codes keep it in their low byte.
+fn code_of(error: &sqlx::Error) -> Option<i32> {
+    let code = error.as_database_error()?.code()?.parse::<i32>().ok()?;
+    Some(code & 0xff)
+}
+
+fn is_full(error: &sqlx::Error) -> bool {
+    code_of(error) == Some(FULL)
+}
+
 fn classify(path: &str, error: sqlx::Error) -> StoreError {
-    let code = error.as_database_error().and_then(|e| e.code()).and_then(|c| c.parse::<i32>().ok());
-    let why = error.to_string();
-    // Extended codes keep the primary one in their low byte.
-    if code.is_some_and(|c| DAMAGED.contains(&(c & 0xff))) {
-        StoreError::Corrupt { path: path.to_owned(), why }
-    } else {
-        StoreError::Unavailable(why)
-    }
+    let damaged = code_of(&error).is_some_and(|code| DAMAGED.contains(&code));
+    let why = error.as_database_error().map_or_else(|| error.to_string(), |e| e.message().to_owned());
+    if damaged { StoreError::Corrupt { path: path.to_owned(), why } } else { StoreError::Unavailable(why) }
 }

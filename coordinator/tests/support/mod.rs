@@ -8,8 +8,11 @@
     reason = "each test binary uses a part; a test's helper fails by panicking"
 )]
 
+pub mod process;
+pub mod repo;
+
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use futures_util::{SinkExt as _, StreamExt as _};
@@ -24,16 +27,24 @@ use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
 use tokio_util::sync::CancellationToken;
 use warren_common::auth_key::AuthKey;
-use warren_common::ids::DeviceId;
-use warren_common::keys::{ControlSecretKey, Fingerprint, ProbeSecretKey, WgSecretKey};
+use warren_common::ids::{DeviceId, NetworkId};
+use warren_common::keys::{ControlSecretKey, Fingerprint, NetmapSecretKey, ProbeSecretKey, WgSecretKey};
 use warren_common::netmap::Netmap;
+use warren_common::time::UnixTime;
 use warren_common::wire::control::{
-    Ack, ClientBody, ClientMessage, ConfirmGeneration, CoordinatorIdentity, Enroll, NetmapUpdate, Refused,
-    Resume, ServerBody, ServerMessage, Signed, UpdateKind, Welcome,
+    Ack, ClientBody, ClientMessage, ConfirmGeneration, CoordinatorIdentity, Enroll, NetmapUpdate, Ping,
+    Refused, Resume, ServerBody, ServerMessage, Signed, UpdateKind, Welcome,
 };
 use warren_common::wire::session::{ClientHandshake, Session};
 use warren_coordinator::admin::{self, Call, Failure};
+use warren_coordinator::domain::{Change, Settings, State};
+use warren_coordinator::os;
+use warren_coordinator::policy_source::Source;
+use warren_coordinator::push::{Config, Coordinator};
+use warren_coordinator::relays::Relays;
 use warren_coordinator::serve::{Options, serve};
+use warren_coordinator::server::{Handle, Server};
+use warren_coordinator::store::{Commit, Loaded, Store, StoreError};
 
 /// Longer than anything takes on a busy machine: only a hang reaches it.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -65,7 +76,7 @@ impl TestCoordinator {
             state_dir: dir.path().join("state"),
             listen: addr,
             public_url: format!("http://{addr}").parse().unwrap(),
-            policy: None,
+            policy: Source::Api,
             database: None,
             tls: None,
             relay: None,
@@ -78,6 +89,32 @@ impl TestCoordinator {
         let mut this = Self { dir, addr, options, stop: CancellationToken::new(), task: None };
         this.begin().await;
         this
+    }
+
+    /// Starts with TLS; the caller checks that it is up.
+    pub async fn start_tls(cert: &str, key: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (cert_path, key_path) = (dir.path().join("cert.pem"), dir.path().join("key.pem"));
+        std::fs::write(&cert_path, cert).unwrap();
+        std::fs::write(&key_path, key).unwrap();
+        Self::start_with(|o| o.tls = Some((cert_path, key_path))).await
+    }
+
+    /// A handle whose coordinator has stopped.
+    pub fn dead_handle(&self) -> Handle {
+        let config =
+            Config { netmap_key: NetmapSecretKey::from_bytes([1; 32]), lease: Duration::from_secs(600) };
+        let settings = Settings {
+            network: NetworkId::from_bytes([1; 16]),
+            name: "gone".into(),
+            root: Fingerprint::from_bytes([2; 32]),
+            ipv4: "100.64.0.0/10".parse().unwrap(),
+            ipv6: "fd00::/48".parse().unwrap(),
+            epoch: 1,
+            revisions_reserved: 0,
+        };
+        let coordinator = Coordinator::new(config, State::new(settings), os::now());
+        Server::new(coordinator, NoStore, 0, Relays::new(None, 1)).1
     }
 
     /// Starts it again, with the same options as changed by `edit`.
@@ -101,7 +138,12 @@ impl TestCoordinator {
         });
         let addr = self.addr;
         let up = async {
-            while !http_get(addr, "/healthz").await.is_some_and(|r| r.starts_with("HTTP/1.1 200")) {
+            let tls = self.options.tls.is_some();
+            let answers = async || match tls {
+                true => TcpStream::connect(addr).await.is_ok(),
+                false => http_get(addr, "/healthz").await.is_some_and(|r| r.starts_with("HTTP/1.1 200")),
+            };
+            while !answers().await {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
@@ -147,6 +189,23 @@ impl TestCoordinator {
     }
 }
 
+/// A store that holds nothing.
+struct NoStore;
+
+impl Store for NoStore {
+    async fn load(&mut self) -> Result<Option<Loaded>, StoreError> {
+        Ok(None)
+    }
+
+    async fn commit(&mut self, _: u64, _: &[Change], _: UnixTime) -> Result<Commit, StoreError> {
+        Err(StoreError::Unavailable("there is none".into()))
+    }
+
+    async fn close(self) -> Result<(), StoreError> {
+        Ok(())
+    }
+}
+
 impl Drop for TestCoordinator {
     fn drop(&mut self) {
         // The test's runtime waits for the coordinator's thread.
@@ -168,6 +227,30 @@ pub async fn http_get(addr: SocketAddr, path: &str) -> Option<String> {
     let mut response = String::new();
     stream.read_to_string(&mut response).await.ok()?;
     Some(response)
+}
+
+/// Any HTTP request to a coordinator that is up; as much of the response as there is.
+pub async fn http_send(
+    addr: SocketAddr,
+    method: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: &str,
+) -> String {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut stream = TcpStream::connect(addr).await.unwrap();
+    let length = body.len();
+    let mut request = format!(
+        "{method} {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\ncontent-length: {length}\r\n"
+    );
+    headers.iter().for_each(|(name, value)| request.push_str(&format!("{name}: {value}\r\n")));
+    request.push_str("\r\n");
+    request.push_str(body);
+    // Who refuses early may not read it all.
+    let _ = stream.write_all(request.as_bytes()).await;
+    let mut response = Vec::new();
+    let _ = stream.read_to_end(&mut response).await;
+    String::from_utf8(response).unwrap()
 }
 
 /// A device's secrets.
@@ -307,6 +390,12 @@ impl Client {
         client
     }
 
+    /// Waits for an answer of the coordinator; what comes before it is applied.
+    pub async fn ping(&mut self) {
+        self.send(ClientBody::Ping(Ping { nonce: 1 })).await;
+        while !matches!(self.next_other().await.expect("the session is open"), ServerBody::Pong(_)) {}
+    }
+
     /// The next message that is not an update applied on the way; updates are applied and acknowledged.
     pub async fn next_other(&mut self) -> Option<ServerBody> {
         loop {
@@ -342,7 +431,7 @@ impl Client {
         let update = NetmapUpdate::verify(signed, &self.identity.netmap).unwrap();
         assert_eq!(Some(update.device), self.disk.device);
         assert_eq!(update.device_key, self.keys.control.public());
-        assert!(update.to >= self.disk.revision, "an older update");
+        assert!((update.epoch, update.to) >= (self.disk.epoch, self.disk.revision), "an older update");
         let netmap = match &update.kind {
             UpdateKind::Snapshot(netmap) => netmap.as_ref().clone(),
             UpdateKind::Delta(delta) => {
@@ -394,16 +483,4 @@ async fn receive(socket: &mut WebSocketStream<MaybeTlsStream<TcpStream>>) -> Opt
             _ => {}
         }
     }
-}
-
-/// Runs the real binary.
-pub fn binary() -> std::process::Command {
-    std::process::Command::new(env!("CARGO_BIN_EXE_warren-coordinator"))
-}
-
-/// A verb on a state directory: exit code, stdout, stderr.
-pub fn verb(state_dir: &Path, args: &[&str]) -> (i32, String, String) {
-    let out = binary().args(args).arg("--state-dir").arg(state_dir).output().unwrap();
-    let text = |b: Vec<u8>| String::from_utf8(b).unwrap();
-    (out.status.code().unwrap_or(-1), text(out.stdout), text(out.stderr))
 }

@@ -4,16 +4,14 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::time::{Instant, interval};
 use tokio_util::sync::CancellationToken;
-
 use warren_common::policy::MAX_POLICY_BYTES;
 
-use crate::domain::{Command, PolicySource, Refusal, Reply};
-use crate::server::Handle;
+use super::{Active, Report};
+use crate::domain::{Command, PolicySource, Refusal};
 
 /// How often the file is looked at.
 pub const POLL: Duration = Duration::from_millis(250);
@@ -22,20 +20,17 @@ const SETTLE: Duration = Duration::from_secs(2);
 /// How often a file that was refused is tried again: its tests may pass once a device has joined, or the store works.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// What is wrong with the policy source now; `None` if nothing.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PolicyError {
-    /// For people, over several lines.
-    pub text: Option<String>,
-}
-
 /// Reads a policy file whole.
 ///
 /// # Errors
-/// It can't be read, is too large or is not UTF-8, for people.
+/// It can't be read, is no file, is too large or is not UTF-8, for people.
 pub fn read(path: &Path) -> Result<String, String> {
     let attempt = || -> io::Result<String> {
-        if fs::metadata(path)?.len() > MAX_POLICY_BYTES as u64 {
+        let meta = fs::metadata(path)?;
+        if !meta.is_file() {
+            return Err(io::Error::other("it is no file"));
+        }
+        if meta.len() > MAX_POLICY_BYTES as u64 {
             return Err(io::Error::other(format!("it is longer than {MAX_POLICY_BYTES} bytes")));
         }
         fs::read_to_string(path)
@@ -47,8 +42,7 @@ pub fn read(path: &Path) -> Result<String, String> {
 #[derive(Debug)]
 pub struct Watcher {
     path: PathBuf,
-    handle: Handle,
-    error: Arc<Mutex<PolicyError>>,
+    active: Active,
     seen: Option<Stamp>,
     tried: Option<String>,
     changed: Instant,
@@ -59,9 +53,9 @@ pub struct Watcher {
 type Stamp = (u64, u64, i64, i64, i64, i64, u64);
 
 impl Watcher {
-    /// Watches `path`; what is wrong with it goes to `error`.
-    pub fn new(path: PathBuf, handle: Handle, error: Arc<Mutex<PolicyError>>) -> Self {
-        Self { path, handle, error, seen: None, tried: None, changed: Instant::now(), retry: None }
+    /// Watches `path`, which `active` names.
+    pub fn new(path: PathBuf, active: Active) -> Self {
+        Self { path, active, seen: None, tried: None, changed: Instant::now(), retry: None }
     }
 
     /// Watches until `stop` is cancelled.
@@ -103,13 +97,13 @@ impl Watcher {
         let source = PolicySource::File(self.path.display().to_string());
         let command = Command::SetPolicy { source, text: text.clone() };
         self.tried = Some(text);
-        match self.handle.command(command).await {
-            Ok(Ok(Reply::Policy { revision })) => {
+        match self.active.command(command).await {
+            Ok(Ok(revision)) => {
                 tracing::info!(revision, "policy in force");
                 self.retry = None;
                 self.report(None);
             }
-            Ok(Ok(_)) | Err(_) => {}
+            Err(_) => {} // stopping
             Ok(Err(refusal)) => {
                 self.retry = Some(now + RETRY);
                 self.report(Some(match refusal {
@@ -120,17 +114,7 @@ impl Watcher {
         }
     }
 
-    fn report(&self, text: Option<String>) {
-        let mut error = self.error.lock().unwrap_or_else(PoisonError::into_inner);
-        if error.text != text {
-            match &text {
-                Some(why) => tracing::error!(
-                    "the policy file {} is refused, the last accepted policy stays in force: {why}",
-                    self.path.display()
-                ),
-                None => tracing::info!("the policy file {} is good again", self.path.display()),
-            }
-            error.text = text;
-        }
+    fn report(&self, error: Option<String>) {
+        self.active.report(Report { error, ..Report::default() });
     }
 }
