@@ -127,8 +127,8 @@ impl Compiled {
             TargetKind::Identity(_) | TargetKind::Own if rule.via.is_some() => false,
             TargetKind::Identity(id) => device.has(*id) && !device.own.is_empty(),
             TargetKind::Literal(set) => set_overlaps(set, &device.answers),
-            TargetKind::Any => !device.answers.is_empty(),
-            TargetKind::Own => !device.own.is_empty(),
+            TargetKind::Any if !rule.app => !device.answers.is_empty(),
+            TargetKind::Any | TargetKind::Own => !device.own.is_empty(),
         }
     }
 
@@ -151,6 +151,8 @@ impl Compiled {
             TargetKind::Identity(id) if device.has(*id) => device.own.iter().copied().collect(),
             TargetKind::Identity(_) => IpSet::new(),
             TargetKind::Literal(set) => set.intersect(&device.answers),
+            // Applications are at the device, not in the networks behind it, unless a rule names those.
+            TargetKind::Any if rule.app => device.own.iter().copied().collect(),
             TargetKind::Any => device.answers.clone(),
             TargetKind::Own => device.own.iter().copied().collect(),
         }

@@ -11,6 +11,7 @@ use super::*;
 use crate::flow::{FlowState, TCP_ESTABLISHED, TCP_TRANSITORY};
 use crate::packet::{Addrs, ParseError, TCP_ACK, TCP_FIN, TCP_SYN, build};
 
+mod disagreements;
 mod ends;
 mod fragments;
 mod why;
@@ -530,5 +531,27 @@ fn labels_are_the_serialised_codes() {
     for (reason, label) in reasons.iter().zip(DropReason::LABELS) {
         assert_eq!(reason.label(), label);
         assert_eq!(serde_json::to_value(reason).unwrap()["code"], label);
+    }
+}
+
+#[test]
+fn staged_rules_are_counted_and_never_enforced() {
+    for net in families() {
+        let staged = |rule: FilterRule, action| FilterRule { staged: true, action, ..rule };
+        let ingress = vec![net.rule_in(1, 80), staged(net.rule_in(2, 80), Action::Deny)];
+        let egress = vec![staged(net.rule_out(3, 443), Action::Allow)];
+        let mut filter = filter(ingress.clone(), egress);
+        // A staged denial cuts nothing, and a staged grant opens nothing.
+        assert_eq!(judge(&mut filter, IN, 0, &net.tcp(IN, (80, 5_000), TCP_SYN, 1, 0)), None);
+        assert_eq!(judge(&mut filter, IN, 0, &net.tcp(IN, (80, 5_000), TCP_ACK, 2, 1)), None);
+        for port in 5_000..5_003 {
+            let refused = judge(&mut filter, OUT, 0, &net.tcp(OUT, (port, 443), TCP_SYN, 1, 0));
+            assert_eq!(refused, Some(DropReason::NoRule));
+        }
+        let hits = |filter: &Filter| filter.staged_hits().collect::<Vec<_>>();
+        assert_eq!(hits(&filter), [(RuleId(2), 0, 1), (RuleId(3), 3, 0)], "a connection counts once");
+        // New rules: who stays keeps its count, who goes is forgotten.
+        filter.set_rules(ingress, vec![], 2, at(1));
+        assert_eq!(hits(&filter), [(RuleId(2), 0, 1)]);
     }
 }
