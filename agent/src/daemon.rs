@@ -9,6 +9,7 @@ mod relays;
 mod session;
 mod status;
 mod verbs;
+mod verdicts;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -34,6 +35,7 @@ use crate::relay_client::RelayEvent;
 use crate::state::{DeviceKeys, Identity, Membership, NetworkDir, Settings, StateDir};
 use packets::Buffers;
 use relays::Relays;
+use verdicts::Verdicts;
 
 /// The TUN's name unless told otherwise.
 pub const DEFAULT_TUN: &str = "warren0";
@@ -136,6 +138,7 @@ struct Up {
     since: Instant,
     waiters: Vec<Waiter>,
     pings: Vec<(PingToken, oneshot::Sender<Reply>)>,
+    verdicts: Verdicts,
 }
 
 /// What a device shows to be let in.
@@ -332,6 +335,7 @@ impl Daemon {
             consider(up.waiters.iter().map(|w| w.deadline).min());
             consider(up.stalled.as_ref().map(|(_, at)| *at));
             consider(up.reconnect_at);
+            consider(up.verdicts.deadline().filter(|_| up.welcomed));
             consider(Some(up.next_save));
         }
         earliest
@@ -351,6 +355,9 @@ impl Daemon {
         up.retry_stalled(now);
         up.reconnect_if_due(now.boot);
         up.leave_idle_relays(now);
+        if let Some(engine) = up.engine.as_ref().filter(|_| up.welcomed) {
+            up.verdicts.report_if_due(now.boot, engine, &up.control);
+        }
         if up.next_save <= now.boot && up.saving.is_none() {
             up.next_save = now.boot + SAVE_INTERVAL;
             up.save_periodically(now);

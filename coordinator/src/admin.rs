@@ -319,8 +319,12 @@ impl AdminServer {
     async fn policy_status(&self) -> Result<Value, Failure> {
         let error = self.policy_error.lock().map_or_else(|e| e.into_inner().clone(), |e| e.clone());
         let source = self.source.clone();
-        self.look(move |c, _| policy_status(c.state(), &source, error.text.as_deref().or(c.policy_error())))
-            .await
+        self.look(move |c, _| {
+            let mut status = policy_status(c.state(), &source, error.text.as_deref().or(c.policy_error()));
+            view::verdicts(c, &mut status);
+            status
+        })
+        .await
     }
 
     async fn command(&self, command: Command) -> Result<Reply, Failure> {

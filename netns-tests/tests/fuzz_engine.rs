@@ -477,6 +477,7 @@ fn engine(n: usize) -> Engine {
             device: device(n),
             control: control_key(n).public(),
             netmap_key: netmap_key().public(),
+            epoch: 1,
         },
         wg: wg_key(n),
         probe: probe_key(n),

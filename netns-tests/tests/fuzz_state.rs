@@ -146,6 +146,7 @@ fn engine() -> Engine {
             device: DeviceId::from_bytes([2; 16]),
             control: ControlPublicKey::from_bytes([8; 32]),
             netmap_key: NetmapSecretKey::from_bytes([10; 32]).public(),
+            epoch: 1,
         },
         wg: WgSecretKey::from_bytes([3; 32]),
         probe: ProbeSecretKey::from_bytes([4; 32]),

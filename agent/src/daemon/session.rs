@@ -13,6 +13,7 @@ use warren_engine::engine::{Config, Engine};
 use warren_engine::netmap::{Identity as EngineIdentity, PendingUpdate, RestoreError, UpdateRefused};
 
 use super::relays::Relays;
+use super::verdicts::Verdicts;
 use super::{CONTROL_QUEUE, Daemon, Enrolment, RETRY, SAVE_INTERVAL, Saving, Then, Up, bound, seed};
 use crate::clock;
 use crate::control::{ControlClient, ControlConfig, ControlEvent};
@@ -92,6 +93,7 @@ impl Daemon {
             since: now.boot,
             waiters: Vec::new(),
             pings: Vec::new(),
+            verdicts: Verdicts::default(),
         }));
         self.make_engine(now).await?;
         if let Err(problem) = self.configure_host().await {
@@ -257,6 +259,7 @@ impl Daemon {
     async fn on_welcome(&mut self, now: Now, welcome: &Welcome) {
         let Some(up) = &mut self.up else { return };
         up.skew_us = now.unix.as_micros().saturating_sub(welcome.unix_us);
+        up.verdicts.rules_changed(now.boot);
         let device = DeviceId::from_slice(&welcome.device);
         let Some(device) = device.filter(|id| up.membership.is_none_or(|m| m.device == *id)) else {
             let problem = Problem::new(
@@ -303,6 +306,7 @@ impl Daemon {
                     engine.apply_update(now, *update);
                     let changed = before != peers(engine);
                     up.follow_netmap(now, changed);
+                    up.verdicts.rules_changed(now.boot);
                 }
                 let missed = std::mem::take(&mut up.missed_update).then(|| "an update went by".to_owned());
                 up.acknowledge(want_snapshot.or(missed));

@@ -215,6 +215,11 @@ impl Compiled {
         self.rules.iter().find(|r| r.id == id).map(|r| r.origin.as_str())
     }
 
+    /// Where a staged rule stands now; `None` for any other rule.
+    pub fn staged_origin_of(&self, id: RuleId) -> Option<&str> {
+        self.rules.iter().find(|r| r.staged && r.id == id).map(|r| r.origin.as_str())
+    }
+
     /// The names of all devices, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.world.by_name.keys().map(String::as_str)

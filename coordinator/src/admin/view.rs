@@ -95,3 +95,32 @@ pub fn policy_status(state: &State, source: &PolicySource, error: Option<&str>) 
         "error": error,
     })
 }
+
+/// What agents report of the policy in force: staged rules' counts, and connections that two ends judge differently.
+pub(super) fn verdicts(coordinator: &Coordinator, status: &mut Value) {
+    let staged = coordinator.staged_counts().map(|(rule, origin, count)| {
+        json!({
+            "id": rule.to_string(),
+            "origin": origin,
+            "sent": count.sent,
+            "received": count.received,
+            "devices": count.devices.len(),
+        })
+    });
+    let differing = coordinator.differing_verdicts().map(|d| {
+        json!({
+            "from": d.from,
+            "at": d.at,
+            "src": d.src,
+            "dst": d.dst,
+            "proto": d.proto,
+            "port": d.port,
+            "reason": d.reason,
+            "count": d.count,
+            "reported_at": d.reported.to_rfc3339(),
+            "both_current": d.both_current,
+        })
+    });
+    status["staged"] = staged.collect();
+    status["differing"] = differing.collect();
+}

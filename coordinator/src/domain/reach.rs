@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use warren_common::filter::RuleId;
 use warren_common::ids::DeviceId;
 use warren_common::netmap::{Netmap, Network, Peer, Relay, SelfDevice};
 use warren_common::policy::{Compiled, Diagnostic, Inventory, Need, Node, Policy, User, compile};
@@ -59,6 +60,11 @@ impl Reach {
     /// Why the policy in force could not be compiled.
     pub fn error(&self) -> Option<&str> {
         self.error.as_deref()
+    }
+
+    /// Where a staged rule stands in the policy in force; `None` for any other rule.
+    pub fn staged_origin_of(&self, rule: RuleId) -> Option<&str> {
+        self.compiled.staged_origin_of(rule)
     }
 
     /// When it must be computed again though nothing changed, in seconds since the Unix epoch.

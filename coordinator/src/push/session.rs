@@ -168,6 +168,7 @@ impl Coordinator {
                     self.grant_token(id, relay, now);
                 }
             }
+            ClientBody::FilterReport(report) => self.filter_report(device, report, now),
             ClientBody::Logout(_) => {
                 self.submit(Origin::Session(id), Command::RemoveDevice(device), now, rng);
             }
