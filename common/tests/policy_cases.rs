@@ -249,9 +249,8 @@ fn compare_caps<'c>(
         let inside = |ranges: &[IpRange], addr: &IpAddr| ranges.iter().any(|r| r.contains(*addr));
         for src in sources.iter().filter(|a| inside(src, a)) {
             for dst in destinations.iter().filter(|a| inside(dst, a)) {
-                let mut add = |value: String| out.insert((*src, *dst, cap.to_owned(), value));
-                values.iter().for_each(|value| drop(add(value.to_string())));
-                add(String::new());
+                let values = values.iter().map(Value::to_string).chain([String::new()]);
+                out.extend(values.map(|value| (*src, *dst, cap.to_owned(), value)));
             }
         }
     };
