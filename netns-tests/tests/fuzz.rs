@@ -107,8 +107,9 @@ fn netmaps() {
 fn control_handshake() {
     let (client, server) = (ControlSecretKey::from_bytes([11; 32]), ControlSecretKey::from_bytes([12; 32]));
     let network = NetworkId::from_bytes([1; 16]);
-    let (_, hello) = ClientHandshake::start(&client, &server.public(), network, &mut rng()).unwrap();
-    let (_, _, answer) = session::accept(&server, network, &hello, &mut rng()).unwrap();
+    let mut shared = rng();
+    let (_, hello) = ClientHandshake::start(&client, &server.public(), network, &mut shared).unwrap();
+    let (_, _, answer) = session::accept(&server, network, &hello, &mut shared).unwrap();
     corpus("control_handshake", vec![("handshake_1", hello.clone()), ("handshake_2", answer.clone())]);
     check!().with_iterations(inputs(10)).for_each(|input: &[u8]| {
         each(input, std::slice::from_ref(&hello), |bytes| {
