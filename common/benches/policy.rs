@@ -121,11 +121,14 @@ fn built(text: &str, inventory: &Inventory) -> Compiled {
     compile(&policy, inventory, NOW, HORIZON_S).expect("compiles")
 }
 
-/// What happens to one device.
-const CHANGES: [(&str, fn(&mut Node)); 4] = [
+/// What happens to one device, with a name for it.
+type Change = (&'static str, fn(&mut Node));
+
+const CHANGES: [Change; 4] = [
     ("posture", |node| {
-        let value = AttrValue::Text("plan9".to_owned());
-        node.attributes.insert("node:os".to_owned(), Attribute::server(value));
+        let old = &node.attributes["node:os"].value;
+        let new = if *old == AttrValue::Text("linux".to_owned()) { "macos" } else { "linux" };
+        node.attributes.insert("node:os".to_owned(), Attribute::server(AttrValue::Text(new.to_owned())));
     }),
     ("tag", |node| {
         node.user = None;
