@@ -12,6 +12,7 @@ mod relays;
 mod session;
 mod status;
 mod verbs;
+mod verdicts;
 mod why;
 
 use std::path::PathBuf;
@@ -41,6 +42,7 @@ use check::Checked;
 use keep::Keep;
 use packets::Buffers;
 use relays::Relays;
+use verdicts::Verdicts;
 use why::Whys;
 
 /// The TUN's name unless told otherwise.
@@ -150,6 +152,7 @@ struct Up {
     /// Pings of local callers, of whom there are [`crate::api::MAX_CONNECTIONS`] at most.
     pings: Vec<(PingToken, oneshot::Sender<Reply>)>,
     whys: Whys,
+    verdicts: Verdicts,
 }
 
 /// What a device shows to be let in.
@@ -359,6 +362,7 @@ impl Daemon {
             consider(up.stalled.as_ref().map(|(_, at)| *at));
             consider(up.reconnect_at);
             consider(up.keep.due());
+            consider(up.verdicts.deadline().filter(|_| up.welcomed));
             consider(Some(up.next_save));
         }
         earliest
@@ -380,6 +384,9 @@ impl Daemon {
         up.reconnect_if_due(now.boot);
         up.leave_idle_relays(now);
         up.keep_if_due(now);
+        if let Some(engine) = up.engine.as_ref().filter(|_| up.welcomed) {
+            up.verdicts.report_if_due(now.boot, engine, &up.control);
+        }
         if up.next_save <= now.boot && up.saving.is_none() {
             up.next_save = now.boot + SAVE_INTERVAL;
             up.save_periodically(now);

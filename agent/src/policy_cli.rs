@@ -206,6 +206,9 @@ fn test(args: &WorldArgs) -> Result<u8, Failure> {
             for failure in &result.failures {
                 writeln!(out, "       {failure}")?;
             }
+            for note in &result.notes {
+                writeln!(out, "       note: {note}")?;
+            }
         }
         writeln!(out, "{} passed, {} failed", report.results.len() - report.failed(), report.failed())?;
     }

@@ -16,6 +16,7 @@ mod ipset;
 mod model;
 mod nodeset;
 mod posture;
+mod prints;
 mod read;
 mod schema;
 mod selector;
@@ -31,12 +32,12 @@ pub use device::{Capability, Need, NodePolicy};
 pub use diagnostic::{Diagnostic, MAX_DIAGNOSTICS, Severity, Span};
 pub use diff::{Change, Diff, MAX_CELLS, diff};
 pub use explain::{Check, ExplainError, Explanation, MAX_NEAREST, RuleTrace};
-pub use follow::Fingerprint;
 pub use inventory::{Inventory, Node, User};
 pub use ipset::IpSet;
 pub use posture::{
     AttrValue, Attribute, Attributes, Condition, ConditionError, DEFAULT_MAX_AGE_S, Finding, Grade, Truth,
 };
+pub use prints::Fingerprint;
 pub use read::{DEFAULT_CHECK_PERIOD_S, MAX_CHECK_PERIOD_S};
 pub use schema::json_schema;
 pub use selector::{MAX_PORTS, parse_protocol};

@@ -18,7 +18,7 @@ use ipnet::IpNet;
 use serde::Deserialize;
 use serde_json::Value;
 use warren_common::filter::{FilterDst, FilterRule, IpRange, PortRange, RuleId, has_ports};
-use warren_common::policy::{Inventory, Policy, SshAction, compile};
+use warren_common::policy::{Compiled, Inventory, Policy, SshAction, compile};
 
 /// Cases in which the recording contradicts itself, with the reason. They are expected to differ, exactly as said.
 const ARGUED: [(&str, &str); 1] = [(
@@ -47,6 +47,15 @@ struct WantFilter {
     dst: Vec<WantDst>,
     #[serde(default)]
     proto: Option<Vec<u8>>,
+    #[serde(default)]
+    caps: Vec<WantCaps>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct WantCaps {
+    dsts: Vec<String>,
+    cap_map: BTreeMap<String, Option<Vec<Value>>>,
 }
 
 #[derive(Deserialize)]
@@ -140,8 +149,9 @@ fn run(case: &Case) -> Result<(), String> {
     if case.compare_filters {
         for (name, want) in case.filters.iter().flatten() {
             if inventory.nodes.contains_key(name) {
-                let want: Vec<FilterRule> = want.iter().flatten().filter_map(want_rule).collect();
-                compare(&inventory, name, &want, &compiled.ingress(name))?;
+                let rules: Vec<FilterRule> = want.iter().flatten().filter_map(want_rule).collect();
+                compare(&inventory, name, &rules, &compiled.ingress(name))?;
+                compare_caps(&inventory, name, want.iter().flatten(), &compiled)?;
             }
         }
     }
@@ -216,17 +226,55 @@ fn spans(text: &str) -> Vec<IpRange> {
     vec![IpRange::new(lo.parse().expect("address"), hi.parse().expect("address")).expect("ordered")]
 }
 
-fn compare(inventory: &Inventory, name: &str, want: &[FilterRule], got: &[FilterRule]) -> Result<(), String> {
-    let points = |node: &warren_common::policy::Node| -> BTreeSet<IpAddr> {
-        node.addresses()
-            .chain(
-                node.approved_routes
-                    .iter()
-                    .filter(|n| n.prefix_len() > 0)
-                    .flat_map(|n| [n.network(), n.broadcast()]),
-            )
-            .collect()
+/// The addresses worth asking about: a device's own, and the ends of the networks it carries.
+fn points(node: &warren_common::policy::Node) -> BTreeSet<IpAddr> {
+    let routes = node.approved_routes.iter().filter(|n| n.prefix_len() > 0);
+    node.addresses().chain(routes.flat_map(|n| [n.network(), n.broadcast()])).collect()
+}
+
+/// What the recording control plane adds by itself: the reverse direction of two of its own applications.
+const COMPANIONS: [&str; 2] = ["tailscale.com/cap/drive-sharer", "tailscale.com/cap/relay-target"];
+
+/// Who has which capability at which address of a device.
+fn compare_caps<'c>(
+    inventory: &Inventory,
+    name: &str,
+    want: impl Iterator<Item = &'c WantFilter>,
+    compiled: &Compiled,
+) -> Result<(), String> {
+    type Given = BTreeSet<(IpAddr, IpAddr, String, String)>;
+    let sources: BTreeSet<IpAddr> = inventory.nodes.values().flat_map(points).collect();
+    let destinations = points(&inventory.nodes[name]);
+    let give = |out: &mut Given, src: &[IpRange], dst: &[IpRange], cap: &str, values: &[Value]| {
+        let inside = |ranges: &[IpRange], addr: &IpAddr| ranges.iter().any(|r| r.contains(*addr));
+        for src in sources.iter().filter(|a| inside(src, a)) {
+            for dst in destinations.iter().filter(|a| inside(dst, a)) {
+                let values = values.iter().map(Value::to_string).chain([String::new()]);
+                out.extend(values.map(|value| (*src, *dst, cap.to_owned(), value)));
+            }
+        }
     };
+    let (mut wanted, mut got) = (Given::new(), Given::new());
+    for filter in want {
+        let src: Vec<IpRange> = filter.src.iter().flat_map(|t| spans(t)).collect();
+        for caps in &filter.caps {
+            let dst: Vec<IpRange> = caps.dsts.iter().flat_map(|t| spans(t)).collect();
+            for (cap, values) in caps.cap_map.iter().filter(|(cap, _)| !COMPANIONS.contains(&cap.as_str())) {
+                give(&mut wanted, &src, &dst, cap, values.as_deref().unwrap_or_default());
+            }
+        }
+    }
+    for cap in compiled.node(name).unwrap_or_default().caps {
+        give(&mut got, &cap.src, &cap.dst, &cap.name, &cap.values);
+    }
+    match (wanted.difference(&got).next(), got.difference(&wanted).next()) {
+        (None, None) => Ok(()),
+        (Some(missing), _) => Err(format!("{name}: capability missing: {missing:?}")),
+        (_, Some(extra)) => Err(format!("{name}: capability too many: {extra:?}")),
+    }
+}
+
+fn compare(inventory: &Inventory, name: &str, want: &[FilterRule], got: &[FilterRule]) -> Result<(), String> {
     let sources: BTreeSet<IpAddr> = inventory.nodes.values().flat_map(points).collect();
     let destinations = points(&inventory.nodes[name]);
     let mut ports: BTreeSet<u16> = BTreeSet::from([0, u16::MAX]);

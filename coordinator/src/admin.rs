@@ -293,7 +293,14 @@ impl AdminServer {
                 self.policy.put(text, None).await??;
                 Ok(self.policy.status().await?)
             }
-            Call::PolicyStatus => Ok(self.policy.status().await?),
+            Call::PolicyStatus => {
+                let mut status = self.policy.status().await?;
+                self.look(move |c, _| {
+                    view::verdicts(c, &mut status);
+                    status
+                })
+                .await
+            }
             Call::PolicyInventory => {
                 let inventory = self.look(|c, _| crate::domain::reach::export(c.state())).await?;
                 serde_json::to_value(inventory).map_err(|e| usage(&e))

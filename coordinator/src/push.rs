@@ -13,6 +13,7 @@ mod bucket;
 mod live;
 mod publish;
 mod session;
+mod verdicts;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -31,6 +32,7 @@ pub use live::MAX_UNACKED;
 pub use session::{
     ACK_PATIENCE, GREETING_PATIENCE, MAX_MESSAGES_PER_S, MAX_SIGNAL, MAX_SIGNALS_PER_S, MAX_SNAPSHOTS_PER_MIN,
 };
+pub use verdicts::{Differing, MAX_DIFFERING_KEPT, StagedCount};
 
 /// Most sessions at a time: what one process is built for, with room for reconnects.
 pub const MAX_SESSIONS: usize = 20_000;
@@ -145,6 +147,8 @@ pub struct Stats {
     pub copied: u64,
     /// Agents that held a newer netmap than was ever made here: the database was restored from a backup.
     pub ahead: u64,
+    /// Connections that two ends judged differently, as reported.
+    pub differing: u64,
 }
 
 struct Pending {
@@ -172,6 +176,7 @@ pub struct Coordinator {
     wanted: VecDeque<Command>,
     outputs: VecDeque<Output>,
     stats: Stats,
+    verdicts: verdicts::Verdicts,
 }
 
 impl std::fmt::Debug for Coordinator {
@@ -207,6 +212,7 @@ impl Coordinator {
             wanted: VecDeque::from([Command::ReserveRevisions]),
             outputs: VecDeque::new(),
             stats: Stats::default(),
+            verdicts: verdicts::Verdicts::default(),
         };
         this.schedule_recompile(now);
         this

@@ -1,6 +1,7 @@
 //! What tests the whole: a simulator (virtual internet, virtual time) and a lab (network namespaces, real packets).
 
 pub mod demo;
+pub mod fuzz;
 pub mod lab;
 pub mod programs;
 pub mod sim;

@@ -1,69 +1,38 @@
 //! Every parser of bytes from others, fed with a committed corpus, random bytes, and well-formed messages that were
-//! tampered with, cut, repeated or spliced. A wrong input is an error; nothing panics.
+//! tampered with, cut, repeated or spliced. A wrong input is an error; nothing panics. Here: the control channel, and
+//! what is signed in it. The other `fuzz_*` files hold the rest.
 //!
-//! Bounded here ([`ITERATIONS`] inputs each); `cargo bolero test` drives the same targets with a coverage-guided
-//! fuzzer. A failure prints its seed; put the input into the target's corpus folder when it is fixed.
+//! Bounded here ([`inputs`] each); `cargo bolero test` drives the same targets with a coverage-guided fuzzer. A failure
+//! prints its seed; put the input into the target's corpus folder when it is fixed.
 #![expect(clippy::unwrap_used, reason = "a test's helper fails by panicking")]
 
 use bolero::check;
 use prost::Message as _;
-use warren_common::auth_key::AuthKey;
-use warren_common::ids::NetworkId;
-use warren_common::keys::{ControlSecretKey, NetmapSecretKey, RootSecretKey, SignatureDomain};
-use warren_common::wire::control::{ClientMessage, CoordinatorIdentity, NetmapUpdate, ServerMessage, Signed};
+use warren_common::auth_key::{AUTH_KEY_PREFIX, AuthKey};
+use warren_common::ids::{DeviceId, NetworkId};
+use warren_common::keys::{ControlSecretKey, Fingerprint, NetmapSecretKey, RootSecretKey, SignatureDomain};
+use warren_common::netmap::{Delta, Netmap};
+use warren_common::wire::control::{
+    ClientMessage, CoordinatorIdentity, DeltaMsg, NetmapMsg, NetmapUpdate, ServerMessage, Signed, UpdateKind,
+};
 use warren_common::wire::session::{self, ClientHandshake, Session};
 use warren_common::wire::token::RelayToken;
-
-/// Inputs per target, where nothing else is asked for; a tenth where each input costs cryptography.
-const ITERATIONS: usize = 20_000;
-
-/// `WARREN_FUZZ_ITERATIONS`, or [`ITERATIONS`].
-fn iterations() -> usize {
-    let asked = std::env::var("WARREN_FUZZ_ITERATIONS").ok().and_then(|text| text.parse().ok());
-    asked.unwrap_or(ITERATIONS)
-}
-
-/// Applies `input` as a list of edits to `seed`: flips bytes, cuts, repeats, splices.
-fn tamper(seed: &[u8], input: &[u8]) -> Vec<u8> {
-    let mut out = seed.to_vec();
-    for edit in input.chunks_exact(4) {
-        let at = usize::from(u16::from_be_bytes([edit[1], edit[2]])) % out.len().max(1);
-        match edit[0] % 5 {
-            0 if !out.is_empty() => out[at] ^= edit[3].max(1),
-            1 => out.truncate(at),
-            2 if out.len() < 65_536 => out.extend_from_within(at..),
-            3 if out.len() < 65_536 => out.insert(at, edit[3]),
-            4 => out.extend_from_slice(input),
-            _ => {}
-        }
-    }
-    out
-}
-
-/// The golden frame `name`, as the first release sent it.
-fn golden(name: &str) -> Vec<u8> {
-    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
-    let path = root.join("../common/tests/golden").join(format!("{name}.hex"));
-    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    let digits: Vec<u8> = text.bytes().filter(u8::is_ascii_hexdigit).collect();
-    digits.chunks(2).map(|b| u8::from_str_radix(std::str::from_utf8(b).unwrap(), 16).unwrap()).collect()
-}
-
-/// Runs `target` over `input` itself and over each of `seeds` tampered with by `input`.
-fn each(input: &[u8], seeds: &[Vec<u8>], target: impl Fn(&[u8])) {
-    target(input);
-    for seed in seeds {
-        target(&tamper(seed, input));
-    }
-}
+use warren_netns_tests::fuzz::{corpus, each, golden, inputs, pick, tamper};
 
 #[test]
 fn control_messages() {
-    let seeds: Vec<_> = ["snapshot", "delta", "identity"].map(golden).to_vec();
-    check!().with_iterations(iterations()).for_each(|input: &[u8]| {
+    let seeds = corpus(
+        "control_messages",
+        ["snapshot", "delta", "identity"].map(|name| (name, golden(name))).to_vec(),
+    );
+    check!().with_iterations(inputs(1)).for_each(|input: &[u8]| {
         each(input, &seeds, |bytes| {
-            let _ = ClientMessage::decode(bytes);
-            let _ = ServerMessage::decode(bytes);
+            if let Ok(message) = ClientMessage::decode(bytes) {
+                assert_eq!(ClientMessage::decode(message.encode_to_vec().as_slice()), Ok(message));
+            }
+            if let Ok(message) = ServerMessage::decode(bytes) {
+                assert_eq!(ServerMessage::decode(message.encode_to_vec().as_slice()), Ok(message));
+            }
         });
     });
 }
@@ -72,19 +41,64 @@ fn control_messages() {
 #[test]
 fn signed_documents() {
     let (netmap, root) = (NetmapSecretKey::from_bytes([10; 32]), RootSecretKey::from_bytes([11; 32]));
-    let payloads: Vec<_> = ["snapshot", "delta", "lease", "relay_token", "identity"]
-        .map(|name| Signed::decode(golden(name).as_slice()).unwrap().payload)
-        .to_vec();
-    check!().with_iterations(iterations() / 10).for_each(|input: &[u8]| {
+    let payloads = corpus(
+        "signed_documents",
+        ["snapshot", "delta", "lease", "relay_token", "identity"].map(|name| (name, payload(name))).to_vec(),
+    );
+    check!().with_iterations(inputs(10)).for_each(|input: &[u8]| {
         each(input, &payloads, |payload| {
             let sign = |signature: &[u8]| Signed { payload: payload.to_vec(), signature: signature.to_vec() };
             let update = sign(&netmap.sign(SignatureDomain::Netmap, payload));
-            let _ = NetmapUpdate::verify(&update, &netmap.public());
+            if let Ok(read) = NetmapUpdate::verify(&update, &netmap.public()) {
+                assert_eq!(NetmapUpdate::verify(&read.sign(&netmap), &netmap.public()), Ok(read));
+            }
             let token = sign(&netmap.sign(SignatureDomain::RelayToken, payload));
-            let _ = RelayToken::verify(&token, &netmap.public());
+            if let Ok(read) = RelayToken::verify(&token, &netmap.public()) {
+                assert_eq!(RelayToken::verify(&read.sign(&netmap), &netmap.public()), Ok(read));
+            }
             let identity = sign(&root.sign(SignatureDomain::CoordinatorIdentity, payload));
             let _ = CoordinatorIdentity::verify(&identity, &root.public().fingerprint());
+            let _ = CoordinatorIdentity::claimed_fingerprint(&identity);
             assert!(NetmapUpdate::verify(&sign(&[0; 64]), &netmap.public()).is_err());
+        });
+    });
+}
+
+/// What decodes encodes to the same thing, and deltas lead where they should from any netmap that decodes.
+#[test]
+fn netmaps() {
+    let key = NetmapSecretKey::from_bytes([10; 32]);
+    let (snapshot, delta) = (update_of("snapshot", &key), update_of("delta", &key));
+    let (UpdateKind::Snapshot(base), UpdateKind::Delta(delta)) = (snapshot, delta) else {
+        panic!("the golden updates are of other kinds")
+    };
+    let seeds = corpus(
+        "netmaps",
+        vec![
+            ("netmap", NetmapMsg::from(base.as_ref()).encode_to_vec()),
+            ("delta", DeltaMsg::from(delta.as_ref()).encode_to_vec()),
+        ],
+    );
+    check!().with_iterations(inputs(4)).for_each(|input: &[u8]| {
+        each(input, &seeds, |bytes| {
+            if let Some(netmap) = NetmapMsg::decode(bytes).ok().and_then(|m| Netmap::try_from(m).ok()) {
+                let again = NetmapMsg::decode(NetmapMsg::from(&netmap).encode_to_vec().as_slice()).unwrap();
+                assert_eq!(Netmap::try_from(again).as_ref(), Ok(&netmap));
+                let mut applied = base.as_ref().clone();
+                applied.apply(Netmap::diff(&base, &netmap));
+                assert_eq!((applied.hash(), &applied), (netmap.hash(), &netmap));
+                let between = Netmap::without_removed(&base, &netmap);
+                assert!(between.peers.keys().all(|id| base.peers.contains_key(id)));
+            }
+            if let Some(delta) = DeltaMsg::decode(bytes).ok().and_then(|m| Delta::try_from(m).ok()) {
+                let again = DeltaMsg::decode(DeltaMsg::from(&delta).encode_to_vec().as_slice()).unwrap();
+                assert_eq!(Delta::try_from(again).as_ref(), Ok(&delta));
+                let mut applied = base.as_ref().clone();
+                applied.apply(delta.clone());
+                let once = applied.clone();
+                applied.apply(delta);
+                assert_eq!(applied, once, "a delta that is applied twice changes nothing more");
+            }
         });
     });
 }
@@ -93,9 +107,11 @@ fn signed_documents() {
 fn control_handshake() {
     let (client, server) = (ControlSecretKey::from_bytes([11; 32]), ControlSecretKey::from_bytes([12; 32]));
     let network = NetworkId::from_bytes([1; 16]);
-    let (_, hello) = ClientHandshake::start(&client, &server.public(), network, &mut rng()).unwrap();
-    let (_, _, answer) = session::accept(&server, network, &hello, &mut rng()).unwrap();
-    check!().with_iterations(iterations() / 10).for_each(|input: &[u8]| {
+    let mut shared = rng();
+    let (_, hello) = ClientHandshake::start(&client, &server.public(), network, &mut shared).unwrap();
+    let (_, _, answer) = session::accept(&server, network, &hello, &mut shared).unwrap();
+    corpus("control_handshake", vec![("handshake_1", hello.clone()), ("handshake_2", answer.clone())]);
+    check!().with_iterations(inputs(10)).for_each(|input: &[u8]| {
         each(input, std::slice::from_ref(&hello), |bytes| {
             let accepted = session::accept(&server, network, bytes, &mut rng());
             assert_eq!(accepted.is_ok(), bytes == hello, "a hello that nobody made");
@@ -108,7 +124,7 @@ fn control_handshake() {
 
 #[test]
 fn control_frames() {
-    check!().with_iterations(iterations() / 10).for_each(|input: &[u8]| {
+    check!().with_iterations(inputs(10)).for_each(|input: &[u8]| {
         let (mut client, mut server) = sessions();
         let frame = client.seal(input).unwrap().remove(0);
         let tampered = tamper(&frame, input);
@@ -116,13 +132,46 @@ fn control_frames() {
     });
 }
 
+/// The ids and keys that people copy from one place to another.
 #[test]
-fn auth_keys() {
-    check!().with_iterations(iterations()).for_each(|input: &[u8]| {
-        let text = String::from_utf8_lossy(input);
-        let _ = text.parse::<AuthKey>();
-        let _ = format!("wkey-{text}").parse::<AuthKey>();
+fn texts() {
+    let key = format!("{AUTH_KEY_PREFIX}{}", "A".repeat(128));
+    let seeds = corpus(
+        "texts",
+        vec![
+            ("auth_key", key.into_bytes()),
+            ("network", NetworkId::from_bytes([1; 16]).to_string().into_bytes()),
+            ("device", DeviceId::from_bytes([2; 16]).to_string().into_bytes()),
+            ("url", b"https://[2001:db8::1]:8443/base".to_vec()),
+            ("fingerprint", Fingerprint::from_bytes([3; 32]).to_string().into_bytes()),
+        ],
+    );
+    check!().with_iterations(inputs(1)).for_each(|input: &[u8]| {
+        for bytes in [input, &pick(input, &seeds)] {
+            let text = String::from_utf8_lossy(bytes);
+            if let Ok(key) = text.parse::<AuthKey>() {
+                assert_eq!(key.expose(), text.trim());
+            }
+            if let Ok(id) = text.parse::<NetworkId>() {
+                assert_eq!(id.to_string().parse(), Ok(id));
+            }
+            if let Ok(id) = text.parse::<DeviceId>() {
+                assert_eq!(id.to_string().parse(), Ok(id));
+            }
+            let _ = text.parse::<warren_common::url::CoordinatorUrl>();
+            if let Ok(fingerprint) = text.parse::<Fingerprint>() {
+                assert_eq!(fingerprint.to_string().parse(), Ok(fingerprint));
+            }
+        }
     });
+}
+
+fn payload(name: &str) -> Vec<u8> {
+    Signed::decode(golden(name).as_slice()).unwrap().payload
+}
+
+fn update_of(name: &str, key: &NetmapSecretKey) -> UpdateKind {
+    NetmapUpdate::verify(&Signed::decode(golden(name).as_slice()).unwrap(), &key.public()).unwrap().kind
 }
 
 fn rng() -> rand_chacha::ChaCha20Rng {

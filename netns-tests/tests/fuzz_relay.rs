@@ -14,35 +14,14 @@ use warren_common::wire::control::Signed;
 use warren_common::wire::relay::{
     Binding, Deframer, Frame, GoneReason, RefusalCode, TokenRef, WantedReason, put_on_stream,
 };
-use warren_common::wire::relay_control::{RelayJoinKey, RelayMessage, RelayServerMessage};
+use warren_common::wire::relay_control::{
+    JOIN_KEY_PREFIX, MinimumRevision, RelayBody, RelayCommand, RelayHello, RelayJoinKey, RelayMessage,
+    RelayServerBody, RelayServerMessage,
+};
 use warren_common::wire::token::RelayToken;
+use warren_netns_tests::fuzz::{corpus, each, inputs, tamper};
 use warren_relay::core::{Config, ConnId, Limits, Relay};
 use warren_relay::stun;
-
-/// Inputs per target in CI; a tenth where each input costs cryptography.
-const ITERATIONS: usize = 20_000;
-
-fn iterations(cost: usize) -> usize {
-    let asked = std::env::var("WARREN_FUZZ_ITERATIONS").ok().and_then(|text| text.parse().ok());
-    asked.unwrap_or(ITERATIONS / cost)
-}
-
-/// Applies `input` as a list of edits to `seed`: flips bytes, cuts, repeats, inserts, appends.
-fn tamper(seed: &[u8], input: &[u8]) -> Vec<u8> {
-    let mut out = seed.to_vec();
-    for edit in input.chunks_exact(4).take(64) {
-        let at = usize::from(u16::from_be_bytes([edit[1], edit[2]])) % out.len().max(1);
-        match edit[0] % 5 {
-            0 if !out.is_empty() => out[at] ^= edit[3].max(1),
-            1 => out.truncate(at),
-            2 if out.len() < 65_536 => out.extend_from_within(at..),
-            3 if out.len() < 65_536 => out.insert(at, edit[3]),
-            4 => out.extend_from_slice(input),
-            _ => {}
-        }
-    }
-    out
-}
 
 fn device(n: u8) -> DeviceId {
     DeviceId::from_bytes([n; 16])
@@ -90,7 +69,22 @@ fn frames() -> Vec<Vec<u8>> {
 #[test]
 fn relay_frames() {
     let seeds = frames();
-    check!().with_iterations(iterations(1)).for_each(|input: &[u8]| {
+    let names = [
+        "challenge",
+        "auth",
+        "ready",
+        "refused",
+        "send",
+        "recv",
+        "ping",
+        "pong",
+        "gone",
+        "wanted",
+        "refresh",
+        "drain",
+    ];
+    corpus("relay_frames", names.into_iter().zip(seeds.clone()).collect());
+    check!().with_iterations(inputs(1)).for_each(|input: &[u8]| {
         for seed in &seeds {
             let bytes = tamper(seed, input);
             if let Ok(Some(frame)) = Frame::decode(&bytes) {
@@ -104,7 +98,7 @@ fn relay_frames() {
 fn relay_stream() {
     let mut seed = Vec::new();
     frames().iter().for_each(|frame| put_on_stream(frame, &mut seed));
-    check!().with_iterations(iterations(1)).for_each(|input: &[u8]| {
+    check!().with_iterations(inputs(1)).for_each(|input: &[u8]| {
         let (stream, mut deframer) = (tamper(&seed, input), Deframer::default());
         for part in stream.chunks(usize::from(input.first().copied().unwrap_or(0)) + 1) {
             deframer.buffer().extend_from_slice(part);
@@ -124,7 +118,7 @@ fn relay_stream() {
 fn relay_core() {
     let seeds = frames();
     let now = Now { boot: Instant::from_nanos(1), unix: UnixTime::from_secs(1_000) };
-    check!().with_iterations(iterations(10)).for_each(|input: &[u8]| {
+    check!().with_iterations(inputs(10)).for_each(|input: &[u8]| {
         let mut relay = Relay::new(Config {
             network: NetworkId::from_bytes([1; 16]),
             relay: RelayId::from_bytes([2; 16]),
@@ -172,11 +166,40 @@ fn join(relay: &mut Relay, rng: &mut ChaCha20Rng, now: Now, n: u8) -> ConnId {
 
 #[test]
 fn relay_control() {
-    check!().with_iterations(iterations(1)).for_each(|input: &[u8]| {
-        let _ = RelayMessage::decode(input);
-        let _ = RelayServerMessage::decode(input);
-        let _ = format!("wrelay-{}", String::from_utf8_lossy(input)).parse::<RelayJoinKey>();
+    let key = format!("{JOIN_KEY_PREFIX}{}", "A".repeat(128));
+    let hello = RelayMessage { body: Some(RelayBody::Hello(RelayHello::default())) };
+    let command = RelayServerMessage { body: Some(RelayServerBody::Command(command())) };
+    let seeds = corpus(
+        "relay_control",
+        vec![
+            ("hello", hello.encode_to_vec()),
+            ("command", command.encode_to_vec()),
+            ("join_key", key.into_bytes()),
+        ],
+    );
+    check!().with_iterations(inputs(1)).for_each(|input: &[u8]| {
+        each(input, &seeds, |bytes| {
+            if let Ok(message) = RelayMessage::decode(bytes) {
+                assert_eq!(RelayMessage::decode(message.encode_to_vec().as_slice()), Ok(message));
+            }
+            if let Ok(message) = RelayServerMessage::decode(bytes) {
+                assert_eq!(RelayServerMessage::decode(message.encode_to_vec().as_slice()), Ok(message));
+            }
+            let text = String::from_utf8_lossy(bytes);
+            if let Ok(key) = text.parse::<RelayJoinKey>() {
+                assert_eq!(key.expose(), text.trim());
+            }
+        });
     });
+}
+
+fn command() -> RelayCommand {
+    RelayCommand {
+        revision: 7,
+        minimums: vec![MinimumRevision { device: vec![1; 16], revision: 7 }],
+        revoked: vec![vec![2; 16]],
+        floor: 5,
+    }
 }
 
 #[test]
@@ -184,7 +207,7 @@ fn stun_questions() {
     let mut seed = vec![0, 1, 0, 0, 0x21, 0x12, 0xa4, 0x42];
     seed.extend_from_slice(&[7; 12]);
     let from = "[2001:db8::1]:1".parse().unwrap();
-    check!().with_iterations(iterations(1)).for_each(|input: &[u8]| {
+    check!().with_iterations(inputs(1)).for_each(|input: &[u8]| {
         // As a header's length, the rest would hardly ever be right.
         let mut whole = [&seed, input].concat();
         whole[2..4].copy_from_slice(&(input.len() as u16).to_be_bytes());

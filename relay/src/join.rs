@@ -29,8 +29,7 @@ mod link;
 mod state;
 
 use link::Link;
-use state::State;
-pub use state::StateError;
+pub use state::{State, StateError};
 
 /// First wait after a lost or failed session.
 pub const MIN_BACKOFF: Duration = Duration::from_millis(250);

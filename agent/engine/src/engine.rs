@@ -376,6 +376,21 @@ impl Engine {
         while let Some(event) = self.paths.poll_event() {
             self.push_event(event);
         }
+        while let Some(about) = self.filter.poll_disagreement() {
+            let device = self.peers.get(about.peer as usize).and_then(Option::as_ref).map(|p| p.id);
+            if let Some(device) = device {
+                self.push_event(Event::Disagreement {
+                    device,
+                    src: about.src,
+                    dst: about.dst,
+                    proto: about.proto,
+                    port: about.port,
+                    reason: about.reason,
+                    revision: about.revision,
+                    count: about.count,
+                });
+            }
+        }
         self.events.pop_front()
     }
 

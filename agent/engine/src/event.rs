@@ -1,11 +1,13 @@
 //! What an engine tells its shell, and why it wants to be woken.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use serde::Serialize;
 use warren_common::filter::RuleId;
 use warren_common::ids::{DeviceId, RelayId};
+
+use crate::filter::DropReason;
 
 /// How packets reach a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -68,6 +70,26 @@ pub enum Event {
         device: Option<DeviceId>,
         /// The rule that had allowed it.
         rule: RuleId,
+    },
+    /// The two ends judge a connection differently: the peer let it out, and this end refuses it. Told again once a
+    /// minute while it goes on.
+    Disagreement {
+        /// The peer.
+        device: DeviceId,
+        /// Source address.
+        src: IpAddr,
+        /// Destination address.
+        dst: IpAddr,
+        /// The IP protocol.
+        proto: u8,
+        /// Destination port, or zero.
+        port: u16,
+        /// Why this end refuses it.
+        reason: DropReason,
+        /// The revision of this end's rules.
+        revision: u64,
+        /// Packets refused so far.
+        count: u64,
     },
     /// The lease of everything granted is over: nothing passes until an update renews it.
     LeaseEnded,

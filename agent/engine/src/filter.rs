@@ -33,12 +33,14 @@ use crate::flow::{Direction, Flow, FlowKey};
 use crate::matcher::{Decision, Matcher, Query, Scratch};
 use crate::packet::{Packet, Quoted, Selector, TCP_RST, TcpHeader, Transport};
 
+mod disagreements;
 mod drops;
 mod ended;
 mod fragments;
 mod notices;
 mod why;
 
+pub use disagreements::{DISAGREEMENT_INTERVAL, Disagreement, MAX_DISAGREEMENTS};
 pub use drops::{Counters, DropReason};
 pub use ended::{EndReason, EndedFlow};
 pub use fragments::{FRAGMENT_TIMEOUT, MAX_FRAGMENTED, MAX_FRAGMENTING_PEERS};
@@ -48,9 +50,11 @@ pub use why::{
     Why, WhyDecision,
 };
 
+use disagreements::Disagreements;
 use fragments::Fragments;
 use notices::Notices;
 use why::RecentDrops;
+pub(crate) use why::as_text;
 
 /// Ended flows kept until somebody takes them, a count: all of a full table.
 pub const MAX_ENDED: usize = MAX_FLOWS;
@@ -110,10 +114,11 @@ pub struct Filter {
     fragments: Fragments,
     notices: Notices,
     recent: RecentDrops,
+    disagreements: Disagreements,
     scratch: Scratch,
     ended: VecDeque<EndedFlow>,
     counters: [Counters; 2],
-    staged: BTreeMap<RuleId, u64>,
+    staged: BTreeMap<RuleId, [u64; 2]>,
 }
 
 impl Filter {
@@ -133,6 +138,7 @@ impl Filter {
             fragments: Fragments::default(),
             notices: Notices::new(hash),
             recent: RecentDrops::new(hash),
+            disagreements: Disagreements::default(),
             scratch: Scratch::default(),
             ended: VecDeque::new(),
             counters: [Counters::default(); 2],
@@ -160,7 +166,7 @@ impl Filter {
             .into_iter()
             .flat_map(|direction| self.rules.matcher(direction).rules())
             .filter(|rule| rule.staged)
-            .map(|rule| (rule.id, self.staged.get(&rule.id).copied().unwrap_or(0)))
+            .map(|rule| (rule.id, self.staged.get(&rule.id).copied().unwrap_or_default()))
             .collect();
         self.recheck(now, EndReason::PolicyChanged);
         self.take_ended()
@@ -178,6 +184,7 @@ impl Filter {
     pub fn remove_peer(&mut self, peer: u32, now: Now) -> Vec<EndedFlow> {
         self.end_where(now, EndReason::PeerRemoved, |flow| flow.peer == peer);
         self.fragments.forget(peer);
+        self.disagreements.forget(peer);
         self.take_ended()
     }
 
@@ -247,9 +254,22 @@ impl Filter {
         &self.counters[direction as usize]
     }
 
-    /// How often each staged rule would have matched: per new flow, or per packet where none was made.
-    pub fn staged_hits(&self) -> impl Iterator<Item = (RuleId, u64)> + '_ {
-        self.staged.iter().map(|(id, hits)| (*id, *hits))
+    /// How often each staged rule would have matched, on the way out and on the way in: per new flow, or per packet
+    /// where none was made.
+    pub fn staged_hits(&self) -> impl Iterator<Item = (RuleId, u64, u64)> + '_ {
+        self.staged
+            .iter()
+            .map(|(id, hits)| (*id, hits[Direction::Egress as usize], hits[Direction::Ingress as usize]))
+    }
+
+    /// A connection that a peer let out and this end refuses, if there is news of one.
+    pub fn poll_disagreement(&mut self) -> Option<Disagreement> {
+        self.disagreements.poll()
+    }
+
+    /// Connections that peers let out lately and this end refused, at most [`MAX_DISAGREEMENTS`].
+    pub fn disagreements(&self) -> impl Iterator<Item = &Disagreement> {
+        self.disagreements.iter()
     }
 
     fn judge(&mut self, direction: Direction, now: Now, bytes: &[u8], peer: u32) -> Verdict {
@@ -275,6 +295,10 @@ impl Filter {
             Err(reason) => {
                 self.counters[direction as usize].count(&reason);
                 self.recent.note(direction, now, &packet, reason);
+                let refused = matches!(reason, DropReason::NoRule | DropReason::DeniedByRule(_));
+                if direction == Direction::Ingress && refused {
+                    self.disagreements.note(now, &packet, peer, reason, self.rules.revision);
+                }
                 Verdict::Drop(reason)
             }
         }
@@ -346,7 +370,7 @@ impl Filter {
         let decision =
             self.rules.matcher(direction).decide(&mut self.scratch, &query, now.unix.as_secs(), |rule| {
                 if let Some(hits) = staged.get_mut(&rule.id) {
-                    *hits += 1;
+                    hits[direction as usize] += 1;
                 }
             });
         let refused = match decision {

@@ -5,11 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
-use warren_common::filter::RuleId;
+use warren_common::filter::{Action, RuleId};
 use warren_common::ids::{DeviceId, NetworkId, RelayId};
 use warren_common::time::{UnixTime, rfc3339};
 
 use crate::event::WakeReason;
+use crate::filter::Disagreement;
 
 /// Everything at one moment.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -31,8 +32,38 @@ pub struct Status {
     pub net: NetStatus,
     /// Packets dropped, by reason.
     pub drops: BTreeMap<String, u64>,
+    /// Staged rules with what they would have decided.
+    pub staged: Vec<StagedRule>,
+    /// Connections that peers let out lately and this end refused.
+    pub disagreements: Vec<Refused>,
     /// Timer wake-ups that found something due, by reason.
     pub wakes: BTreeMap<WakeReason, u64>,
+}
+
+/// A rule that is decided and counted, and never enforced.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct StagedRule {
+    /// The rule.
+    #[serde(serialize_with = "crate::filter::as_text")]
+    pub rule: RuleId,
+    /// Where it stands in the policy.
+    pub origin: String,
+    /// Would it allow, or deny?
+    pub action: Action,
+    /// Connections from here that it matched since it came into force here; packets where no connection was made.
+    pub sent: u64,
+    /// The same for connections to here.
+    pub received: u64,
+}
+
+/// A connection that a peer let out and this end refused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Refused {
+    /// The peer; `None` if it is gone.
+    pub device: Option<DeviceId>,
+    /// What was refused, and how often.
+    #[serde(flatten)]
+    pub what: Disagreement,
 }
 
 /// The network.

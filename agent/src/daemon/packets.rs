@@ -8,6 +8,7 @@ use warren_engine::event::Event;
 use warren_engine::io::{Destination, Outbox, Source, TunOut};
 
 use super::relays::Relays;
+use super::verdicts::Differs;
 use super::{Daemon, Up};
 use crate::api::Pong;
 use crate::os::tun::Tun;
@@ -149,6 +150,10 @@ impl Up {
             }
             Event::SessionEstablished { device } => tracing::debug!(%device, "session established"),
             Event::FlowEnded { device, rule } => tracing::debug!(?device, %rule, "a flow ended by policy"),
+            Event::Disagreement { device, src, dst, proto, port, reason, revision, count } => {
+                let about = Differs { device, src, dst, proto, port, reason, revision, count };
+                self.verdicts.differ(now.boot, &about);
+            }
             Event::LeaseEnded => {
                 tracing::warn!("the lease has ended: nothing passes until the coordinator is reached")
             }

@@ -14,6 +14,7 @@ use warren_engine::netmap::{Identity as EngineIdentity, PendingUpdate, RestoreEr
 
 use super::keep::Keep;
 use super::relays::Relays;
+use super::verdicts::Verdicts;
 use super::why::Whys;
 use super::{CONTROL_QUEUE, Daemon, Enrolment, RETRY, SAVE_INTERVAL, Saving, Then, Up, bound, seed};
 use crate::clock;
@@ -97,6 +98,7 @@ impl Daemon {
             waiters: Vec::new(),
             pings: Vec::new(),
             whys: Whys::default(),
+            verdicts: Verdicts::default(),
         }));
         self.make_engine(now).await?;
         if let Err(problem) = self.configure_host().await {
@@ -267,6 +269,7 @@ impl Daemon {
     async fn on_welcome(&mut self, now: Now, welcome: &Welcome) {
         let Some(up) = &mut self.up else { return };
         up.skew_us = now.unix.as_micros().saturating_sub(welcome.unix_us);
+        up.verdicts.rules_changed(now.boot);
         let device = DeviceId::from_slice(&welcome.device);
         let Some(device) = device.filter(|id| up.membership.is_none_or(|m| m.device == *id)) else {
             let problem = Problem::new(
@@ -313,6 +316,7 @@ impl Daemon {
                     engine.apply_update(now, *update);
                     let changed = before != peers(engine);
                     up.follow_netmap(now, changed);
+                    up.verdicts.rules_changed(now.boot);
                 }
                 let missed = std::mem::take(&mut up.missed_update).then(|| "an update went by".to_owned());
                 up.acknowledge(want_snapshot.or(missed));

@@ -53,6 +53,8 @@ impl Daemon {
                 json!({
                     "drops": status.drops.into_iter().filter(|(_, n)| *n > 0).collect::<BTreeMap<_, _>>(),
                     "wakes": status.wakes,
+                    "staged": status.staged,
+                    "disagreements": status.disagreements,
                 }),
             ),
         };
@@ -92,6 +94,9 @@ impl Daemon {
             peer.path.endpoint = None;
             peer.name = None;
             peer.user = None;
+        }
+        if let Some(counters) = status.counters.as_object_mut() {
+            counters.remove("disagreements");
         }
         json!({
             "version": env!("CARGO_PKG_VERSION"),

@@ -99,52 +99,37 @@ impl Checker<'_, '_, '_> {
 
     /// Does the name exist?
     fn name(&mut self, at: &At<Selector>, side: &str) {
+        let model = self.model;
         match &at.value {
             Selector::Group(name) => {
-                if !self.model.groups.contains_key(name) {
-                    self.report.error_near(
-                        at.span,
-                        format!("{side}: unknown group \"{name}\""),
-                        name,
-                        self.model.groups.keys().map(String::as_str),
-                    );
-                }
+                self.exists(at.span, name, &model.groups, || format!("{side}: unknown group \"{name}\""))
             }
-            Selector::Tag(name) => {
-                if !self.model.tag_owners.contains_key(name) {
-                    self.report.error_near(
-                        at.span,
-                        format!("{side}: tag not found: \"{name}\" is not in tagOwners"),
-                        name,
-                        self.model.tag_owners.keys().map(String::as_str),
-                    );
-                }
-            }
+            Selector::Tag(name) => self.exists(at.span, name, &model.tag_owners, || {
+                format!("{side}: tag not found: \"{name}\" is not in tagOwners")
+            }),
             Selector::Host(name) => {
-                if !self.model.hosts.contains_key(name) {
-                    self.report.error_near(
-                        at.span,
-                        format!("{side}: unknown host \"{name}\""),
-                        name,
-                        self.model.hosts.keys().map(String::as_str),
-                    );
-                }
+                self.exists(at.span, name, &model.hosts, || format!("{side}: unknown host \"{name}\""))
             }
             Selector::IpSet(name) => {
-                if !self.model.ipsets.contains_key(name) {
-                    self.report.error_near(
-                        at.span,
-                        format!("{side}: unknown IP set \"{name}\""),
-                        name,
-                        self.model.ipsets.keys().map(String::as_str),
-                    );
-                }
+                self.exists(at.span, name, &model.ipsets, || format!("{side}: unknown IP set \"{name}\""))
             }
             Selector::Any
             | Selector::User(_)
             | Selector::Domain(_)
             | Selector::Addresses(_)
             | Selector::Auto(_) => {}
+        }
+    }
+
+    fn exists<T>(
+        &mut self,
+        span: Span,
+        name: &str,
+        defined: &BTreeMap<String, T>,
+        message: impl Fn() -> String,
+    ) {
+        if !defined.contains_key(name) {
+            self.report.error_near(span, message(), name, defined.keys().map(String::as_str));
         }
     }
 
@@ -221,15 +206,9 @@ impl Checker<'_, '_, '_> {
     }
 
     fn postures(&mut self, names: &[At<String>]) {
+        let model = self.model;
         for at in names {
-            if !self.model.postures.contains_key(&at.value) {
-                self.report.error_near(
-                    at.span,
-                    format!("unknown posture \"{}\"", at.value),
-                    &at.value,
-                    self.model.postures.keys().map(String::as_str),
-                );
-            }
+            self.exists(at.span, &at.value, &model.postures, || format!("unknown posture \"{}\"", at.value));
         }
     }
 
@@ -366,7 +345,7 @@ impl Checker<'_, '_, '_> {
     fn ssh_test_dst(&mut self, dst: &At<Selector>) {
         let single = |range: &IpRange| range.first() == range.last();
         let allowed = match &dst.value {
-            Selector::Auto(Autogroup::Internet | Autogroup::DangerAll) | Selector::Any => false,
+            Selector::Auto(Autogroup::Internet | Autogroup::DangerAll) => false,
             Selector::Addresses(range) => single(range),
             Selector::Host(name) => self.model.hosts.get(name).is_none_or(|h| single(&h.value)),
             _ => true,
@@ -378,28 +357,20 @@ impl Checker<'_, '_, '_> {
         self.name(dst, "SSH tests dst");
     }
 
+    /// Who owns a tag through other tags: that two tags own each other is strange, and harmless.
     fn tag_cycles(&mut self) {
-        let edges: BTreeMap<&str, Vec<&str>> = self
-            .model
-            .tag_owners
-            .iter()
-            .map(|(tag, owners)| {
-                let owned_by = owners
-                    .value
-                    .iter()
-                    .filter_map(|o| match &o.value {
-                        // A tag that owns itself is common and harmless: its devices may use it again.
-                        Selector::Tag(name) if name != tag => Some(name.as_str()),
-                        _ => None,
-                    })
-                    .collect();
-                (tag.as_str(), owned_by)
-            })
-            .collect();
-        if let Some(tag) = cycle(&edges)
+        let edges = self.model.tag_owners.iter().map(|(tag, owners)| {
+            let owned_by = owners.value.iter().filter_map(|o| match &o.value {
+                // A tag that owns itself is common: its devices may use it again.
+                Selector::Tag(name) if name != tag => Some(name.as_str()),
+                _ => None,
+            });
+            (tag.as_str(), owned_by.collect())
+        });
+        if let Some(tag) = order(&edges.collect()).err()
             && let Some(at) = self.model.tag_owners.get(tag)
         {
-            self.report.error(at.span, format!("\"{tag}\" owns itself through other tags"));
+            self.report.warning(at.span, format!("\"{tag}\" owns itself through other tags"));
         }
     }
 
@@ -409,23 +380,7 @@ impl Checker<'_, '_, '_> {
                 self.name(&At { value: step.value.what.clone(), span: step.span }, "ipset");
             }
         }
-        let edges: BTreeMap<&str, Vec<&str>> = self
-            .model
-            .ipsets
-            .iter()
-            .map(|(name, steps)| {
-                let parts = steps
-                    .value
-                    .iter()
-                    .filter_map(|s| match &s.value.what {
-                        Selector::IpSet(part) => Some(part.as_str()),
-                        _ => None,
-                    })
-                    .collect();
-                (name.as_str(), parts)
-            })
-            .collect();
-        if let Some(name) = cycle(&edges)
+        if let Some(name) = order(&ipset_parts(self.model)).err()
             && let Some(at) = self.model.ipsets.get(name)
         {
             self.report.error(at.span, format!("\"{name}\" contains itself"));
@@ -433,9 +388,16 @@ impl Checker<'_, '_, '_> {
     }
 }
 
-/// A name that reaches itself, if there is one. Iterative, linear in the number of edges.
-fn cycle<'g>(edges: &BTreeMap<&'g str, Vec<&'g str>>) -> Option<&'g str> {
-    order(edges).err()
+/// The IP sets that each IP set names.
+fn ipset_parts(model: &Model) -> BTreeMap<&str, Vec<&str>> {
+    let parts = model.ipsets.iter().map(|(name, steps)| {
+        let named = steps.value.iter().filter_map(|s| match &s.value.what {
+            Selector::IpSet(part) => Some(part.as_str()),
+            _ => None,
+        });
+        (name.as_str(), named.collect())
+    });
+    parts.collect()
 }
 
 /// The names so that everything a name refers to stands before it; on a cycle, a name on it.
@@ -476,23 +438,8 @@ fn order<'g>(edges: &BTreeMap<&'g str, Vec<&'g str>>) -> Result<Vec<&'g str>, &'
 
 /// Every IP set with its addresses. The file is checked: no cycles, every name exists.
 pub(crate) fn resolve_ipsets(model: &Model) -> BTreeMap<String, IpSet> {
-    let edges: BTreeMap<&str, Vec<&str>> = model
-        .ipsets
-        .iter()
-        .map(|(name, steps)| {
-            let parts = steps
-                .value
-                .iter()
-                .filter_map(|s| match &s.value.what {
-                    Selector::IpSet(part) => Some(part.as_str()),
-                    _ => None,
-                })
-                .collect();
-            (name.as_str(), parts)
-        })
-        .collect();
     let mut out: BTreeMap<String, IpSet> = BTreeMap::new();
-    for name in order(&edges).unwrap_or_default() {
+    for name in order(&ipset_parts(model)).unwrap_or_default() {
         let mut set = IpSet::new();
         for step in model.ipsets.get(name).map(|s| &s.value).into_iter().flatten() {
             let part = match &step.value.what {

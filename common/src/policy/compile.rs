@@ -2,18 +2,20 @@
 //! destinations are sets, and a device's part is cut out of them when asked for.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use sha2::{Digest, Sha256};
 
 use super::Policy;
 use super::check::resolve_ipsets;
 use super::diagnostic::{Diagnostic, Severity};
-use super::follow::Fingerprint;
+use super::follow::Due;
 use super::inventory::Inventory;
 use super::ipset::IpSet;
 use super::model::{At, LoginUser, Model, Rule};
 use super::nodeset::NodeSet;
 use super::posture::{Condition, Truth};
+use super::prints::Prints;
 use super::selector::{Autogroup, Selector};
 use super::sources::{SourceKey, SourceSet};
 use super::ssh::CompiledSsh;
@@ -34,7 +36,7 @@ pub struct Compiled {
     pub(crate) rules: Vec<CompiledRule>,
     pub(crate) ssh: Vec<CompiledSsh>,
     pub(crate) literals: BTreeMap<Selector, IpSet>,
-    pub(super) prints: Vec<Fingerprint>,
+    pub(super) prints: Prints,
     /// What `*` covers besides the overlay: changes with routes only.
     pub(super) routes: IpSet,
     /// Everything any device answers for.
@@ -42,7 +44,9 @@ pub struct Compiled {
     pub(super) answers_print: u128,
     pub(super) now: i64,
     pub(super) horizon_s: i64,
-    pub(super) reevaluate_at: Option<i64>,
+    /// Some rule depends on the time beyond its end.
+    pub(super) windowed: bool,
+    pub(super) due: Due,
 }
 
 /// Postures of which one must be met: an "or" of "and"s. Conditions over the clock are not in here.
@@ -121,21 +125,24 @@ pub fn compile(
         devices.push(world.derive(name, node, now));
     }
     world.attach_all(devices);
+    let routes = world.all_routes();
+    let answers = world.all_answers(&routes);
     let mut compiled = Compiled {
         policy: policy.clone(),
-        routes: world.all_routes(),
-        answers_print: print_set(&world.all_answers()),
-        answers: world.all_answers(),
+        routes,
+        answers_print: print_set(&answers),
+        answers,
         world,
         sources: Vec::new(),
         alts: Vec::new(),
         rules: Vec::new(),
         ssh: Vec::new(),
         literals: literals_of(model),
-        prints: Vec::new(),
+        prints: Prints::default(),
         now,
         horizon_s,
-        reevaluate_at: None,
+        windowed: false,
+        due: Due::default(),
     };
     compiled.build();
     Ok(compiled)
@@ -243,8 +250,8 @@ impl Compiled {
             let alts = self.alternatives(model, &[], &ssh.src_posture, Action::Allow);
             for (windows, alt) in alts {
                 let src = self.source(&mut source_index, &ssh.src, alt, false);
-                let compiled = CompiledSsh::new(ssh, src, windows);
-                self.ssh.push(compiled);
+                self.windowed |= windows.is_some();
+                self.ssh.push(CompiledSsh::new(ssh, src, windows));
             }
         }
         for i in 0..self.sources.len() {
@@ -253,10 +260,10 @@ impl Compiled {
         for i in 0..self.rules.len() {
             self.fill_rule(i);
         }
-        self.prints = vec![Fingerprint(0); self.world.devices.len()];
-        for slot in self.world.everyone.clone().iter() {
-            self.prints[slot] = self.print_of(slot);
+        for i in 0..self.ssh.len() {
+            self.fill_ssh(i);
         }
+        self.fill_prints();
         self.schedule();
     }
 
@@ -282,6 +289,9 @@ impl Compiled {
         });
         let src_alts = self.alternatives(model, defaults, &rule.src_posture, action);
         let dst_alts = self.alternatives(model, &[], &rule.dst_posture, action);
+        self.windowed |= rule.when.is_some();
+        self.windowed |= src_alts.iter().chain(&dst_alts).any(|(windows, _)| windows.is_some());
+        let first = self.rules.len();
         for (src_windows, src_alt) in &src_alts {
             for (dst_windows, dst_alt) in &dst_alts {
                 let active = when::both(base.clone(), when::both(src_windows.clone(), dst_windows.clone()));
@@ -343,6 +353,10 @@ impl Compiled {
                     }
                 }
             }
+        }
+        // Parts of one rule may be alike but for the devices they are about: the place tells them apart.
+        for (place, made) in self.rules.iter_mut().skip(first).enumerate() {
+            made.core_print = made.core_print.wrapping_add(place as u128);
         }
     }
 
@@ -479,8 +493,13 @@ impl Compiled {
 pub(super) fn print_set(set: &IpSet) -> u128 {
     let mut hash = Sha256::new();
     for range in set.ranges() {
-        hash.update(range.to_string());
-        hash.update([0]);
+        for end in [range.first(), range.last()] {
+            match end {
+                IpAddr::V4(addr) => hash.update(addr.octets()),
+                IpAddr::V6(addr) => hash.update(addr.octets()),
+            }
+        }
+        hash.update([u8::from(range.first().is_ipv4())]);
     }
     wide(hash)
 }

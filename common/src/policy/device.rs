@@ -114,11 +114,26 @@ impl Compiled {
         {
             return false;
         }
-        rule.targets.iter().any(|t| !self.part_of(rule, t, device).is_empty())
+        rule.targets.iter().any(|t| self.answers_for(rule, t, device))
+    }
+
+    /// True if [`Compiled::part_of`] is not empty.
+    fn answers_for(&self, rule: &CompiledRule, target: &Target, device: &Device) -> bool {
+        match &target.kind {
+            TargetKind::Literal(wanted) if rule.via.is_some() => {
+                set_overlaps(wanted, &device.routes) || (device.exit && wanted == self.world.internet())
+            }
+            TargetKind::Any if rule.via.is_some() => set_overlaps(&self.world.overlay, &device.routes),
+            TargetKind::Identity(_) | TargetKind::Own if rule.via.is_some() => false,
+            TargetKind::Identity(id) => device.has(*id) && !device.own.is_empty(),
+            TargetKind::Literal(set) => set_overlaps(set, &device.answers),
+            TargetKind::Any if !rule.app => !device.answers.is_empty(),
+            TargetKind::Any | TargetKind::Own => !device.own.is_empty(),
+        }
     }
 
     /// The addresses a device answers for under one target of a rule.
-    fn part_of(&self, rule: &CompiledRule, target: &Target, device: &Device) -> IpSet {
+    pub(super) fn part_of(&self, rule: &CompiledRule, target: &Target, device: &Device) -> IpSet {
         if rule.via.is_some() {
             let wanted = match &target.kind {
                 TargetKind::Literal(set) => set,
@@ -136,6 +151,8 @@ impl Compiled {
             TargetKind::Identity(id) if device.has(*id) => device.own.iter().copied().collect(),
             TargetKind::Identity(_) => IpSet::new(),
             TargetKind::Literal(set) => set.intersect(&device.answers),
+            // Applications are at the device, not in the networks behind it, unless a rule names those.
+            TargetKind::Any if rule.app => device.own.iter().copied().collect(),
             TargetKind::Any => device.answers.clone(),
             TargetKind::Own => device.own.iter().copied().collect(),
         }
@@ -198,6 +215,11 @@ impl Compiled {
         self.rules.iter().find(|r| r.id == id).map(|r| r.origin.as_str())
     }
 
+    /// Where a staged rule stands now; `None` for any other rule.
+    pub fn staged_origin_of(&self, id: RuleId) -> Option<&str> {
+        self.rules.iter().find(|r| r.staged && r.id == id).map(|r| r.origin.as_str())
+    }
+
     /// The names of all devices, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.world.by_name.keys().map(String::as_str)
@@ -221,8 +243,6 @@ impl Compiled {
         let Some((slot, device)) = self.world.named(name) else {
             return Vec::new();
         };
-        let mut from: IpSet = device.own.iter().copied().collect();
-        from.extend(&device.routes);
         let mut out = Vec::new();
         for rule in self.rules.iter().filter(|r| !r.app) {
             let source = &self.sources[rule.src];
@@ -235,7 +255,7 @@ impl Compiled {
                 }
                 (device.own.clone(), self.own_dst(rule, device))
             } else {
-                (from.intersect(&source.set).to_ranges(), self.dst_all(rule))
+                (source.sent_by(device).to_ranges(), self.dst_all(rule))
             };
             if !src.is_empty() && !dst.is_empty() {
                 out.push(self.filter(rule, src, dst));

@@ -8,6 +8,9 @@ pub const MAX_DIAGNOSTICS: usize = 50;
 /// Longest part of a source line a message quotes; a minified file is one line. Unit: characters.
 pub(super) const MAX_SNIPPET: usize = 160;
 
+/// Longest text of a message or its advice; more is cut in the middle of what it quotes. Unit: characters.
+pub(super) const MAX_TEXT: usize = 600;
+
 /// Names longer than this are not compared for a suggestion (the comparison is quadratic). Unit: characters.
 pub(super) const MAX_SUGGESTION_NAME: usize = 64;
 
@@ -186,8 +189,8 @@ impl Source {
             mark_at,
             mark_len: marked.min(shown.saturating_sub(mark_at).max(1)),
             snippet,
-            message,
-            help,
+            message: shortened(message),
+            help: help.map(shortened),
         }
     }
 
@@ -272,6 +275,17 @@ impl<'a> Report<'a> {
     }
 }
 
+/// The text, cut in the middle if it is longer than [`MAX_TEXT`]: messages quote what the file holds.
+fn shortened(text: String) -> String {
+    let count = text.chars().count();
+    if count <= MAX_TEXT {
+        return text;
+    }
+    let head: String = text.chars().take(MAX_TEXT / 2).collect();
+    let tail: String = text.chars().skip(count - MAX_TEXT / 2).collect();
+    format!("{head} … {tail}")
+}
+
 /// The candidate with the smallest edit distance to `wanted`, if it is small for the length of the name.
 pub(crate) fn nearest<'n>(wanted: &str, candidates: impl Iterator<Item = &'n str>) -> Option<&'n str> {
     let wanted_chars: Vec<char> = wanted.chars().take(MAX_SUGGESTION_NAME + 1).collect();
@@ -333,6 +347,17 @@ mod tests {
         let d = source.locate(Severity::Error, Span::new(at, at + 6), String::new(), None);
         assert_eq!(d.snippet.chars().count(), MAX_SNIPPET);
         assert_eq!(&d.snippet[d.mark_at..d.mark_at + d.mark_len], "\"here\"");
+    }
+
+    #[test]
+    fn a_message_does_not_grow_with_what_it_quotes() {
+        let source = Source::new("x");
+        let mut report = Report::new(&source);
+        report.error(Span::new(0, 1), format!("\"{}\" is not a user", "é".repeat(1_000_000)));
+        let found = report.finish();
+        assert!(
+            found[0].message.chars().count() <= MAX_TEXT + 3 && found[0].message.ends_with("is not a user")
+        );
     }
 
     #[test]

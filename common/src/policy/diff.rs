@@ -6,10 +6,11 @@ use std::net::IpAddr;
 use serde::Serialize;
 
 use super::compile::Compiled;
+use super::device::NodePolicy;
 use super::posture::Truth;
 use super::selector;
 use super::world::Device;
-use crate::filter::{Action, DEFAULT_PROTOS, FilterRule, IpRange, PortRange, has_ports};
+use crate::filter::{Action, DEFAULT_PROTOS, FilterDst, FilterRule, IpRange, PortRange, has_ports};
 
 /// Most cells (addresses times protocols times ports) compared for one group of sources at one device; beyond, the
 /// report says that it could not decide. Unit: cells.
@@ -81,15 +82,18 @@ fn compare_device(
     let Some((_, device)) = new.world.named(name).or_else(|| old.world.named(name)) else {
         return;
     };
+    let (old_node, new_node) = (old.node(name).unwrap_or_default(), new.node(name).unwrap_or_default());
+    compare_rest(&old_node, &new_node, name, out);
     let now = new.now();
     let live = |rules: Vec<FilterRule>| -> Vec<FilterRule> {
         rules.into_iter().filter(|r| !r.staged && r.is_active(now)).collect()
     };
-    let before = live(old.ingress(name));
-    let after = live(new.ingress(name));
+    let (before, after) = (live(old_node.ingress), live(new_node.ingress));
+    // Only what the rules that differ say anything about can change.
+    let differing: Vec<&FilterRule> = missing(&before, &after).chain(missing(&after, &before)).collect();
     // Sources under the same rules share one comparison.
     let mut groups: BTreeMap<Vec<bool>, Vec<Source>> = BTreeMap::new();
-    for source in sources(new, &before, &after) {
+    for source in sources(new, &differing) {
         let key: Vec<bool> = before
             .iter()
             .chain(&after)
@@ -108,7 +112,7 @@ fn compare_device(
                 .collect()
         };
         let (a, b) = (side(&before, 0), side(&after, before.len()));
-        let Some(cells) = cells(&a, &b, first) else {
+        let Some(cells) = cells(&a, &b, &differing, first) else {
             out.undecided.push(format!("{} -> {name}: more than {MAX_CELLS} cases to compare", first.label));
             continue;
         };
@@ -138,16 +142,26 @@ fn compare_device(
             }
         }
     }
-    compare_rest(old, new, name, out);
+}
+
+/// Those of `rules` that `others` lacks.
+fn missing<'a>(rules: &'a [FilterRule], others: &[FilterRule]) -> impl Iterator<Item = &'a FilterRule> {
+    // Not where it stands in the file, and not when else it is in force.
+    type Effect<'a> = (Action, &'a [IpRange], &'a [FilterDst], &'a [u8]);
+    fn effect(rule: &FilterRule) -> Effect<'_> {
+        (rule.action, &rule.src, &rule.dst, &rule.protos)
+    }
+    let held: BTreeSet<Effect<'_>> = others.iter().map(effect).collect();
+    let missing: Vec<&FilterRule> = rules.iter().filter(|rule| !held.contains(&effect(rule))).collect();
+    missing.into_iter()
 }
 
 /// Everybody who can be a source of any of the rules.
-fn sources(compiled: &Compiled, before: &[FilterRule], after: &[FilterRule]) -> Vec<Source> {
+fn sources(compiled: &Compiled, rules: &[&FilterRule]) -> Vec<Source> {
     let world = &compiled.world;
     let mut out = Vec::new();
-    let reaches = |d: &Device| {
-        before.iter().chain(after).any(|r| r.src.iter().any(|s| d.own.iter().any(|o| s.contains(o.first()))))
-    };
+    let reaches =
+        |d: &Device| rules.iter().any(|r| r.src.iter().any(|s| d.own.iter().any(|o| s.contains(o.first()))));
     for device in world.everyone.iter().filter_map(|slot| world.device(slot)) {
         if reaches(device) {
             out.push(Source {
@@ -161,7 +175,7 @@ fn sources(compiled: &Compiled, before: &[FilterRule], after: &[FilterRule]) -> 
     for device in world.routers.iter().filter_map(|slot| world.device(*slot)) {
         for route in device.routes.ranges() {
             let mut firsts = BTreeSet::from([route.first()]);
-            for range in before.iter().chain(after).flat_map(|r| &r.src) {
+            for range in rules.iter().flat_map(|r| &r.src) {
                 if let Some(part) = range.intersect(&route) {
                     firsts.insert(part.first());
                     firsts.extend(next(part.last()).filter(|a| route.contains(*a)));
@@ -195,24 +209,28 @@ struct Cell {
 
 type Side = [(FilterRule, [bool; 2])];
 
-/// The differences of two lists of rules for one source, or `None` if there are too many cases.
-fn cells(a: &Side, b: &Side, source: &Source) -> Option<Vec<Cell>> {
+/// The differences of two lists of rules for one source, all inside of the rules that differ, or `None` if there are too
+/// many cases.
+fn cells(a: &Side, b: &Side, differing: &[&FilterRule], source: &Source) -> Option<Vec<Cell>> {
     let all = || a.iter().chain(b).map(|(rule, _)| rule);
-    let protos: BTreeSet<u8> = all()
-        .flat_map(|r| if r.protos.is_empty() { DEFAULT_PROTOS.to_vec() } else { r.protos.clone() })
-        .collect();
+    let protos: BTreeSet<u8> = differing.iter().flat_map(|rule| protos(rule)).copied().collect();
     let mut starts: BTreeSet<IpAddr> = BTreeSet::new();
-    let mut ports: BTreeSet<u32> = BTreeSet::from([0]);
+    let mut ports: BTreeSet<u32> = BTreeSet::from([0, 65_536]);
     for dst in all().flat_map(|r| &r.dst) {
         starts.insert(dst.net.first());
         starts.extend(next(dst.net.last()));
         ports.insert(u32::from(dst.ports.first));
         ports.insert(u32::from(dst.ports.last) + 1);
     }
-    let nets: Vec<IpRange> = elementary(&starts);
-    ports.insert(65_536);
+    let mut nets = elementary(&starts);
+    nets.retain(|net| differing.iter().flat_map(|r| &r.dst).any(|dst| dst.net.contains(net.first())));
     let ports: Vec<u32> = ports.into_iter().collect();
-    if nets.len().saturating_mul(protos.len()).saturating_mul(ports.len()) > MAX_CELLS {
+    let steps: Vec<(u16, u16)> = ports
+        .windows(2)
+        .filter_map(|w| Some((u16::try_from(w[0]).ok()?, u16::try_from(w[1] - 1).ok()?)))
+        .filter(|(first, _)| differing.iter().flat_map(|r| &r.dst).any(|dst| dst.ports.contains(*first)))
+        .collect();
+    if nets.len().saturating_mul(protos.len()).saturating_mul(steps.len()) > MAX_CELLS {
         return None;
     }
     let mut out = Vec::new();
@@ -226,24 +244,17 @@ fn cells(a: &Side, b: &Side, source: &Source) -> Option<Vec<Cell>> {
             if *proto == foreign {
                 continue;
             }
+            let steps: &[(u16, u16)] = if has_ports(*proto) { &steps } else { &[(0, u16::MAX)] };
             // Neighbouring ports that change alike become one entry.
             let mut run: Option<(bool, u16, u16, BTreeSet<String>)> = None;
-            let steps: Vec<(u16, u16)> = if has_ports(*proto) {
-                ports
-                    .windows(2)
-                    .filter_map(|w| Some((u16::try_from(w[0]).ok()?, u16::try_from(w[1] - 1).ok()?)))
-                    .collect()
-            } else {
-                vec![(0, u16::MAX)]
-            };
             let mut flush = |run: &mut Option<(bool, u16, u16, BTreeSet<String>)>| {
                 if let Some((opens, first, last, rules)) = run.take() {
                     out.push(Cell { opens, net, service: service(*proto, first, last), rules });
                 }
             };
             for (first, last) in steps {
-                let was = decide(a, net.first(), *proto, first);
-                let is = decide(b, net.first(), *proto, first);
+                let was = decide(a, net.first(), *proto, *first);
+                let is = decide(b, net.first(), *proto, *first);
                 if was.0 == is.0 {
                     flush(&mut run);
                     continue;
@@ -251,10 +262,14 @@ fn cells(a: &Side, b: &Side, source: &Source) -> Option<Vec<Cell>> {
                 // Who opens it is in the new file; who closes it is a denial there, or was in the old file.
                 let rules = if is.0 || !is.1.is_empty() { is.1 } else { was.1 };
                 match &mut run {
-                    Some((opens, _, end, by)) if *opens == is.0 && *by == rules => *end = last,
+                    Some((opens, _, end, by))
+                        if *opens == is.0 && *by == rules && end.checked_add(1) == Some(*first) =>
+                    {
+                        *end = *last;
+                    }
                     _ => {
                         flush(&mut run);
-                        run = Some((is.0, first, last, rules));
+                        run = Some((is.0, *first, *last, rules));
                     }
                 }
             }
@@ -264,14 +279,17 @@ fn cells(a: &Side, b: &Side, source: &Source) -> Option<Vec<Cell>> {
     Some(out)
 }
 
+fn protos(rule: &FilterRule) -> &[u8] {
+    if rule.protos.is_empty() { &DEFAULT_PROTOS } else { &rule.protos }
+}
+
 /// Allowed or not, and the rules that say so.
 fn decide(side: &Side, dst: IpAddr, proto: u8, port: u16) -> (bool, BTreeSet<String>) {
     let family = usize::from(!dst.is_ipv4());
     let mut by = [BTreeSet::new(), BTreeSet::new()];
     for (rule, hit) in side {
-        let protos: &[u8] = if rule.protos.is_empty() { &DEFAULT_PROTOS } else { &rule.protos };
         let covers = hit[family]
-            && protos.contains(&proto)
+            && protos(rule).contains(&proto)
             && rule.dst.iter().any(|d| d.net.contains(dst) && (!has_ports(proto) || d.ports.contains(port)));
         if covers {
             by[usize::from(rule.action == Action::Deny)].insert(rule.origin.clone());
@@ -328,8 +346,7 @@ fn service(proto: u8, first: u16, last: u16) -> String {
 }
 
 /// Logins, capabilities, attributes and routes.
-fn compare_rest(old: &Compiled, new: &Compiled, name: &str, out: &mut Diff) {
-    let (a, b) = (old.node(name).unwrap_or_default(), new.node(name).unwrap_or_default());
+fn compare_rest(a: &NodePolicy, b: &NodePolicy, name: &str, out: &mut Diff) {
     let mut say = |what: String| out.other.push(format!("{name}: {what}"));
     let strip = |rules: &[super::SshRule]| -> Vec<super::SshRule> {
         rules.iter().cloned().map(|r| super::SshRule { origin: String::new(), ..r }).collect()
@@ -354,6 +371,12 @@ fn compare_rest(old: &Compiled, new: &Compiled, name: &str, out: &mut Diff) {
     }
     for route in a.auto_approved_routes.difference(&b.auto_approved_routes) {
         say(format!("may no longer carry {route} without approval"));
+    }
+    if a.apps != b.apps {
+        say("the configuration of its applications changes".to_owned());
+    }
+    if a.ip_pools != b.ip_pools {
+        say("takes its address from other networks".to_owned());
     }
     let staged = |rules: &[FilterRule]| -> BTreeSet<String> {
         rules.iter().filter(|r| r.staged).map(|r| r.id.to_string()).collect()

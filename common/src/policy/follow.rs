@@ -1,103 +1,14 @@
-//! Following changes: fingerprints, one device at a time, and when to look again.
+//! Following changes: one device at a time, and when to look again.
 
 use std::collections::BTreeSet;
 
-use sha2::{Digest, Sha256};
-
-use super::compile::{Compiled, CompiledRule, TargetKind, conditions, evaluate, print_set};
+use super::compile::{Compiled, evaluate, print_set};
 use super::inventory::Node;
-use super::nodeset::NodeSet;
 use super::posture::{Condition, Truth};
-use super::sources::Touched;
-use super::world::{AddressConflict, Device, wide};
-
-/// A hash of a device's whole policy: it differs if anything the device must be told differs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Fingerprint(pub u128);
+use super::prints;
+use super::world::{AddressConflict, Device};
 
 impl Compiled {
-    /// A hash of the device's whole policy, egress included.
-    pub fn fingerprint(&self, name: &str) -> Option<Fingerprint> {
-        let slot = *self.world.by_name.get(name)?;
-        self.prints.get(slot).copied()
-    }
-
-    pub(super) fn print_of(&self, slot: usize) -> Fingerprint {
-        let Some(device) = self.world.device(slot) else {
-            return Fingerprint(0);
-        };
-        let mut hash = Sha256::new();
-        hash.update(device.print.to_be_bytes());
-        let mut world_routes = false;
-        for rule in &self.rules {
-            let source = &self.sources[rule.src];
-            let (inbound, outbound) = (rule.dst_nodes.has(slot), source.nodes.has(slot));
-            if !inbound && !outbound {
-                continue;
-            }
-            hash.update(rule.core_print.to_be_bytes());
-            hash.update([u8::from(inbound), u8::from(outbound)]);
-            if rule.own {
-                let user = device.user.and_then(|u| self.world.of_user.get(u));
-                // A sum: the result may not depend on the order in which devices came.
-                let peers = user.into_iter().flatten().map(|peer| {
-                    let print = self.world.device(*peer).map_or(0, |d| d.print);
-                    let part = 1
-                        + 2 * u128::from(source.nodes.has(*peer))
-                        + 4 * u128::from(rule.dst_nodes.has(*peer));
-                    print.wrapping_mul(part)
-                });
-                let sum = peers.fold(0_u128, u128::wrapping_add);
-                hash.update(sum.to_be_bytes());
-                continue;
-            }
-            if inbound {
-                hash.update(source.print.wrapping_add(source.base_print).to_be_bytes());
-                for target in &rule.targets {
-                    if let TargetKind::Identity(id) = target.kind {
-                        hash.update([u8::from(device.has(id))]);
-                    }
-                }
-            }
-            if outbound {
-                hash.update(rule.dst_print.to_be_bytes());
-                // Whether this device is a source by an own address or by a route shows in what it sends.
-                for range in device.own.iter().copied().chain(device.routes.ranges()) {
-                    hash.update([u8::from(source.set.overlaps(range))]);
-                }
-                world_routes |= rule.targets.iter().any(|t| t.kind == TargetKind::Any);
-            }
-        }
-        if world_routes {
-            hash.update(self.answers_print.to_be_bytes());
-        }
-        self.print_ssh(slot, device, &mut hash);
-        let model = self.policy.model();
-        for attr in &model.node_attrs {
-            if attr.target.iter().any(|t| self.selects(&t.value, device)) {
-                hash.update([4]);
-                for name in &attr.attr {
-                    hash.update(name);
-                    hash.update([0]);
-                }
-                for (name, values) in &attr.app {
-                    hash.update(name);
-                    for value in values {
-                        hash.update(value.to_string());
-                    }
-                }
-                for net in &attr.ip_pool {
-                    hash.update(net.to_string());
-                }
-            }
-        }
-        hash.update([u8::from(model.randomize_client_port)]);
-        for route in self.auto_approved(model, device) {
-            hash.update(route.to_string());
-        }
-        Fingerprint(wide(hash))
-    }
-
     /// The time it was compiled for, in seconds since the Unix epoch.
     pub const fn now(&self) -> i64 {
         self.now
@@ -137,31 +48,79 @@ impl Compiled {
         if let Some(device) = derived {
             self.world.attach(slot, device);
         }
-        let mut affected = NodeSet::new();
-        affected.insert(slot);
-        self.follow(slot, old.as_ref(), now, &mut affected);
+        self.prints.resize(self.world.devices.len());
+        let before = self.prints.clone();
+        self.follow(slot, old.as_ref(), now);
 
-        self.prints.resize(self.world.devices.len(), Fingerprint(0));
-        let mut changed = BTreeSet::new();
-        for slot in affected.iter() {
-            let print = self.print_of(slot);
-            if print != self.prints[slot] {
-                self.prints[slot] = print;
-                changed.extend(self.world.device(slot).map(|d| d.name.clone()));
-            }
+        let slots = self.prints.differing(&before);
+        let mut changed: Vec<String> =
+            slots.filter_map(|slot| self.world.device(slot)).map(|d| d.name.clone()).collect();
+        if old.is_none() != node.is_none() && !changed.iter().any(|n| n == name) {
+            changed.push(name.to_owned());
         }
-        if old.is_none() != node.is_none() {
-            changed.insert(name.to_owned());
-        }
+        changed.sort_unstable();
         if node.is_none() {
             self.world.release(slot);
         }
-        self.schedule();
-        Ok(changed.into_iter().collect())
+        Ok(changed)
     }
 
-    /// Brings postures, sources and rules up to date after a slot changed; collects who may be affected.
-    pub(super) fn follow(&mut self, slot: usize, old: Option<&Device>, now: i64, affected: &mut NodeSet) {
+    /// Brings postures, sources, rules and fingerprints up to date after a slot changed.
+    fn follow(&mut self, slot: usize, old: Option<&Device>, now: i64) {
+        self.follow_facts(slot, now);
+        let everything_differs = self.follow_world(slot, old);
+        let answers_before = std::mem::replace(&mut self.answers_print, print_set(&self.answers));
+        let before: Vec<_> = self.sources.iter().map(|s| (s.print, s.base_print, s.people_print())).collect();
+        for index in 0..self.sources.len() {
+            self.touch_source(index, slot, old);
+            if everything_differs && self.sources[index].is_of_everything() {
+                self.refresh_base(index);
+            }
+        }
+        for index in 0..self.rules.len() {
+            let dst_before = self.rules[index].dst_print;
+            self.touch_rule(index, slot, old);
+            let rule = &self.rules[index];
+            if rule.own {
+                continue;
+            }
+            let source = &self.sources[rule.src];
+            let (print, base_print, _) = before[rule.src];
+            if (source.print, source.base_print) != (print, base_print) {
+                let amount = prints::inbound(rule, source.print, source.base_print)
+                    .wrapping_sub(prints::inbound(rule, print, base_print));
+                self.prints.add(&rule.dst_nodes, amount, Some(slot));
+            }
+            let answers_differ = self.answers_print != answers_before && rule.names_everything();
+            if !rule.app && (rule.dst_print != dst_before || answers_differ) {
+                let amount = prints::outbound(rule, rule.dst_print, self.answers_print)
+                    .wrapping_sub(prints::outbound(rule, dst_before, answers_before));
+                self.prints.add(&source.nodes, amount, Some(slot));
+            }
+        }
+        for index in 0..self.ssh.len() {
+            self.touch_ssh(index, slot);
+            let rule = &self.ssh[index];
+            let (people, people_before) = (self.sources[rule.src].people_print(), before[rule.src].2);
+            if people != people_before {
+                let amount =
+                    prints::login(rule.print, people).wrapping_sub(prints::login(rule.print, people_before));
+                self.prints.add(&rule.at, amount, Some(slot));
+            }
+        }
+        let sum = self.shared_of(slot);
+        self.prints.set_shared(slot, sum);
+        let users = [old, self.world.device(slot)].into_iter().flatten().filter_map(|d| d.user);
+        let own: BTreeSet<usize> =
+            users.flat_map(|u| self.world.of_user[u].iter().copied()).chain([slot]).collect();
+        for slot in own {
+            let print = self.local_of(slot);
+            self.prints.set_local(slot, print);
+        }
+    }
+
+    /// Which postures the device meets, and when that must be looked at again.
+    fn follow_facts(&mut self, slot: usize, now: i64) {
         let policy = self.policy.clone();
         for i in 0..self.alts.len() {
             let truth = self
@@ -174,123 +133,104 @@ impl Compiled {
             }
             alt.truth[slot] = truth;
         }
+        let due = self.facts_due(slot);
+        self.due.set(slot, due);
+    }
+
+    /// Updates what the devices together answer for. True if that, or their routes, are others now.
+    fn follow_world(&mut self, slot: usize, old: Option<&Device>) -> bool {
         let new = self.world.device(slot);
         let routes_differ = old.map(|d| (&d.routes, d.exit)) != new.map(|d| (&d.routes, d.exit));
-        if routes_differ {
-            self.routes = self.world.all_routes();
-        }
         // Egress to "*" names every address outside the overlay.
         let outside =
             |d: Option<&Device>| d.is_some_and(|d| d.own.iter().any(|r| !self.world.overlay.covers(*r)));
-        let star_differs = routes_differ || outside(old) || outside(new);
-        if star_differs {
-            self.answers = self.world.all_answers();
-            self.answers_print = print_set(&self.answers);
+        if !routes_differ && !outside(old) && !outside(new) {
+            return false;
         }
-        let mut touched = vec![Touched::default(); self.sources.len()];
-        for (i, touched) in touched.iter_mut().enumerate() {
-            *touched = if routes_differ && self.sources[i].key.any {
-                self.fill_source(i);
-                Touched { addresses: true, people: true }
-            } else {
-                self.touch_source(i, slot, old)
-            };
+        if routes_differ {
+            self.routes = self.world.all_routes();
         }
-        for i in 0..self.rules.len() {
-            let before = self.rules[i].dst_print;
-            let was = self.rules[i].dst_nodes.remove(slot);
-            if let (true, Some(old)) = (was, old) {
-                let part = self.rules[i].part_print(old);
-                self.rules[i].dst_print = before.wrapping_sub(part);
-            }
-            let device = self.world.device(slot).filter(|d| self.lets_in(&self.rules[i], slot, d));
-            let part = device.map(|d| self.rules[i].part_print(d));
-            if let Some(part) = part {
-                let rule = &mut self.rules[i];
-                rule.dst_nodes.insert(slot);
-                rule.dst_print = rule.dst_print.wrapping_add(part);
-            }
-            let rule = &self.rules[i];
-            if rule.own {
-                continue;
-            }
-            if touched[rule.src].addresses {
-                affected.extend(&rule.dst_nodes);
-            }
-            let star = star_differs && rule.targets.iter().any(|t| t.kind == TargetKind::Any);
-            if rule.dst_print != before || star {
-                affected.extend(&self.sources[rule.src].nodes);
-            }
+        self.answers = self.world.all_answers(&self.routes);
+        true
+    }
+
+    /// Takes a device out of a rule's destinations, and puts it in as it now is.
+    fn touch_rule(&mut self, index: usize, slot: usize, old: Option<&Device>) {
+        let new = self.world.device(slot).filter(|d| self.lets_in(&self.rules[index], slot, d));
+        let part = new.map(|d| self.rules[index].part_print(d));
+        let rule = &mut self.rules[index];
+        if let (true, Some(old)) = (rule.dst_nodes.remove(slot), old) {
+            rule.dst_print = rule.dst_print.wrapping_sub(rule.part_print(old));
         }
-        for user in [old, self.world.device(slot)].into_iter().flatten().filter_map(|d| d.user) {
-            affected.extend(&self.world.of_user[user].iter().copied().collect());
+        if let Some(part) = part {
+            rule.dst_nodes.insert(slot);
+            rule.dst_print = rule.dst_print.wrapping_add(part);
         }
-        self.follow_ssh(&touched, affected);
     }
 
     /// When the result should be worked out again although nothing was edited: a fact becomes stale, a rule expires,
     /// or windows are needed beyond the horizon. Seconds since the Unix epoch.
     pub fn reevaluate_at(&self) -> Option<i64> {
-        self.reevaluate_at
+        self.due.rules.into_iter().chain(self.due.first()).min()
     }
 
+    /// Works out [`Compiled::reevaluate_at`] for everything.
     pub(super) fn schedule(&mut self) {
         let model = self.policy.model();
-        let mut next: Option<i64> = None;
-        let mut sooner = |at: i64| {
-            if at > self.now {
-                next = Some(next.map_or(at, |n: i64| n.min(at)));
-            }
-        };
-        let clock = self
-            .alts
-            .iter()
-            .flat_map(|a| &a.any_of)
-            .flat_map(|all| conditions(model, all))
-            .any(Condition::is_time);
-        if clock || model.rules.iter().any(|r| r.when.is_some()) {
-            sooner(self.now.saturating_add((self.horizon_s / 2).max(60)));
-        }
-        model.rules.iter().filter_map(|r| r.expires).for_each(&mut sooner);
-        let facts: BTreeSet<&str> =
+        let used: BTreeSet<&str> =
             self.alts.iter().flat_map(|a| &a.any_of).flatten().map(String::as_str).collect();
-        if !facts.is_empty() {
-            let wanted: Vec<&Condition> = facts
-                .iter()
-                .filter_map(|p| model.postures.get(*p))
-                .flat_map(|p| p.value.iter().map(|c| &c.value))
-                .filter(|c| !c.is_time())
-                .collect();
-            for slot in self.world.everyone.iter() {
-                let Some(device) = self.world.device(slot) else {
-                    continue;
-                };
-                for condition in &wanted {
-                    let key = condition.key();
-                    let key = key.strip_prefix("attest:").unwrap_or(key);
-                    let left = self
-                        .world
-                        .fact(device, key)
-                        .and_then(|f| condition.stale_in(&f, self.now - device.since));
-                    if let Some(left) = left {
-                        sooner(self.now.saturating_add(left));
-                    }
-                }
-            }
+        let used = used.into_iter().filter_map(|p| model.postures.get(p));
+        let facts = used.flat_map(|p| p.value.iter().map(|c| &c.value)).filter(|c| !c.is_time());
+        let watched = facts.cloned().collect();
+        let mut ends: Vec<i64> = model.rules.iter().filter_map(|r| r.expires).collect();
+        if self.windowed {
+            ends.push(self.now.saturating_add((self.horizon_s / 2).max(60)));
         }
-        self.reevaluate_at = next;
+        let rules = ends.into_iter().filter(|at| *at > self.now).min();
+        self.due = Due { watched, rules, ..Due::default() };
+        for slot in self.world.everyone.clone().iter() {
+            let due = self.facts_due(slot);
+            self.due.set(slot, due);
+        }
+    }
+
+    /// When the first fact about a device that a condition looks at becomes stale.
+    fn facts_due(&self, slot: usize) -> Option<i64> {
+        let device = self.world.device(slot)?;
+        let elapsed = self.now.saturating_sub(device.since);
+        let due = self.due.watched.iter().filter_map(|condition| {
+            let key = condition.key();
+            let fact = self.world.fact(device, key.strip_prefix("attest:").unwrap_or(key))?;
+            Some(self.now.saturating_add(condition.stale_in(&fact, elapsed)?))
+        });
+        due.filter(|at| *at > self.now).min()
     }
 }
 
-impl CompiledRule {
-    /// A device's share of `dst_print`: differs if what the device lets in of the rule differs.
-    pub(super) fn part_print(&self, device: &Device) -> u128 {
-        let mut weight = 1_u128;
-        for target in &self.targets {
-            if let TargetKind::Identity(id) = target.kind {
-                weight = weight.wrapping_mul(31).wrapping_add(2 * u128::from(device.has(id)));
-            }
+/// When something must be looked at again though nothing was edited, in seconds since the Unix epoch.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Due {
+    /// The conditions over facts that rules ask for.
+    watched: Vec<Condition>,
+    /// For the rules' sake.
+    rules: Option<i64>,
+    /// For the sake of a device's facts, by slot.
+    of: Vec<Option<i64>>,
+    order: BTreeSet<(i64, usize)>,
+}
+
+impl Due {
+    fn set(&mut self, slot: usize, at: Option<i64>) {
+        if slot >= self.of.len() {
+            self.of.resize(slot + 1, None);
         }
-        device.print.wrapping_mul(weight | 1)
+        if let Some(was) = std::mem::replace(&mut self.of[slot], at) {
+            self.order.remove(&(was, slot));
+        }
+        self.order.extend(at.map(|at| (at, slot)));
+    }
+
+    fn first(&self) -> Option<i64> {
+        self.order.first().map(|(at, _)| *at)
     }
 }

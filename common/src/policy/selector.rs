@@ -308,6 +308,7 @@ fn parse_port(text: &str) -> Result<u16, WordError> {
 /// Protocols by name.
 pub(crate) const PROTOCOLS: [(&str, u8); 17] = [
     ("icmp", filter::PROTO_ICMP),
+    ("icmpv4", filter::PROTO_ICMP),
     ("igmp", 2),
     ("ipv4", 4),
     ("ip-in-ip", 4),
@@ -316,7 +317,6 @@ pub(crate) const PROTOCOLS: [(&str, u8); 17] = [
     ("igp", 9),
     ("udp", filter::PROTO_UDP),
     ("dccp", 33),
-    ("ipv6", 41),
     ("gre", 47),
     ("esp", 50),
     ("ah", 51),

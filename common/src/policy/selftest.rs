@@ -1,18 +1,18 @@
 //! The file's own tests: connections and logins that must be allowed or denied.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
-use std::net::IpAddr;
 
 use serde::Serialize;
 
 use super::Policy;
-use super::compile::{Compiled, CompiledRule, TargetKind, compile, is_identity};
+use super::compile::{Compiled, CompiledRule, Target, TargetKind, compile, is_identity};
 use super::diagnostic::Diagnostic;
 use super::inventory::Inventory;
 use super::ipset::IpSet;
 use super::model::{At, SshTestDef, TestDef};
 use super::nodeset::NodeSet;
-use super::posture::{Attributes, Truth};
+use super::posture::Attributes;
 use super::selector::{self, Autogroup, Selector};
 use super::ssh::{SshAction, SshRule};
 use crate::filter::{Action, DEFAULT_PROTOS, IpRange, has_ports};
@@ -47,6 +47,8 @@ pub struct TestResult {
     pub src: String,
     /// What went wrong, for people; empty if it passed.
     pub failures: Vec<String>,
+    /// What the test leaves open although it passed: a denial that only a part of the source meets.
+    pub notes: Vec<String>,
 }
 
 /// Runs the `tests` and `sshTests` of a policy against an inventory at `now` (seconds since the Unix epoch).
@@ -62,7 +64,7 @@ impl Compiled {
     pub fn run_tests(&self) -> TestReport {
         let model = self.policy.model();
         let tests = model.tests.iter().map(|test| {
-            let failures = match self.with_attributes(&test.src.value, &test.attrs) {
+            let Outcome { failures, notes } = match self.with_attributes(&test.src.value, &test.attrs) {
                 Some(other) => other.run_test(test),
                 None => self.run_test(test),
             };
@@ -71,6 +73,7 @@ impl Compiled {
                 line: test.line,
                 src: test.src.value.clone(),
                 failures,
+                notes,
             }
         });
         let ssh = model.ssh_tests.iter().map(|test| {
@@ -79,7 +82,8 @@ impl Compiled {
                 Some(other) => other.run_ssh_test(test),
                 None => self.run_ssh_test(test),
             };
-            TestResult { name: format!("sshTests[{}]", test.index), line: test.line, src, failures }
+            let name = format!("sshTests[{}]", test.index);
+            TestResult { name, line: test.line, src, failures, notes: Vec::new() }
         });
         TestReport { results: tests.chain(ssh).collect() }
     }
@@ -104,60 +108,72 @@ impl Compiled {
         Some(other)
     }
 
-    fn run_test(&self, test: &TestDef) -> Vec<String> {
-        let mut failures = Vec::new();
+    fn run_test(&self, test: &TestDef) -> Outcome {
+        let mut out = Outcome::default();
         let Ok(src) = Selector::parse(&test.src.value) else {
-            return vec![format!("\"{}\" is not a selector", test.src.value)];
+            return Outcome::failed(format!("\"{}\" is not a selector", test.src.value));
         };
         let units = self.units(&src);
         if units.is_empty() {
-            return vec![format!("source \"{src}\" has no addresses: no device matches")];
+            return Outcome::failed(format!("source \"{src}\" has no addresses: no device matches"));
         }
         for (list, want) in [(&test.accept, true), (&test.deny, false)] {
             for dst in list {
-                if let Err(why) = self.assert_reach(&units, dst, test.proto, want) {
-                    failures.push(why);
+                if let Err(why) = self.assert_reach(&units, dst, test.proto, want, &mut out.notes) {
+                    out.failures.push(why);
                 }
             }
         }
-        failures
+        out
     }
 
+    /// A source reaches a destination if every one of its addresses reaches one of the destination's.
     fn assert_reach(
         &self,
         units: &[Unit],
         dst: &At<String>,
         proto: Option<u8>,
         want: bool,
+        notes: &mut Vec<String>,
     ) -> Result<(), String> {
         let wrong = || format!("\"{}\" is not a destination", dst.value);
         let (host, ports, _) = selector::split_ports(&dst.value).map_err(|e| e.message)?;
         let what = Selector::parse(&host).map_err(|e| e.message)?;
         let port =
             selector::parse_ports(ports).ok().and_then(|p| Some(p.first()?.first)).ok_or_else(wrong)?;
-        let points = self.points(&what);
+        let points = self.addresses_of(&what);
         if points.is_empty() {
             return Err(format!("destination \"{what}\" has no addresses: no device matches"));
         }
         let reach = self.reach(units, &points, proto, port);
-        let fails = |unit: &&Unit| reach.has(unit.index) != want;
-        match units.iter().find(fails) {
-            None => Ok(()),
-            Some(unit) => {
-                let (expected, got) = if want { ("allowed", "denied") } else { ("denied", "allowed") };
-                Err(format!("{} -> {}: expected {expected}, is {got}", unit.name, dst.value))
+        let missing = units.iter().find(|u| !reach.has(u.index));
+        match (want, missing) {
+            (true, None) => Ok(()),
+            (true, Some(unit)) => Err(format!("{} -> {}: expected allowed, is denied", unit.name, dst.value)),
+            (false, None) => match units.first() {
+                Some(unit) => Err(format!("{} -> {}: expected denied, is allowed", unit.name, dst.value)),
+                None => Ok(()),
+            },
+            (false, Some(_)) => {
+                if let Some(unit) = units.iter().find(|u| reach.has(u.index)) {
+                    notes.push(format!(
+                        "{} -> {} is allowed; the test holds as not every address of the source gets there",
+                        unit.name, dst.value
+                    ));
+                }
+                Ok(())
             }
         }
     }
 
     /// Which units reach at least one of the points.
-    fn reach(&self, units: &[Unit], points: &[Point], proto: Option<u8>, port: u16) -> NodeSet {
-        // Per rule, which units and which points it matches.
-        let mut allowed: Vec<(NodeSet, NodeSet)> = Vec::new();
-        let mut denies: Vec<(NodeSet, NodeSet)> = Vec::new();
-        let mut all = NodeSet::new();
+    fn reach(&self, units: &[Unit], points: &[IpRange], proto: Option<u8>, port: u16) -> NodeSet {
+        // Per rule that speaks of the service, which points it covers.
+        let mut allows: Vec<(&IpSet, NodeSet)> = Vec::new();
+        let mut denies: Vec<(&IpSet, NodeSet)> = Vec::new();
         for rule in &self.rules {
-            if rule.app || rule.staged || !is_active(rule, self.now()) {
+            // A test names devices by who they are, and autogroup:self is nobody in particular.
+            if rule.app || rule.staged || rule.own || !is_active(rule, self.now()) {
                 continue;
             }
             let protos: &[u8] = if rule.protos.is_empty() { &DEFAULT_PROTOS } else { &rule.protos };
@@ -170,151 +186,78 @@ impl Compiled {
             }
             // Without a protocol the test means any of the default ones; ICMP alone has no ports to miss.
             let portless = proto.is_none() && !protos.iter().any(|p| has_ports(*p));
-            let hit: NodeSet = points
-                .iter()
-                .enumerate()
-                .filter(|(_, p)| self.point_in(rule, p, port, portless))
-                .map(|(i, _)| i)
-                .collect();
-            if hit.is_empty() {
-                continue;
+            let mut hit = NodeSet::new();
+            for target in &rule.targets {
+                if !portless && !target.ports.iter().any(|p| p.contains(port)) {
+                    continue;
+                }
+                let covered = self.covered(rule, target);
+                let hits = |point: IpRange| match rule.action {
+                    Action::Allow => covered.overlaps(point),
+                    // A denial of a part of a network leaves the rest of it open.
+                    Action::Deny => covered.covers(point),
+                };
+                for (i, _) in points.iter().enumerate().filter(|(_, point)| hits(**point)) {
+                    hit.insert(i);
+                }
             }
-            let from: NodeSet = units.iter().filter(|u| self.unit_in(rule, u)).map(|u| u.index).collect();
-            match rule.action {
-                Action::Allow => {
-                    all.extend(&from);
-                    allowed.push((from, hit));
-                }
-                Action::Deny => denies.push((from, hit)),
-            }
-        }
-        if denies.is_empty() && !self.rules.iter().any(|r| r.own) {
-            return all;
-        }
-        all.iter()
-            .filter(|unit| {
-                let mut open = NodeSet::new();
-                for (_, hit) in allowed.iter().filter(|(from, _)| from.has(*unit)) {
-                    open.extend(hit);
-                }
-                for (_, hit) in denies.iter().filter(|(from, _)| from.has(*unit)) {
-                    open.subtract(hit);
-                }
-                open.iter().any(|p| units.get(*unit).is_some_and(|u| u.meets(&points[p])))
-            })
-            .collect()
-    }
-
-    fn unit_in(&self, rule: &CompiledRule, unit: &Unit) -> bool {
-        let source = &self.sources[rule.src];
-        unit.ranges.iter().any(|r| source.set.overlaps(*r))
-    }
-
-    fn point_in(&self, rule: &CompiledRule, point: &Point, port: u16, portless: bool) -> bool {
-        if rule.own {
-            // A test names devices by who they are, and autogroup:self is nobody in particular.
-            return false;
-        }
-        if let Some(alt) = rule.dst_alt {
-            let truth = point.slot.map_or(Truth::Unknown, |slot| self.alts[alt].truth[slot]);
-            let matches = match rule.action {
-                Action::Allow => truth == Truth::True,
-                Action::Deny => truth != Truth::False,
-            };
-            if !matches {
-                return false;
+            if !hit.is_empty() {
+                let list = if rule.action == Action::Allow { &mut allows } else { &mut denies };
+                list.push((&self.sources[rule.src].set, hit));
             }
         }
-        rule.targets.iter().any(|target| {
-            let ports = portless || target.ports.iter().any(|p| p.contains(port));
-            ports
-                && match &target.kind {
-                    TargetKind::Any => true,
-                    TargetKind::Own => false,
-                    TargetKind::Identity(id) => {
-                        point.slot.and_then(|slot| self.world.device(slot)).is_some_and(|d| d.has(*id))
-                    }
-                    TargetKind::Literal(set) => match point.addr {
-                        Some(addr) if rule.via.is_none() => set.contains(addr),
-                        Some(addr) => {
-                            set.contains(addr)
-                                && rule
-                                    .dst_nodes
-                                    .iter()
-                                    .filter_map(|slot| self.world.device(slot))
-                                    .any(|d| d.answers.contains(addr))
-                        }
-                        None => true,
-                    },
-                }
-        })
-    }
-
-    /// Who the source of a test is: devices, or addresses that are nobody's.
-    fn units(&self, src: &Selector) -> Vec<Unit> {
-        let mut units = Vec::new();
-        let mut rest = IpSet::new();
-        let literal = match src {
-            other if is_identity(other) || *other == Selector::Any => None,
-            other => Some(self.literal(other)),
+        let reaches = |unit: &&Unit| {
+            let mut open = NodeSet::new();
+            for (_, hit) in allows.iter().filter(|(src, _)| src.overlaps(unit.range)) {
+                open.extend(hit);
+            }
+            for (_, hit) in denies.iter().filter(|(src, _)| src.covers(unit.range)) {
+                open.subtract(hit);
+            }
+            !open.is_empty()
         };
-        if let Some(set) = &literal {
-            rest = set.clone();
-        }
-        for slot in self.world.everyone.iter() {
-            let Some(device) = self.world.device(slot) else {
-                continue;
-            };
-            let ranges: Vec<IpRange> = match &literal {
-                None if self.selects(src, device) => device.own.clone(),
-                None => continue,
-                Some(set) => device.own.iter().copied().filter(|r| set.covers(*r)).collect(),
-            };
-            ranges.iter().for_each(|r| rest.remove(*r));
-            if !ranges.is_empty() {
-                units.push(Unit { index: units.len(), name: format!("{src} ({})", device.name), ranges });
-            }
-        }
-        // A network that contains devices is the network, not the devices.
-        if literal.as_ref().is_some_and(|set| set.ranges().any(|r| r.first() != r.last())) {
-            units.clear();
-            rest = literal.unwrap_or_default();
-        }
-        for range in rest.ranges() {
-            units.push(Unit { index: units.len(), name: src.to_string(), ranges: vec![range] });
-        }
-        units
+        units.iter().filter(reaches).map(|u| u.index).collect()
     }
 
-    /// What the destination of a test is.
-    fn points(&self, dst: &Selector) -> Vec<Point> {
-        if *dst == Selector::Any {
-            return vec![Point { slot: None, addr: None }];
+    /// The addresses that a target of a rule means in a test. Networks count whether or not a device answers for them,
+    /// unless the rule asks something of the device.
+    fn covered(&self, rule: &CompiledRule, target: &Target) -> Cow<'_, IpSet> {
+        if rule.dst_alt.is_none() && rule.via.is_none() {
+            return match &target.kind {
+                TargetKind::Identity(id) => Cow::Borrowed(&self.world.identities.addresses[*id as usize]),
+                TargetKind::Literal(set) => Cow::Owned(set.clone()),
+                TargetKind::Any => Cow::Owned(IpSet::all()),
+                TargetKind::Own => Cow::Owned(IpSet::new()),
+            };
         }
-        if !is_identity(dst) {
-            return self
-                .literal(dst)
-                .ranges()
-                .map(|r| Point {
-                    slot: self.world.at(r.first()).map(|(slot, _)| slot),
-                    addr: Some(r.first()),
-                })
-                .collect();
+        let devices = rule.dst_nodes.iter().filter_map(|slot| self.world.device(slot));
+        Cow::Owned(devices.flat_map(|d| self.part_of(rule, target, d).to_ranges()).collect())
+    }
+
+    /// The addresses that a selector means as one side of a test: each of its devices', or ranges named as such.
+    fn addresses_of(&self, selector: &Selector) -> Vec<IpRange> {
+        match selector {
+            Selector::Any => self.world.overlay.to_ranges(),
+            other if is_identity(other) => {
+                let devices = self.world.everyone.iter().filter_map(|slot| self.world.device(slot));
+                devices.filter(|d| self.selects(other, d)).flat_map(|d| d.own.iter().copied()).collect()
+            }
+            other => self.literal(other).to_ranges(),
         }
-        self.world
-            .everyone
-            .iter()
-            .filter_map(|slot| Some((slot, self.world.device(slot)?)))
-            .filter(|(_, d)| self.selects(dst, d))
-            .flat_map(|(slot, d)| {
-                d.node.addresses().map(move |addr| Point { slot: Some(slot), addr: Some(addr) })
-            })
-            .collect()
+    }
+
+    fn units(&self, src: &Selector) -> Vec<Unit> {
+        let name = |range: IpRange| match self.world.at(range.first()) {
+            Some((_, device)) if range.first() == range.last() => format!("{src} ({})", device.name),
+            _ => src.to_string(),
+        };
+        let ranges = self.addresses_of(src).into_iter().enumerate();
+        ranges.map(|(index, range)| Unit { index, name: name(range), range }).collect()
     }
 
     fn run_ssh_test(&self, test: &SshTestDef) -> Vec<String> {
         let src = &test.src.value;
-        let from: IpSet = self.units(src).into_iter().flat_map(|u| u.ranges).collect();
+        let from: IpSet = self.addresses_of(src).into_iter().collect();
         if from.is_empty() {
             return vec![format!("source \"{src}\" has no addresses: no device matches")];
         }
@@ -373,24 +316,24 @@ impl Compiled {
     }
 }
 
-/// One source of a test.
+/// One address of the source of a test, or a range of them that is named as such.
 struct Unit {
     index: usize,
     name: String,
-    ranges: Vec<IpRange>,
+    range: IpRange,
 }
 
-impl Unit {
-    /// Is there a pair of addresses of one family?
-    fn meets(&self, point: &Point) -> bool {
-        point.addr.is_none_or(|addr| self.ranges.iter().any(|r| r.first().is_ipv4() == addr.is_ipv4()))
+/// How a test ended.
+#[derive(Default)]
+struct Outcome {
+    failures: Vec<String>,
+    notes: Vec<String>,
+}
+
+impl Outcome {
+    fn failed(why: String) -> Self {
+        Self { failures: vec![why], notes: Vec::new() }
     }
-}
-
-/// One destination of a test; no address is "anything".
-struct Point {
-    slot: Option<usize>,
-    addr: Option<IpAddr>,
 }
 
 fn is_active(rule: &CompiledRule, now: i64) -> bool {

@@ -91,15 +91,7 @@ impl Compiled {
                 set.extend(&self.world.identities.addresses[*id as usize]);
             }
             if key.any {
-                let outside: IpSet = self
-                    .world
-                    .everyone
-                    .iter()
-                    .filter_map(|slot| self.world.device(slot))
-                    .flat_map(|d| d.own.iter().copied())
-                    .filter(|r| !base.covers(*r))
-                    .collect();
-                set.extend(&outside);
+                set.extend(&self.world.outside);
             }
         }
         let source = &mut self.sources[index];
@@ -144,10 +136,24 @@ impl Compiled {
         }
     }
 
-    /// Takes a device out of a source, and puts it in as it now is. Says whether addresses, or people, changed.
-    pub(super) fn touch_source(&mut self, index: usize, slot: usize, old: Option<&Device>) -> Touched {
+    /// The same source after a change of what `*` covers: who it speaks of stays.
+    pub(super) fn refresh_base(&mut self, index: usize) {
+        let base = self.base_of(&self.sources[index].key);
         let source = &mut self.sources[index];
-        let before = (source.print, source.who);
+        source.base_print = print_set(&base);
+        if source.key.alt.is_none() || source.key.deny {
+            source.set.clone_from(&base);
+            source.set.extend(&self.world.outside);
+            for device in source.excluded.iter().filter_map(|slot| self.world.device(slot)) {
+                device.own.iter().for_each(|r| source.set.remove(*r));
+            }
+        }
+        source.base = base;
+    }
+
+    /// Takes a device out of a source, and puts it in as it now is.
+    pub(super) fn touch_source(&mut self, index: usize, slot: usize, old: Option<&Device>) {
+        let source = &mut self.sources[index];
         let plain = source.key.alt.is_none() || source.key.deny;
         if let Some(old) = old {
             source.take(slot, old);
@@ -171,21 +177,30 @@ impl Compiled {
                 }
             }
         }
-        let source = &self.sources[index];
-        Touched { addresses: source.print != before.0, people: source.who != before.1 }
     }
 }
 
-/// What changed about a source.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Touched {
-    /// The devices and addresses.
-    pub(crate) addresses: bool,
-    /// Those, or their users or tags.
-    pub(crate) people: bool,
-}
-
 impl SourceSet {
+    /// Does it depend on every route there is?
+    pub(super) const fn is_of_everything(&self) -> bool {
+        self.key.any
+    }
+
+    /// True if traffic from the network behind one of its devices is traffic of the source. Nobody knows what stands
+    /// there, so a posture is only met by the device itself.
+    pub(super) fn carries(&self, route: IpRange) -> bool {
+        (self.key.alt.is_none() || self.key.deny) && self.base.overlaps(route)
+    }
+
+    /// The addresses from which a device sends as this source.
+    pub(super) fn sent_by(&self, device: &Device) -> IpSet {
+        let mut out = self.set.intersect(&device.own.iter().copied().collect());
+        if self.key.alt.is_none() || self.key.deny {
+            out.extend(&self.base.intersect(&device.routes));
+        }
+        out
+    }
+
     /// Changes whenever the devices that may be the source change, or their users or tags.
     pub(crate) fn people_print(&self) -> u128 {
         self.who

@@ -11,7 +11,6 @@ use super::inventory::User;
 use super::model::{LoginUser, SshDef};
 use super::nodeset::NodeSet;
 use super::selector::{Autogroup, Selector};
-use super::sources::Touched;
 use super::world::{Device, wide};
 use crate::filter::UnixInterval;
 
@@ -53,7 +52,9 @@ pub(crate) struct CompiledSsh {
     /// Identities and addresses, without autogroup:self.
     dst: Vec<Selector>,
     localpart: bool,
-    print: u128,
+    pub(super) print: u128,
+    /// Devices of `dst`.
+    pub(super) at: NodeSet,
 }
 
 impl CompiledSsh {
@@ -73,6 +74,7 @@ impl CompiledSsh {
             dst: ssh.dst.iter().map(|d| d.value.clone()).filter(|s| !is_self(s)).collect(),
             localpart: ssh.users.iter().any(|u| matches!(u.value, LoginUser::Localpart(_))),
             print: wide(hash),
+            at: NodeSet::new(),
         }
     }
 }
@@ -125,7 +127,7 @@ impl Compiled {
         {
             emit(self.of_user(nodes, user), Some(user));
         }
-        if rule.dst.iter().any(|s| self.selects(s, device)) {
+        if rule.at.has(slot) {
             let principals = self.principals(nodes);
             if rule.localpart {
                 for (user, addrs) in principals.by_user {
@@ -178,43 +180,38 @@ impl Compiled {
         out
     }
 
-    pub(crate) fn print_ssh(&self, slot: usize, device: &Device, hash: &mut Sha256) {
-        for rule in &self.ssh {
-            let (to_self, dst, src) = self.ssh_part(rule, slot, device);
-            if to_self || dst || src {
-                hash.update(rule.print.to_be_bytes());
-                hash.update([u8::from(to_self), u8::from(dst), u8::from(src)]);
-                hash.update(self.ssh_source_print(rule.src).to_be_bytes());
-            }
+    /// Works out where a rule lets people log in.
+    pub(super) fn fill_ssh(&mut self, index: usize) {
+        for slot in self.world.everyone.clone().iter() {
+            self.touch_ssh(index, slot);
         }
     }
 
-    fn ssh_part(&self, rule: &CompiledSsh, slot: usize, device: &Device) -> (bool, bool, bool) {
-        (
-            rule.to_self && device.user.is_some(),
-            rule.dst.iter().any(|s| self.selects(s, device)),
-            rule.localpart && self.sources[rule.src].nodes.has(slot),
-        )
+    /// Puts a device in or out of a rule's destinations, as it now is.
+    pub(super) fn touch_ssh(&mut self, index: usize, slot: usize) {
+        let dst = &self.ssh[index].dst;
+        if self.world.device(slot).is_some_and(|d| dst.iter().any(|s| self.selects(s, d))) {
+            self.ssh[index].at.insert(slot);
+        } else {
+            self.ssh[index].at.remove(slot);
+        }
     }
 
-    fn ssh_source_print(&self, src: usize) -> u128 {
-        self.sources[src].people_print()
-    }
-
-    /// Who may be affected by a change of sources or of one device.
-    pub(crate) fn follow_ssh(&self, touched: &[Touched], affected: &mut NodeSet) {
+    /// Logins between the devices of one user, or of a tagged device at itself.
+    pub(super) fn print_own_logins(&self, slot: usize, device: &Device, hash: &mut Sha256) {
         for rule in &self.ssh {
-            if touched[rule.src].people {
-                for slot in self.world.everyone.iter() {
-                    let Some(device) = self.world.device(slot) else {
-                        continue;
-                    };
-                    let (to_self, dst, src) = self.ssh_part(rule, slot, device);
-                    if to_self || dst || src {
-                        affected.insert(slot);
-                    }
-                }
+            let nodes = &self.sources[rule.src].nodes;
+            let to_self = rule.to_self && device.user.is_some();
+            let at_home = rule.localpart && !rule.dst.is_empty() && nodes.has(slot) && !rule.at.has(slot);
+            if !to_self && !at_home {
+                continue;
             }
+            hash.update(rule.print.to_be_bytes());
+            hash.update([u8::from(to_self), u8::from(at_home)]);
+            let own = device.user.and_then(|u| self.world.of_user.get(u)).into_iter().flatten();
+            let sources = own.filter(|s| nodes.has(**s)).filter_map(|s| self.world.device(*s));
+            let sum = sources.fold(device.who, |sum, d| sum.wrapping_add(d.who));
+            hash.update(sum.to_be_bytes());
         }
     }
 }

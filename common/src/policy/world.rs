@@ -115,6 +115,8 @@ pub(crate) struct World {
     pub(crate) everyone: NodeSet,
     /// What `*` as a source always covers.
     pub(crate) overlay: IpSet,
+    /// Devices' own addresses that are not in it.
+    pub(crate) outside: IpSet,
     internet: IpSet,
 }
 
@@ -150,6 +152,7 @@ impl World {
             identities: Identities::default(),
             everyone: NodeSet::new(),
             overlay,
+            outside: IpSet::new(),
             internet: internet(),
         };
         for selector in selectors {
@@ -350,13 +353,11 @@ impl World {
         self.routers.iter().filter_map(|slot| self.device(*slot)).flat_map(|d| d.routes.ranges()).collect()
     }
 
-    /// Everything any device answers for, as far as it is not an exit node.
-    pub(crate) fn all_answers(&self) -> IpSet {
+    /// Everything any device answers for, given all routes.
+    pub(crate) fn all_answers(&self, routes: &IpSet) -> IpSet {
         let mut set = self.overlay.clone();
-        set.extend(&self.all_routes());
-        for addr in self.by_addr.keys() {
-            set.insert((*addr).into());
-        }
+        set.extend(routes);
+        set.extend(&self.outside);
         if self.routers.iter().any(|s| self.device(*s).is_some_and(|d| d.exit)) {
             set.extend(&self.internet);
         }
@@ -371,6 +372,9 @@ impl World {
     pub(crate) fn attach(&mut self, slot: usize, device: Device) {
         for range in &device.own {
             self.by_addr.insert(range.first(), slot);
+            if !self.overlay.covers(*range) {
+                self.outside.insert(*range);
+            }
         }
         if device.exit || !device.routes.is_empty() {
             self.routers.insert(slot);
@@ -416,6 +420,7 @@ impl World {
         let device = self.devices.get_mut(slot)?.take()?;
         for range in &device.own {
             self.by_addr.remove(&range.first());
+            self.outside.remove(*range);
         }
         self.routers.remove(&slot);
         if let Some(user) = device.user {

@@ -242,7 +242,7 @@ impl NetmapUpdate {
 #[derive(Clone, PartialEq, Message)]
 pub struct ClientMessage {
     /// What it says. Unknown kinds decode as `None` and are ignored.
-    #[prost(oneof = "ClientBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
+    #[prost(oneof = "ClientBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
     pub body: Option<ClientBody>,
 }
 
@@ -279,6 +279,9 @@ pub enum ClientBody {
     /// Where do these rules stand in the policy now?
     #[prost(message, tag = "10")]
     RuleOrigins(RuleOriginsRequest),
+    /// What the device's filter decided, as far as people should hear of it.
+    #[prost(message, tag = "11")]
+    FilterReport(FilterReport),
 }
 
 /// A device asks to be let in. Sent inside the handshaken session only. Its control key is the Noise static key.
@@ -415,6 +418,65 @@ pub struct RuleOriginsRequest {
     /// Ids of rules in the netmap that was sent, at most [`MAX_RULE_ORIGINS`].
     #[prost(fixed64, repeated, tag = "2")]
     pub rules: Vec<u64>,
+}
+
+/// Most staged rules that one [`FilterReport`] speaks of; the others wait for the next.
+pub const MAX_STAGED_HITS: usize = 1_024;
+/// Most differing verdicts that one [`FilterReport`] speaks of: as many as an agent remembers.
+pub const MAX_DIFFERING: usize = 64;
+
+/// What a device's filter has seen since its last report.
+#[derive(Clone, PartialEq, Message)]
+pub struct FilterReport {
+    /// Staged rules that matched, at most [`MAX_STAGED_HITS`].
+    #[prost(message, repeated, tag = "1")]
+    pub staged: Vec<StagedHits>,
+    /// Connections that a peer let out and this device refused, at most [`MAX_DIFFERING`].
+    #[prost(message, repeated, tag = "2")]
+    pub differing: Vec<DifferingVerdict>,
+}
+
+/// What a staged rule would have decided since the last report.
+#[derive(Clone, Copy, PartialEq, Message)]
+pub struct StagedHits {
+    /// The rule.
+    #[prost(fixed64, tag = "1")]
+    pub rule: u64,
+    /// Connections from the device.
+    #[prost(uint64, tag = "2")]
+    pub sent: u64,
+    /// Connections to the device.
+    #[prost(uint64, tag = "3")]
+    pub received: u64,
+}
+
+/// A connection that a peer let out and the reporting device refused.
+#[derive(Clone, PartialEq, Message)]
+pub struct DifferingVerdict {
+    /// The peer, 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub peer: Vec<u8>,
+    /// Source address, 4 or 16 bytes.
+    #[prost(bytes = "vec", tag = "2")]
+    pub src: Vec<u8>,
+    /// Destination address, 4 or 16 bytes.
+    #[prost(bytes = "vec", tag = "3")]
+    pub dst: Vec<u8>,
+    /// The IP protocol.
+    #[prost(uint32, tag = "4")]
+    pub proto: u32,
+    /// Destination port, or zero.
+    #[prost(uint32, tag = "5")]
+    pub port: u32,
+    /// A stable word for why it was refused: `no-rule` or `denied-by-rule`.
+    #[prost(string, tag = "6")]
+    pub reason: String,
+    /// The revision of the reporting device's rules.
+    #[prost(uint64, tag = "7")]
+    pub revision: u64,
+    /// Packets refused so far.
+    #[prost(uint64, tag = "8")]
+    pub count: u64,
 }
 
 /// From a coordinator to an agent.

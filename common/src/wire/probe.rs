@@ -220,7 +220,8 @@ pub fn peek_tag(datagram: &[u8]) -> Option<[u8; TAG_LEN]> {
 }
 
 impl Message {
-    fn encode(&self, out: &mut ArrayVec<u8, MAX_PROBE_LEN>) {
+    /// Appends what [`ProbeKeys::seal`] seals.
+    pub fn encode(&self, out: &mut ArrayVec<u8, MAX_PROBE_LEN>) {
         match self {
             Self::Ping { txid } => {
                 put(out, &[PING]);
@@ -244,7 +245,11 @@ impl Message {
         }
     }
 
-    fn decode(plain: &[u8]) -> Result<Self, WireError> {
+    /// Reads what [`ProbeKeys::open`] opened. Unknown kinds of messages and candidates are ignored.
+    ///
+    /// # Errors
+    /// The message is cut short, or lists more than [`MAX_CANDIDATES`].
+    pub fn decode(plain: &[u8]) -> Result<Self, WireError> {
         let field = |name| WireError::field(WHAT, name);
         let (kind, body) = plain.split_first().ok_or(field("kind"))?;
         match *kind {

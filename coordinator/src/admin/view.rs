@@ -88,3 +88,32 @@ pub(super) fn api_token(token: &ApiTokenRecord) -> Value {
         "expires_at": token.expires.to_rfc3339(),
     })
 }
+
+/// What agents report of the policy in force: staged rules' counts, and connections that two ends judge differently.
+pub(super) fn verdicts(coordinator: &Coordinator, status: &mut Value) {
+    let staged = coordinator.staged_counts().map(|(rule, origin, count)| {
+        json!({
+            "id": rule.to_string(),
+            "origin": origin,
+            "sent": count.sent,
+            "received": count.received,
+            "devices": count.devices.len(),
+        })
+    });
+    let differing = coordinator.differing_verdicts().map(|d| {
+        json!({
+            "from": d.from,
+            "at": d.at,
+            "src": d.src,
+            "dst": d.dst,
+            "proto": d.proto,
+            "port": d.port,
+            "reason": d.reason,
+            "count": d.count,
+            "reported_at": d.reported.to_rfc3339(),
+            "both_current": d.both_current,
+        })
+    });
+    status["staged"] = staged.collect();
+    status["differing"] = differing.collect();
+}

@@ -23,6 +23,7 @@ pub(super) fn render(coordinator: &Coordinator, health: &Health) -> String {
     use Kind::{Counter, Gauge};
     let (state, stats) = (coordinator.state(), coordinator.stats());
     let policy_revision = state.policy().map_or(0, |p| p.revision);
+    let staged = coordinator.staged_counts().map(|(_, _, count)| count.sent + count.received).sum();
     let metrics = [
         ("warren_devices", Gauge, "Enrolled devices.", state.devices().len() as u64),
         ("warren_devices_online", Gauge, "Devices with a session.", coordinator.online_count() as u64),
@@ -72,6 +73,13 @@ pub(super) fn render(coordinator: &Coordinator, health: &Health) -> String {
             "1 if the last transaction succeeded.",
             u64::from(health.store_error.is_none()),
         ),
+        (
+            "warren_differing_verdicts_total",
+            Counter,
+            "Connections that one end let out and the other refused.",
+            stats.differing,
+        ),
+        ("warren_staged_hits", Gauge, "Connections that staged rules in force would have decided.", staged),
         ("warren_epoch", Gauge, "The network's epoch.", state.settings().epoch),
         ("warren_agents_ahead_total", Counter, "Agents with newer netmaps than were made here.", stats.ahead),
     ];

@@ -67,6 +67,11 @@ impl Reach {
         self.compiled.origin_of(rule)
     }
 
+    /// Where a staged rule stands in the policy in force; `None` for any other rule.
+    pub fn staged_origin_of(&self, rule: RuleId) -> Option<&str> {
+        self.compiled.staged_origin_of(rule)
+    }
+
     /// When it must be computed again though nothing changed, in seconds since the Unix epoch.
     pub fn reevaluate_at(&self) -> Option<i64> {
         self.compiled.reevaluate_at()

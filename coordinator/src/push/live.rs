@@ -56,6 +56,11 @@ impl Live {
         self.sent.ingress.iter().chain(&self.sent.egress).any(|r| r.id == rule)
     }
 
+    /// The agent holds what it should hold.
+    pub(super) fn is_current(&self) -> bool {
+        !self.behind && self.unacked.is_empty()
+    }
+
     pub(super) fn token_peers(&self, relay: RelayId) -> Option<Vec<DeviceId>> {
         self.sent.relays.contains_key(&relay).then(|| self.peers())
     }

@@ -125,6 +125,7 @@ impl Coordinator {
                 self.reach.follow(&self.state, &impact.followed, now.unix)
             };
             self.schedule_recompile(now);
+            self.forget_old_verdicts();
             let lost = difference.lost.union(&impact.rekeyed).copied().collect();
             self.cut_at_relays(lost, difference.out.iter().copied().collect(), &mut removals);
             difference.out.into_iter().for_each(|id| self.put_out(id, &mut removals, now));

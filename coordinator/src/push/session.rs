@@ -172,6 +172,7 @@ impl Coordinator {
                 }
             }
             ClientBody::RuleOrigins(ask) => self.tell_origins(id, ask),
+            ClientBody::FilterReport(report) => self.filter_report(device, report, now),
             ClientBody::Logout(_) => {
                 self.submit(Origin::Session(id), Command::RemoveDevice(device), now, rng);
             }

@@ -19,6 +19,8 @@ use warren_common::wire::token::RelayToken;
 use super::*;
 use crate::domain::{NewAuthKey, PolicySource, Settings};
 
+mod verdicts;
+
 const ALL: &str = r#"{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"]}]}"#;
 const A_TO_B: &str = r#"{"tagOwners": {"tag:a": [], "tag:b": []},
     "acls": [{"action": "accept", "src": ["tag:a"], "dst": ["tag:b:22"]}]}"#;

@@ -76,7 +76,7 @@ struct Stored {
 struct SecretText(String);
 
 /// The state, and the lock that keeps it ours.
-pub(super) struct State {
+pub struct State {
     path: PathBuf,
     stored: Stored,
     secret: ControlSecretKey,
@@ -84,9 +84,18 @@ pub(super) struct State {
     _lock: File,
 }
 
+impl std::fmt::Debug for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("State").field("relay", &self.stored.relay).finish_non_exhaustive()
+    }
+}
+
 impl State {
     /// Takes the directory; a first start writes the identity there before anything is sent.
-    pub(super) fn open(dir: &Path, join_key: Option<&RelayJoinKey>) -> Result<Self, StateError> {
+    ///
+    /// # Errors
+    /// It is damaged, in use, another relay's, or can't be read or written.
+    pub fn open(dir: &Path, join_key: Option<&RelayJoinKey>) -> Result<Self, StateError> {
         let file = |path: &Path| {
             let path = path.to_owned();
             move |source| StateError::File { path, source }

@@ -12,8 +12,8 @@ use crate::event::{Path, WakeReason};
 use crate::filter::Outcome;
 use crate::flow::Direction;
 use crate::status::{
-    LeaseStatus, NetStatus, NetworkStatus, PathStatus, PeerStatus, RelayStatus, SelfStatus, Status, Whois,
-    Why,
+    LeaseStatus, NetStatus, NetworkStatus, PathStatus, PeerStatus, Refused, RelayStatus, SelfStatus,
+    StagedRule, Status, Whois, Why,
 };
 use crate::stun::Stun;
 
@@ -39,8 +39,36 @@ impl Engine {
             peers: netmap.map_or_else(Vec::new, |m| m.peers.values().map(|p| self.peer_status(p)).collect()),
             net: self.net_status_by(&self.stun),
             drops: self.drop_counters().collect(),
+            staged: self.staged_rules(),
+            disagreements: self.disagreements(),
             wakes: WakeReason::ALL.iter().map(|reason| (*reason, self.wakes[*reason as usize])).collect(),
         }
+    }
+
+    /// Staged rules of both directions with what they would have decided.
+    pub fn staged_rules(&self) -> Vec<StagedRule> {
+        let rules = self.filter.rules();
+        let find = |id| {
+            [&rules.ingress, &rules.egress].into_iter().flat_map(|m| m.rules()).find(|rule| rule.id == id)
+        };
+        self.filter
+            .staged_hits()
+            .filter_map(|(id, sent, received)| {
+                let rule = find(id)?;
+                Some(StagedRule {
+                    rule: id,
+                    origin: rule.origin.clone(),
+                    action: rule.action,
+                    sent,
+                    received,
+                })
+            })
+            .collect()
+    }
+
+    fn disagreements(&self) -> Vec<Refused> {
+        let device = |peer: u32| self.peers.get(peer as usize).and_then(Option::as_ref).map(|p| p.id);
+        self.filter.disagreements().map(|what| Refused { device: device(what.peer), what: *what }).collect()
     }
 
     fn peer_status(&self, peer: &Peer) -> PeerStatus {

@@ -11,6 +11,7 @@ use super::*;
 use crate::flow::{FlowState, TCP_ESTABLISHED, TCP_TRANSITORY};
 use crate::packet::{Addrs, ParseError, TCP_ACK, TCP_FIN, TCP_SYN, build};
 
+mod disagreements;
 mod ends;
 mod fragments;
 mod why;
@@ -493,20 +494,24 @@ fn another_peer_cannot_use_a_flow() {
 }
 
 #[test]
-fn staged_rules_are_counted_and_change_nothing() {
+fn staged_rules_are_counted_and_never_enforced() {
     for net in families() {
-        let staged = |rule: FilterRule| FilterRule { staged: true, ..rule };
-        let deny = FilterRule { action: Action::Deny, ..net.rule_out(8, 53) };
-        let rules = vec![net.rule_out(1, 53), staged(deny), staged(net.rule_out(9, 54))];
-        let mut filter = filter(vec![], rules.clone());
-        let hits = |filter: &Filter| filter.staged_hits().map(|(id, n)| (id.0, n)).collect::<Vec<_>>();
-        for _ in 0..3 {
-            assert_eq!(judge(&mut filter, OUT, 0, &net.udp(OUT, (5, 53))), None);
-            assert_eq!(judge(&mut filter, OUT, 0, &net.udp(OUT, (5, 54))), Some(DropReason::NoRule));
+        let staged = |rule: FilterRule, action| FilterRule { staged: true, action, ..rule };
+        let ingress = vec![net.rule_in(1, 80), staged(net.rule_in(2, 80), Action::Deny)];
+        let egress = vec![staged(net.rule_out(3, 443), Action::Allow)];
+        let mut filter = filter(ingress.clone(), egress);
+        // A staged denial cuts nothing, and a staged grant opens nothing.
+        assert_eq!(judge(&mut filter, IN, 0, &net.tcp(IN, (80, 5_000), TCP_SYN, 1, 0)), None);
+        assert_eq!(judge(&mut filter, IN, 0, &net.tcp(IN, (80, 5_000), TCP_ACK, 2, 1)), None);
+        for port in 5_000..5_003 {
+            let refused = judge(&mut filter, OUT, 0, &net.tcp(OUT, (port, 443), TCP_SYN, 1, 0));
+            assert_eq!(refused, Some(DropReason::NoRule));
         }
-        assert_eq!(hits(&filter), [(8, 1), (9, 3)]);
-        filter.set_rules(vec![], rules[..2].to_vec(), 2, at(0));
-        assert_eq!(hits(&filter), [(8, 1)]);
+        let hits = |filter: &Filter| filter.staged_hits().collect::<Vec<_>>();
+        assert_eq!(hits(&filter), [(RuleId(2), 0, 1), (RuleId(3), 3, 0)], "a connection counts once");
+        // New rules: who stays keeps its count, who goes is forgotten.
+        filter.set_rules(ingress, vec![], 2, at(1));
+        assert_eq!(hits(&filter), [(RuleId(2), 0, 1)]);
     }
 }
 

@@ -449,6 +449,6 @@ fn ports_text(ports: &[PortRange]) -> String {
 }
 
 /// Ids as text in JSON: a number of 64 bits doesn't survive every reader.
-pub(super) fn as_text<T: fmt::Display, S: Serializer>(value: &T, serializer: S) -> Result<S::Ok, S::Error> {
+pub(crate) fn as_text<T: fmt::Display, S: Serializer>(value: &T, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(value)
 }
