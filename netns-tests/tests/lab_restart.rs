@@ -168,3 +168,23 @@ fn traffic_outlives_the_kill_of_either_agent() -> Result<()> {
         talk.finish().map(drop)
     })
 }
+
+#[test]
+fn relayed_traffic_outlives_the_kill_of_the_coordinator_and_of_either_agent() -> Result<()> {
+    lab::test("relayed", |lab| {
+        let mut coordinator = Coordinator::start(lab.host("coord")?, POLICY)?;
+        let mut talk = Talk::start(lab, &coordinator, NatKind::Symmetric)?;
+        // The embedded relay goes with it.
+        coordinator.process.kill()?;
+        coordinator.start_again()?;
+        talk.goes_on()?;
+        talk.bob.process.kill()?;
+        talk.bob.start_again()?;
+        talk.goes_on()?;
+        talk.ann.process.kill()?;
+        talk.ann.start_again()?;
+        talk.goes_on()?;
+        ensure!(talk.ann.peer("bob")?["path"]["kind"] == "relay", "these NATs let nothing else through");
+        talk.finish().map(drop)
+    })
+}
