@@ -63,6 +63,12 @@ impl Talk {
         self.echoes.go_on(5)
     }
 
+    /// Traffic passes for long enough that agents have saved where they reach each other: they do so a second after it
+    /// changed. Without that a restarted agent waits for its peer, which notices after fifteen seconds.
+    fn let_it_settle(&self) -> Result<()> {
+        self.transfer.goes_on(Duration::from_secs(2))
+    }
+
     /// The transfer comes to a good end; how many datagrams were lost.
     fn finish(self) -> Result<u64> {
         self.transfer.finish()?;
@@ -158,6 +164,7 @@ fn traffic_outlives_the_kill_of_either_agent() -> Result<()> {
     lab::test("agents", |lab| {
         let coordinator = Coordinator::start(lab.host("coord")?, POLICY)?;
         let mut talk = Talk::start(lab, &coordinator, NatKind::PortRestricted)?;
+        talk.let_it_settle()?;
         talk.bob.process.kill()?;
         talk.bob.start_again()?;
         talk.goes_on()?;
@@ -181,6 +188,46 @@ fn relayed_traffic_outlives_the_kill_of_the_coordinator_and_of_either_agent() ->
         talk.bob.process.kill()?;
         talk.bob.start_again()?;
         talk.goes_on()?;
+        talk.ann.process.kill()?;
+        talk.ann.start_again()?;
+        talk.goes_on()?;
+        ensure!(talk.ann.peer("bob")?["path"]["kind"] == "relay", "these NATs let nothing else through");
+        talk.finish().map(drop)
+    })
+}
+
+#[test]
+fn agents_that_start_without_their_coordinator_find_each_other_again() -> Result<()> {
+    lab::test("alone direct", |lab| {
+        let mut coordinator = Coordinator::start(lab.host("coord")?, POLICY)?;
+        let mut talk = Talk::start(lab, &coordinator, NatKind::PortRestricted)?;
+        talk.let_it_settle()?;
+        // Its relay goes with it: nothing is left but the two of them.
+        coordinator.process.kill()?;
+        talk.bob.process.kill()?;
+        talk.bob.start_again()?;
+        talk.goes_on()?;
+        talk.let_it_settle()?;
+        talk.ann.process.kill()?;
+        talk.ann.start_again()?;
+        talk.goes_on()?;
+        ensure!(talk.ann.peer("bob")?["path"]["kind"] == "direct", "there is no relay");
+        talk.finish().map(drop)
+    })
+}
+
+#[test]
+fn agents_that_start_without_their_coordinator_use_their_relay_again() -> Result<()> {
+    lab::test("alone relayed", |lab| {
+        let mut coordinator = Coordinator::start_without_relay(lab.host("coord")?, POLICY)?;
+        let _relay = Relay::start(lab.host("relay")?, &coordinator, "relay")?;
+        let mut talk = Talk::start(lab, &coordinator, NatKind::Symmetric)?;
+        talk.let_it_settle()?;
+        coordinator.process.kill()?;
+        talk.bob.process.kill()?;
+        talk.bob.start_again()?;
+        talk.goes_on()?;
+        talk.let_it_settle()?;
         talk.ann.process.kill()?;
         talk.ann.start_again()?;
         talk.goes_on()?;
