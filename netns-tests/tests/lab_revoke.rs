@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
-use warren_netns_tests::demo::say;
 use warren_netns_tests::lab::{self, NatKind, Process, RouterSpec, eventually, monotonic_ms};
 use warren_netns_tests::programs::{Agent, Coordinator, number};
 use warren_netns_tests::traffic::Transfer;
@@ -79,7 +78,7 @@ fn twenty_running_transfers_are_cut_and_reset() -> Result<()> {
         for (what, mut ms) in [("last byte", took), ("both applications reset", noticed)] {
             ms.sort_unstable();
             let (p50, p99) = (ms[ROUNDS / 2], *ms.last().context("a round")?);
-            say(&format!(
+            lab::say(&format!(
                 "{what} after the edit of the policy file: p50 {p50} ms, p99 {p99} ms ({ROUNDS} revocations)"
             ));
         }
