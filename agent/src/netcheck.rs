@@ -25,7 +25,7 @@ const RETRANSMIT: Duration = Duration::from_millis(400);
 /// How long answers are waited for: three questions, and a slow path's round trip.
 const PATIENCE: Duration = Duration::from_millis(1_200);
 
-/// Finds out. `own` are this host's addresses; sockets get `mark`. Takes up to four times [`PATIENCE`].
+/// Finds out. `own` are this host's addresses; sockets get `mark`. Takes up to four times `PATIENCE`.
 pub async fn nat(servers: &[SocketAddr], own: &[IpAddr], mark: u32) -> Nat {
     let v4 = servers.iter().any(SocketAddr::is_ipv4);
     let servers: Vec<_> = servers.iter().copied().filter(|s| s.is_ipv4() == v4).take(MAX_SERVERS).collect();
