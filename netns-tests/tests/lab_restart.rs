@@ -69,6 +69,20 @@ impl Talk {
         self.transfer.goes_on(Duration::from_secs(2))
     }
 
+    /// Kills one end's agent and starts it again; traffic goes on.
+    fn restart_ann(&mut self) -> Result<()> {
+        self.ann.process.kill()?;
+        self.ann.start_again()?;
+        self.goes_on()
+    }
+
+    /// The same for the other end.
+    fn restart_bob(&mut self) -> Result<()> {
+        self.bob.process.kill()?;
+        self.bob.start_again()?;
+        self.goes_on()
+    }
+
     /// The transfer comes to a good end; how many datagrams were lost.
     fn finish(self) -> Result<u64> {
         self.transfer.finish()?;
@@ -165,12 +179,8 @@ fn traffic_outlives_the_kill_of_either_agent() -> Result<()> {
         let coordinator = Coordinator::start(lab.host("coord")?, POLICY)?;
         let mut talk = Talk::start(lab, &coordinator, NatKind::PortRestricted)?;
         talk.let_it_settle()?;
-        talk.bob.process.kill()?;
-        talk.bob.start_again()?;
-        talk.goes_on()?;
-        talk.ann.process.kill()?;
-        talk.ann.start_again()?;
-        talk.goes_on()?;
+        talk.restart_bob()?;
+        talk.restart_ann()?;
         talk.ann.wait_for_path("bob", "direct")?;
         talk.finish().map(drop)
     })
@@ -185,12 +195,8 @@ fn relayed_traffic_outlives_the_kill_of_the_coordinator_and_of_either_agent() ->
         coordinator.process.kill()?;
         coordinator.start_again()?;
         talk.goes_on()?;
-        talk.bob.process.kill()?;
-        talk.bob.start_again()?;
-        talk.goes_on()?;
-        talk.ann.process.kill()?;
-        talk.ann.start_again()?;
-        talk.goes_on()?;
+        talk.restart_bob()?;
+        talk.restart_ann()?;
         ensure!(talk.ann.peer("bob")?["path"]["kind"] == "relay", "these NATs let nothing else through");
         talk.finish().map(drop)
     })
@@ -204,13 +210,9 @@ fn agents_that_start_without_their_coordinator_find_each_other_again() -> Result
         talk.let_it_settle()?;
         // Its relay goes with it: nothing is left but the two of them.
         coordinator.process.kill()?;
-        talk.bob.process.kill()?;
-        talk.bob.start_again()?;
-        talk.goes_on()?;
+        talk.restart_bob()?;
         talk.let_it_settle()?;
-        talk.ann.process.kill()?;
-        talk.ann.start_again()?;
-        talk.goes_on()?;
+        talk.restart_ann()?;
         ensure!(talk.ann.peer("bob")?["path"]["kind"] == "direct", "there is no relay");
         talk.finish().map(drop)
     })
@@ -224,13 +226,9 @@ fn agents_that_start_without_their_coordinator_use_their_relay_again() -> Result
         let mut talk = Talk::start(lab, &coordinator, NatKind::Symmetric)?;
         talk.let_it_settle()?;
         coordinator.process.kill()?;
-        talk.bob.process.kill()?;
-        talk.bob.start_again()?;
-        talk.goes_on()?;
+        talk.restart_bob()?;
         talk.let_it_settle()?;
-        talk.ann.process.kill()?;
-        talk.ann.start_again()?;
-        talk.goes_on()?;
+        talk.restart_ann()?;
         ensure!(talk.ann.peer("bob")?["path"]["kind"] == "relay", "these NATs let nothing else through");
         talk.finish().map(drop)
     })

@@ -379,16 +379,7 @@ impl Engine {
         while let Some(about) = self.filter.poll_disagreement() {
             let device = self.peers.get(about.peer as usize).and_then(Option::as_ref).map(|p| p.id);
             if let Some(device) = device {
-                self.push_event(Event::Disagreement {
-                    device,
-                    src: about.src,
-                    dst: about.dst,
-                    proto: about.proto,
-                    port: about.port,
-                    reason: about.reason,
-                    revision: about.revision,
-                    count: about.count,
-                });
+                self.push_event(Event::Disagreement { device, about });
             }
         }
         self.events.pop_front()

@@ -1,13 +1,13 @@
 //! What an engine tells its shell, and why it wants to be woken.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use serde::Serialize;
 use warren_common::filter::RuleId;
 use warren_common::ids::{DeviceId, RelayId};
 
-use crate::filter::DropReason;
+use crate::filter::Disagreement;
 
 /// How packets reach a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -76,20 +76,8 @@ pub enum Event {
     Disagreement {
         /// The peer.
         device: DeviceId,
-        /// Source address.
-        src: IpAddr,
-        /// Destination address.
-        dst: IpAddr,
-        /// The IP protocol.
-        proto: u8,
-        /// Destination port, or zero.
-        port: u16,
-        /// Why this end refuses it.
-        reason: DropReason,
-        /// The revision of this end's rules.
-        revision: u64,
-        /// Packets refused so far.
-        count: u64,
+        /// What this end refuses.
+        about: Disagreement,
     },
     /// The lease of everything granted is over: nothing passes until an update renews it.
     LeaseEnded,

@@ -40,7 +40,7 @@ mod fragments;
 mod notices;
 mod why;
 
-pub use disagreements::{DISAGREEMENT_INTERVAL, Disagreement, MAX_DISAGREEMENTS};
+pub use disagreements::{DISAGREEMENT_INTERVAL, Disagreement, MAX_DISAGREEMENTS, MAX_NEWS_BURST, NEWS_EVERY};
 pub use drops::{Counters, DropReason};
 pub use ended::{EndReason, EndedFlow};
 pub use fragments::{FRAGMENT_TIMEOUT, MAX_FRAGMENTED, MAX_FRAGMENTING_PEERS};

@@ -84,7 +84,7 @@ pub(super) async fn connect(config: &ControlConfig) -> Result<(CoordinatorIdenti
         Failure::transient(Problem::new(
             "coordinator-key",
             format!("the coordinator at `{}` did not prove that it holds its key: {why}", config.url),
-            "if this lasts, somebody between here and the coordinator answers in its place: check the URL and the path to it; the agent keeps trying",
+            "if this lasts, somebody between here and the coordinator answers in its place: check the URL and the path to it; an agent that has joined keeps trying",
         ))
     })?;
     let mut session = handshake.finish(&answer).map_err(|_| {

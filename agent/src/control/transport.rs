@@ -53,7 +53,7 @@ async fn dial_tcp(url: &CoordinatorUrl, mark: u32) -> Result<TcpStream, Failure>
         Failure::transient(Problem::new(
             "coordinator-away",
             format!("the coordinator at `{url}` can't be reached: {why}"),
-            "check the URL, the network and any firewall; the agent keeps trying",
+            "check the URL, the network and any firewall; an agent that has joined keeps trying",
         ))
     };
     let found = lookup_host((url.host(), url.port())).await;

@@ -8,7 +8,6 @@ use warren_engine::event::Event;
 use warren_engine::io::{Destination, Outbox, Source, TunOut};
 
 use super::relays::Relays;
-use super::verdicts::Differs;
 use super::{Daemon, Up};
 use crate::api::Pong;
 use crate::os::tun::Tun;
@@ -150,10 +149,7 @@ impl Up {
             }
             Event::SessionEstablished { device } => tracing::debug!(%device, "session established"),
             Event::FlowEnded { device, rule } => tracing::debug!(?device, %rule, "a flow ended by policy"),
-            Event::Disagreement { device, src, dst, proto, port, reason, revision, count } => {
-                let about = Differs { device, src, dst, proto, port, reason, revision, count };
-                self.verdicts.differ(now.boot, &about);
-            }
+            Event::Disagreement { device, about } => self.verdicts.differ(now.boot, device, &about),
             Event::LeaseEnded => {
                 tracing::warn!("the lease has ended: nothing passes until the coordinator is reached")
             }

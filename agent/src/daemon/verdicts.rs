@@ -12,7 +12,7 @@ use warren_common::wire::control::{
     ClientBody, DifferingVerdict, FilterReport, MAX_DIFFERING, MAX_STAGED_HITS, StagedHits,
 };
 use warren_engine::engine::Engine;
-use warren_engine::filter::DropReason;
+use warren_engine::filter::Disagreement;
 
 use crate::control::ControlClient;
 
@@ -30,28 +30,17 @@ pub(super) struct Verdicts {
     due: Option<Instant>,
 }
 
-/// A connection that a peer let out and this device refused.
-pub(super) struct Differs {
-    pub(super) device: DeviceId,
-    pub(super) src: IpAddr,
-    pub(super) dst: IpAddr,
-    pub(super) proto: u8,
-    pub(super) port: u16,
-    pub(super) reason: DropReason,
-    pub(super) revision: u64,
-    pub(super) count: u64,
-}
-
 impl Verdicts {
-    pub(super) fn differ(&mut self, now: Instant, about: &Differs) {
+    /// A connection that `device` let out and this one refused.
+    pub(super) fn differ(&mut self, now: Instant, device: DeviceId, about: &Disagreement) {
         tracing::warn!(
-            device = %about.device, proto = about.proto, port = about.port, reason = about.reason.label(),
+            %device, proto = about.proto, port = about.port, reason = about.reason.label(),
             revision = about.revision, count = about.count,
             "a peer let out a connection that is refused here"
         );
         if self.differing.len() < MAX_DIFFERING {
             self.differing.push(DifferingVerdict {
-                peer: about.device.to_bytes().to_vec(),
+                peer: device.to_bytes().to_vec(),
                 src: octets(about.src),
                 dst: octets(about.dst),
                 proto: about.proto.into(),

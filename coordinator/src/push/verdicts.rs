@@ -111,7 +111,7 @@ impl Coordinator {
             session.is_some_and(super::live::Live::is_current)
         };
         let mut reason = verdict.reason.clone();
-        reason.retain(|c| c.is_ascii_lowercase() || c == '_');
+        reason.retain(|c| c.is_ascii_lowercase() || c == '-');
         reason.truncate(MAX_REASON);
         Some(Differing {
             from,

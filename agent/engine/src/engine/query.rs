@@ -1,8 +1,10 @@
 //! Questions people ask.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
+use warren_common::filter::{FilterRule, RuleId};
 use warren_common::netmap::Peer;
 use warren_common::time::Now;
 
@@ -48,22 +50,17 @@ impl Engine {
     /// Staged rules of both directions with what they would have decided.
     pub fn staged_rules(&self) -> Vec<StagedRule> {
         let rules = self.filter.rules();
-        let find = |id| {
-            [&rules.ingress, &rules.egress].into_iter().flat_map(|m| m.rules()).find(|rule| rule.id == id)
-        };
-        self.filter
-            .staged_hits()
-            .filter_map(|(id, sent, received)| {
-                let rule = find(id)?;
-                Some(StagedRule {
-                    rule: id,
-                    origin: rule.origin.clone(),
-                    action: rule.action,
-                    sent,
-                    received,
-                })
-            })
-            .collect()
+        let staged: BTreeMap<RuleId, &FilterRule> = [&rules.ingress, &rules.egress]
+            .into_iter()
+            .flat_map(|matcher| matcher.rules())
+            .filter(|rule| rule.staged)
+            .map(|rule| (rule.id, rule))
+            .collect();
+        let counted = self.filter.staged_hits().filter_map(|(id, sent, received)| {
+            let rule = staged.get(&id)?;
+            Some(StagedRule { rule: id, origin: rule.origin.clone(), action: rule.action, sent, received })
+        });
+        counted.collect()
     }
 
     fn disagreements(&self) -> Vec<Refused> {

@@ -11,12 +11,17 @@ use serde::Serialize;
 use warren_common::time::{Instant, Now, UnixTime};
 
 use super::DropReason;
+use super::notices::Budget;
 use crate::packet::Packet;
 
 /// Refused connections remembered, a count; the one that was quiet for longest goes first.
 pub const MAX_DISAGREEMENTS: usize = 64;
 /// Time after which a connection that is still refused is news again.
 pub const DISAGREEMENT_INTERVAL: Duration = Duration::from_secs(60);
+/// News at once, a count; in the long run one each [`NEWS_EVERY`]. A peer that tries every port is logged no more often.
+pub const MAX_NEWS_BURST: u32 = 16;
+/// See [`MAX_NEWS_BURST`].
+pub const NEWS_EVERY: Duration = Duration::from_secs(6);
 
 /// A connection that the peer let out and this end refuses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -52,6 +57,7 @@ struct Known {
 pub(super) struct Disagreements {
     known: Vec<Known>,
     news: VecDeque<Disagreement>,
+    budget: Budget,
 }
 
 impl Default for Disagreements {
@@ -59,7 +65,7 @@ impl Default for Disagreements {
         // Full from the start: nothing is allocated per packet.
         let (known, news) =
             (Vec::with_capacity(MAX_DISAGREEMENTS), VecDeque::with_capacity(MAX_DISAGREEMENTS));
-        Self { known, news }
+        Self { known, news, budget: Budget::default() }
     }
 }
 
@@ -108,7 +114,7 @@ impl Disagreements {
                 about
             }
         };
-        if self.news.len() < MAX_DISAGREEMENTS {
+        if self.news.len() < MAX_DISAGREEMENTS && self.budget.take(now.boot, NEWS_EVERY, MAX_NEWS_BURST) {
             self.news.push_back(news);
         }
     }

@@ -50,12 +50,13 @@ pub(super) struct Notices {
 
 /// A token bucket as one time: when it would be full again.
 #[derive(Clone, Copy, Debug, Default)]
-struct Budget {
+pub(super) struct Budget {
     full: Instant,
 }
 
 impl Budget {
-    fn take(&mut self, now: Instant, every: Duration, burst: u32) -> bool {
+    /// True if something may happen now that may happen `burst` times at once, and once `every` in the long run.
+    pub(super) fn take(&mut self, now: Instant, every: Duration, burst: u32) -> bool {
         let full = self.full.max(now);
         if full.since(now) > every.saturating_mul(burst - 1) {
             return false;

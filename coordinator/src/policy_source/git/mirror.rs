@@ -2,7 +2,7 @@
 //!
 //! What comes from the remote side is parsed by a process of its own, which is locked down: an empty environment, no
 //! configuration but ours, no hooks, one transport, no prompts, no redirects, bounded time and bounded output. The
-//! reason for `git` and not a library is in docs/adr/0007.
+//! reason for `git` and not a library is in docs/adr/0012.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};

@@ -67,6 +67,7 @@ fn differing_verdicts_say_whether_both_ends_were_up_to_date_and_are_bounded() {
     lab.say(2, report(vec![differs(a)]));
     let both: Vec<bool> = lab.coordinator.differing_verdicts().map(|d| d.both_current).collect();
     assert_eq!(both, [true, false]);
+    assert!(lab.coordinator.differing_verdicts().all(|d| d.reason == "no-rule"), "the word is kept whole");
     let nonsense = [
         DifferingVerdict { peer: vec![1; 15], ..differs(a) },
         DifferingVerdict { src: vec![1; 5], ..differs(a) },

@@ -36,13 +36,22 @@ fn what_belongs_to_no_flow_or_goes_out_is_no_disagreement() {
 }
 
 #[test]
-fn a_peer_that_tries_every_port_fills_no_memory() {
+fn a_peer_that_tries_every_port_fills_neither_memory_nor_logs() {
     let net = families()[0];
     let mut filter = filter(vec![], vec![]);
-    for port in 0..5_000 {
-        judge(&mut filter, IN, u64::from(port), &net.udp(IN, (port, 5_000)));
+    let mut news = 0;
+    for port in 0..5_000_u16 {
+        // Ten a second, each told of as soon as it happens.
+        judge(&mut filter, IN, u64::from(port / 10), &net.udp(IN, (port, 5_000)));
+        news += std::iter::from_fn(|| filter.poll_disagreement()).count();
     }
     assert_eq!(filter.disagreements().count(), MAX_DISAGREEMENTS);
     assert_eq!(filter.disagreements().map(|d| d.port).max(), Some(4_999), "the latest are kept");
+    let most = u64::from(MAX_NEWS_BURST) + 500 / NEWS_EVERY.as_secs() + 1;
+    assert!((u64::from(MAX_NEWS_BURST)..=most).contains(&(news as u64)), "{news} news in 500 s");
+    // Nobody polls: what waits is bounded as well.
+    for port in 0..5_000_u16 {
+        judge(&mut filter, IN, 1_000 + 60 * u64::from(port), &net.udp(IN, (port, 5_000)));
+    }
     assert_eq!(std::iter::from_fn(|| filter.poll_disagreement()).count(), MAX_DISAGREEMENTS);
 }
