@@ -1,5 +1,6 @@
 //! Our programs as the demo and the lab tests run them, each in a host of its own.
 
+use std::ffi::OsString;
 use std::fs;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -28,10 +29,12 @@ pub struct Coordinator {
     pub url: String,
     /// Its state directory.
     pub state_dir: PathBuf,
-    /// Its policy file.
+    /// Its policy file, if it has one.
     pub policy: PathBuf,
     /// The program itself.
     pub process: Process,
+    /// Where its policy comes from, as arguments of `serve`.
+    source: Vec<OsString>,
     embedded_relay: bool,
 }
 
@@ -41,7 +44,16 @@ impl Coordinator {
     /// # Errors
     /// It does not come to serve.
     pub fn start(host: Host, policy_text: &str) -> Result<Self> {
-        Self::new(host, policy_text, true)
+        Self::with_file(host, policy_text, true)
+    }
+
+    /// Starts one whose policy comes from where these arguments of `serve` say, with an embedded relay, and waits until
+    /// it serves.
+    ///
+    /// # Errors
+    /// It does not come to serve.
+    pub fn start_from(host: Host, source: Vec<OsString>) -> Result<Self> {
+        Self::new(host, source, true)
     }
 
     /// Starts one with this policy, but without a relay or a STUN server, and waits until it serves.
@@ -49,15 +61,20 @@ impl Coordinator {
     /// # Errors
     /// It does not come to serve.
     pub fn start_without_relay(host: Host, policy_text: &str) -> Result<Self> {
-        Self::new(host, policy_text, false)
+        Self::with_file(host, policy_text, false)
     }
 
-    fn new(host: Host, policy_text: &str, embedded_relay: bool) -> Result<Self> {
-        let (state_dir, policy) = (host.dir().join("state"), host.dir().join("policy.hujson"));
+    fn with_file(host: Host, policy_text: &str, embedded_relay: bool) -> Result<Self> {
+        let policy = host.dir().join("policy.hujson");
         fs::write(&policy, policy_text)?;
+        Self::new(host, vec!["--policy".into(), policy.into()], embedded_relay)
+    }
+
+    fn new(host: Host, source: Vec<OsString>, embedded_relay: bool) -> Result<Self> {
+        let (state_dir, policy) = (host.dir().join("state"), host.dir().join("policy.hujson"));
         let url = format!("http://{}:{CONTROL}", host.v4());
-        let process = Self::spawn(&host, &url, &state_dir, &policy, embedded_relay)?;
-        Ok(Self { host, url, state_dir, policy, process, embedded_relay })
+        let process = Self::spawn(&host, &url, &state_dir, &source, embedded_relay)?;
+        Ok(Self { host, url, state_dir, policy, process, source, embedded_relay })
     }
 
     /// Starts it again on the same state, after [`Process::kill`] or [`Process::stop`].
@@ -66,7 +83,7 @@ impl Coordinator {
     /// It does not come to serve.
     pub fn start_again(&mut self) -> Result<()> {
         self.process =
-            Self::spawn(&self.host, &self.url, &self.state_dir, &self.policy, self.embedded_relay)?;
+            Self::spawn(&self.host, &self.url, &self.state_dir, &self.source, self.embedded_relay)?;
         Ok(())
     }
 
@@ -74,11 +91,11 @@ impl Coordinator {
         host: &Host,
         url: &str,
         state_dir: &Path,
-        policy: &Path,
+        source: &[OsString],
         embedded_relay: bool,
     ) -> Result<Process> {
         let mut command = host.command(workspace_binary("warren-coordinator")?);
-        command.arg("serve").arg("--state-dir").arg(state_dir).arg("--policy").arg(policy);
+        command.arg("serve").arg("--state-dir").arg(state_dir).args(source);
         command.args(["--listen", &format!("0.0.0.0:{CONTROL}"), "--public-url", url]);
         if embedded_relay {
             command.args(["--relay-listen", &format!("0.0.0.0:{RELAY}")]);

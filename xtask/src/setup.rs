@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use crate::shell::{cargo, find, is_root, logged, say};
 
 /// Programs and the Debian packages that hold them.
-const PROGRAMS: [(&str, &str); 11] = [
+const PROGRAMS: [(&str, &str); 13] = [
     ("cc", "gcc"),
     ("ip", "iproute2"),
     ("nft", "nftables"),
@@ -19,6 +19,8 @@ const PROGRAMS: [(&str, &str); 11] = [
     ("iperf3", "iperf3"),
     ("jq", "jq"),
     ("unshare", "util-linux"),
+    ("git", "git"),
+    ("ssh-keygen", "openssh-client"),
 ];
 
 /// Cargo subcommands, at the versions that this repository is known to work with.

@@ -37,7 +37,7 @@ pub const MIN_POLL: Duration = Duration::from_secs(1);
 /// The longest.
 pub const MAX_POLL: Duration = Duration::from_secs(24 * 3_600);
 /// The shortest time between two looks that webhooks ask for.
-const HOOK_PAUSE: Duration = Duration::from_secs(1);
+const HOOK_PAUSE: Duration = Duration::from_millis(250);
 /// Most commits whose faults are listed in `policy status`.
 const MAX_FAULTS: usize = 8;
 
