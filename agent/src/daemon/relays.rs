@@ -31,6 +31,16 @@ pub(super) struct Relays {
     trouble: Option<String>,
     sender: mpsc::Sender<RelayEvent>,
     events: mpsc::Receiver<RelayEvent>,
+    drops: RelayDrops,
+}
+
+/// Packets that did not go out through a relay since the agent came up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct RelayDrops {
+    /// The queue was full: of this packet, or of older ones that made room for it.
+    pub(super) queue_full: u64,
+    /// There was no connection any more.
+    pub(super) not_connected: u64,
 }
 
 struct Client {
@@ -42,7 +52,14 @@ struct Client {
 impl Default for Relays {
     fn default() -> Self {
         let (sender, events) = mpsc::channel(QUEUE);
-        Self { clients: BTreeMap::new(), home: None, trouble: None, sender, events }
+        Self {
+            clients: BTreeMap::new(),
+            home: None,
+            trouble: None,
+            sender,
+            events,
+            drops: RelayDrops::default(),
+        }
     }
 }
 
@@ -59,12 +76,20 @@ impl Relays {
 
     /// Hands a sealed packet to a relay; without a connection it is dropped, as the engine was told.
     pub(super) fn send(&mut self, now: Now, relay: RelayId, device: DeviceId, packet: &[u8]) {
-        let Some(client) = self.clients.get_mut(&relay) else { return };
+        let Some(client) = self.clients.get_mut(&relay) else {
+            self.drops.not_connected += 1;
+            return;
+        };
         client.used = now.boot;
         match client.client.send(device, packet) {
-            Sent::Queued { dropped: 0 } => {}
-            other => tracing::trace!(%relay, ?other, "a relay has no room"),
+            Sent::Queued { dropped } => self.drops.queue_full += dropped as u64,
+            Sent::Full | Sent::Length => self.drops.queue_full += 1,
+            Sent::NotConnected => self.drops.not_connected += 1,
         }
+    }
+
+    pub(super) const fn drops(&self) -> RelayDrops {
+        self.drops
     }
 
     /// Relays that packets flow through.
@@ -215,5 +240,29 @@ impl Daemon {
             let Ok(event) = up.relays.events.try_recv() else { return };
             up.on_relay_event(now, event, buffers.tun_out());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use warren_common::keys::ProbeSecretKey;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn packets_that_find_no_connection_are_counted() {
+        let mut relays = Relays::default();
+        let (relay, device) = (RelayId::from_bytes([2; 16]), DeviceId::from_bytes([4; 16]));
+        relays.send(Now::default(), relay, device, &[0; 10]);
+        let config = RelayClientConfig {
+            relay: Relay { id: relay, name: "r".into(), addrs: vec![], stun: vec![], cert_sha256: [0; 32] },
+            network: warren_common::ids::NetworkId::from_bytes([1; 16]),
+            probe: ProbeSecretKey::from_bytes([3; 32]),
+            mark: 0,
+        };
+        let client = RelayClient::spawn(config.clone(), relays.sender.clone());
+        relays.clients.insert(relay, Client { relay: config.relay, client, used: Instant::ZERO });
+        relays.send(Now::default(), relay, device, &[0; 10]);
+        assert_eq!(relays.drops(), RelayDrops { queue_full: 0, not_connected: 2 });
     }
 }

@@ -1,6 +1,5 @@
 //! How the agent is: `status`, its health items, and the bug report.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -46,17 +45,19 @@ impl Daemon {
         };
         let (device, peers, revision, counters) = match engine {
             None => (None, Vec::new(), 0, json!({})),
-            Some(status) => (
-                status.device,
-                status.peers,
-                status.revision,
-                json!({
-                    "drops": status.drops.into_iter().filter(|(_, n)| *n > 0).collect::<BTreeMap<_, _>>(),
+            Some(mut status) => {
+                let relays = up.map(|up| up.relays.drops()).unwrap_or_default();
+                status.drops.insert("relay-queue-full".into(), relays.queue_full);
+                status.drops.insert("relay-not-connected".into(), relays.not_connected);
+                status.drops.retain(|_, count| *count > 0);
+                let counters = json!({
+                    "drops": status.drops,
                     "wakes": status.wakes,
                     "staged": status.staged,
                     "disagreements": status.disagreements,
-                }),
-            ),
+                });
+                (status.device, status.peers, status.revision, counters)
+            }
         };
         Status {
             state: self.state_word().to_owned(),
