@@ -46,6 +46,7 @@ fn server_config(dir: &tempfile::TempDir, listen: SocketAddr) -> RelayServerConf
     RelayServerConfig {
         listen,
         stun_listen: None,
+        stun_second: None,
         state_dir: dir.path().to_owned(),
         network: network(),
         relay: relay_id(),

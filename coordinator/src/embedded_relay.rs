@@ -24,6 +24,8 @@ pub struct RelayListen {
     pub relay: SocketAddr,
     /// STUN (UDP).
     pub stun: SocketAddr,
+    /// A second address of this host for STUN, with another port.
+    pub stun_second: Option<SocketAddr>,
 }
 
 /// Starts the relay, and records where it is if that has changed; or records that there is none.
@@ -58,6 +60,7 @@ pub async fn start(
     let server = RelayServer::start(RelayServerConfig {
         listen: listen.relay,
         stun_listen: Some(listen.stun),
+        stun_second: listen.stun_second,
         state_dir: dir.clone(),
         network: settings.network,
         relay,
@@ -137,7 +140,11 @@ mod tests {
             policy: Source::Api,
             database: None,
             tls: None,
-            relay: Some(RelayListen { relay: relay.parse().unwrap(), stun: stun.parse().unwrap() }),
+            relay: Some(RelayListen {
+                relay: relay.parse().unwrap(),
+                stun: stun.parse().unwrap(),
+                stun_second: None,
+            }),
             ipv4_pool: None,
             ipv6_prefix: None,
             network_name: None,

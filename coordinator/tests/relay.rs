@@ -24,7 +24,7 @@ const ALL: &str = r#"{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"]
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_embedded_relay_is_in_the_netmap_and_tokens_name_the_peers() {
-    let listen = RelayListen { relay: support::free_addr(), stun: support::free_addr() };
+    let listen = RelayListen { relay: support::free_addr(), stun: support::free_addr(), stun_second: None };
     let coordinator = TestCoordinator::start_with(|o| o.relay = Some(listen)).await;
     coordinator.set_policy(ALL).await;
     let mut one = Client::join(coordinator.addr, &coordinator.auth_key().await, 1, "one").await;

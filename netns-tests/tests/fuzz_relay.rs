@@ -212,8 +212,10 @@ fn stun_questions() {
         let mut whole = [&seed, input].concat();
         whole[2..4].copy_from_slice(&(input.len() as u16).to_be_bytes());
         for question in [input, &tamper(&seed, input), &whole] {
-            if let Some(answer) = stun::answer(question, from) {
-                assert!(answer.len() <= question.len() + stun::MAX_GROWTH);
+            for other in [None, Some(from)] {
+                if let Some(answer) = stun::answer(question, from, other) {
+                    assert!(answer.bytes.len() <= question.len() + stun::MAX_GROWTH);
+                }
             }
         }
     });

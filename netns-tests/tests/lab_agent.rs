@@ -8,7 +8,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use warren_agent::api::Nat;
 use warren_agent::{clock, netcheck};
-use warren_netns_tests::lab::{self, Host, Lab, NatKind, RouterSpec, Stopwatch, eventually};
+use warren_netns_tests::lab::{
+    self, Host, Lab, NatKind, RouterSpec, Stopwatch, eventually, workspace_binary,
+};
 use warren_netns_tests::programs::{Agent, Coordinator, Relay};
 
 /// Bound for what must happen; only a failing test waits this long.
@@ -226,6 +228,45 @@ fn netcheck_knows_every_nat_for_what_it_is() -> Result<()> {
         let nat = check(&lab.host("public")?, server.at)?;
         let none = Some("none".to_owned());
         ensure!(nat == Nat { mapping: none.clone(), filtering: none, hairpin: None }, "{nat:?}");
+        Ok(())
+    })
+}
+
+/// The whole way: our own relay with two addresses for STUN, and what people see.
+#[test]
+fn warren_netcheck_asks_our_own_relays() -> Result<()> {
+    lab::test("netcheck2", |lab| {
+        let coordinator = Coordinator::start_without_relay(lab.host("coord")?, POLICY)?;
+        let fra = lab.host("fra")?;
+        let (first, second) = (fra.v4(), fra.add_v4()?);
+        let key = coordinator.admin(&["relay", "create", "fra"])?;
+        let mut command = fra.command(workspace_binary("warren-relay")?);
+        command.args(["serve", "--coordinator", &coordinator.url, "--join-key", key.trim(), "--state-dir"]);
+        command.arg(fra.dir().join("state")).args(["--listen", &format!("{first}:3340")]);
+        command.args(["--stun-listen", &format!("{first}:3478"), "--stun-second", &format!("{second}:3479")]);
+        let mut relay = fra.spawn(command)?;
+        relay.wait_for_line("joined", LIMIT)?;
+        for (n, (kind, mapping)) in [
+            (NatKind::PortRestricted, "endpoint-independent"),
+            (NatKind::Symmetric, "address-and-port-dependent"),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let router = lab.router(&format!("r{n}"), RouterSpec::new(kind))?;
+            let agent = Agent::start(router.host(&format!("h{n}"))?)?;
+            agent.up(&coordinator.url, &coordinator.auth_key("tag:a")?)?;
+            let found = agent.json(&["netcheck", "--json"])?;
+            let nat = &found["nat"];
+            ensure!(nat["mapping"] == mapping && nat["hairpin"] == false, "{found}");
+            ensure!(nat["filtering"] == "address-and-port-dependent", "{found}");
+            let seen: SocketAddr = found["ipv4"].as_str().context("an address")?.parse()?;
+            ensure!(found["udp"] == true && seen.ip() == router.v4(), "{found}");
+            ensure!(
+                found["relays"][0]["name"] == "fra" && found["relays"][0]["rtt_ms"].is_number(),
+                "{found}"
+            );
+        }
         Ok(())
     })
 }

@@ -57,6 +57,8 @@ pub struct JoinConfig {
     pub listen: SocketAddr,
     /// Where to answer STUN, if at all.
     pub stun_listen: Option<SocketAddr>,
+    /// A second address of this host for STUN, with another port.
+    pub stun_second: Option<SocketAddr>,
     /// Where devices reach it, if that differs from `listen`.
     pub advertise: Vec<SocketAddr>,
     /// Where devices reach its STUN service, if that differs from `stun_listen`.
@@ -257,6 +259,7 @@ impl Joined {
         let server = RelayServer::start(RelayServerConfig {
             listen,
             stun_listen: self.config.stun_listen,
+            stun_second: self.config.stun_second,
             state_dir: self.config.state_dir.clone(),
             network: self.state.network(),
             relay: self.state.relay(),

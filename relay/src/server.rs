@@ -51,6 +51,8 @@ pub struct RelayServerConfig {
     pub listen: SocketAddr,
     /// Where to answer STUN (UDP), if at all.
     pub stun_listen: Option<SocketAddr>,
+    /// A second address of this host for STUN, with another port (RFC 5780): devices then find out how their NAT behaves.
+    pub stun_second: Option<SocketAddr>,
     /// Where the certificate is kept; must exist.
     pub state_dir: PathBuf,
     /// The network it serves.
@@ -129,9 +131,9 @@ impl RelayServer {
         let local_addr = tcp.local_addr().map_err(listen_error("QUIC and TLS", config.listen))?;
         let stun = config
             .stun_listen
-            .map(|addr| stun::bind(addr).map_err(listen_error("STUN", addr)))
+            .map(|addr| stun::Sockets::bind(addr, config.stun_second).map_err(listen_error("STUN", addr)))
             .transpose()?;
-        let stun_addr = stun.as_ref().and_then(|socket| socket.local_addr().ok());
+        let stun_addr = stun.as_ref().and_then(stun::Sockets::local_addr);
         let endpoint = quic::endpoint(&identity, quic_tls, udp).map_err(listen_error("QUIC", local_addr))?;
         let listener = tokio::net::TcpListener::from_std(tcp).map_err(listen_error("TLS", local_addr))?;
 
@@ -147,8 +149,8 @@ impl RelayServer {
         tasks.spawn(keep_time(shared.clone()));
         tasks.spawn(quic::accept(shared.clone(), endpoint, stop.clone()));
         tasks.spawn(tcp::accept(shared.clone(), listener, Arc::new(tls), stop.clone()));
-        if let Some(socket) = stun {
-            tasks.spawn(stun::serve(shared.clone(), socket));
+        if let Some(sockets) = stun {
+            tasks.spawn(stun::serve(shared.clone(), sockets));
         }
         tracing::info!(%local_addr, ?stun_addr, relay = %config.relay, "the relay listens");
         Ok(Self { shared, local_addr, stun_addr, cert_sha256, stop, tasks })

@@ -49,6 +49,9 @@ pub struct ServeArgs {
     /// Where the embedded STUN server listens (UDP)
     #[arg(long, value_name = "ADDR:PORT", default_value = "0.0.0.0:3478")]
     pub stun_listen: SocketAddr,
+    /// A second address of this host for STUN, with another port: lets agents find out how their NAT behaves
+    #[arg(long, value_name = "ADDR:PORT", conflicts_with = "no_embedded_relay")]
+    pub stun_second: Option<SocketAddr>,
     /// The pool of IPv4 overlay addresses; 100.64.0.0/10 in a new network
     #[arg(long, value_name = "CIDR")]
     pub ipv4_pool: Option<Ipv4Net>,
@@ -134,8 +137,11 @@ impl ServeArgs {
             },
             database: self.database,
             tls: self.tls_cert.zip(self.tls_key),
-            relay: (!self.no_embedded_relay)
-                .then_some(RelayListen { relay: self.relay_listen, stun: self.stun_listen }),
+            relay: (!self.no_embedded_relay).then_some(RelayListen {
+                relay: self.relay_listen,
+                stun: self.stun_listen,
+                stun_second: self.stun_second,
+            }),
             ipv4_pool: self.ipv4_pool,
             ipv6_prefix: self.ipv6_prefix,
             lease: self.lease,

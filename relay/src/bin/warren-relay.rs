@@ -40,6 +40,9 @@ struct Serve {
     /// Where to answer STUN (UDP).
     #[arg(long, value_name = "ADDR:PORT")]
     stun_listen: Option<SocketAddr>,
+    /// A second address of this host for STUN, with another port: lets devices find out how their NAT behaves (RFC 5780).
+    #[arg(long, value_name = "ADDR:PORT", requires = "stun_listen")]
+    stun_second: Option<SocketAddr>,
     /// Where devices reach it, if that is another address (behind a NAT, or listening on all addresses). Repeatable.
     #[arg(long, value_name = "ADDR:PORT")]
     advertise: Vec<SocketAddr>,
@@ -110,6 +113,7 @@ async fn block_on(serve: Serve, join_key: Option<RelayJoinKey>) -> anyhow::Resul
         state_dir: serve.state_dir,
         listen: serve.listen,
         stun_listen: serve.stun_listen,
+        stun_second: serve.stun_second,
         advertise: serve.advertise,
         advertise_stun: serve.advertise_stun,
         limits: Limits { rate, ..Limits::default() },

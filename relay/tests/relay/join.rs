@@ -66,6 +66,7 @@ impl Coordinator {
             state_dir: dir.path().to_owned(),
             listen: "127.0.0.1:0".parse().unwrap(),
             stun_listen: Some("127.0.0.1:0".parse().unwrap()),
+            stun_second: None,
             advertise: Vec::new(),
             advertise_stun: Vec::new(),
             limits: Limits::default(),

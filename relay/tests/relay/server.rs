@@ -1,12 +1,13 @@
 //! The server: both transports, STUN, its end.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::support::{Device, Seen, Transport, config, device, patient, probe, start, token};
 use tokio::net::UdpSocket;
 use warren_common::wire::relay::{Frame, GoneReason, MAX_PAYLOAD, RefusalCode, TokenRef, WantedReason};
 use warren_relay::core::{DropReason, Limits};
-use warren_relay::server::{RelayServer, StartError};
+use warren_relay::server::{RelayServer, RelayServerConfig, StartError};
 
 const BOTH: [Transport; 2] = [Transport::Quic, Transport::Tls];
 
@@ -154,6 +155,43 @@ async fn stun_answers_questions_only() {
 }
 
 #[tokio::test]
+async fn stun_at_two_addresses_answers_from_where_it_is_asked_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let with = |second: &str| {
+        let second = Some(second.parse().unwrap());
+        RelayServer::start(RelayServerConfig { stun_second: second, ..config(dir.path(), Limits::default()) })
+    };
+    for bad in ["127.0.0.1:9", "0.0.0.0:9", "[::1]:9"] {
+        let text = with(bad).unwrap_err().to_string();
+        assert!(text.contains("must be of the same family as the first and differ"), "{text}");
+    }
+    let server = with("127.0.0.2:0").unwrap();
+    let first = server.stun_addr().unwrap();
+    let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let ask = async |to: SocketAddr, flags: u8| {
+        let mut question = vec![7; 20];
+        question[..8].copy_from_slice(&[0, 1, 0, 8, 0x21, 0x12, 0xa4, 0x42]);
+        question.extend([0, 3, 0, 4, 0, 0, 0, flags]);
+        socket.send_to(&question, to).await.unwrap();
+        let mut answer = [0; 100];
+        let (len, from) = patient(socket.recv_from(&mut answer)).await.unwrap();
+        assert_eq!((len, &answer[32..36]), (44, &[0x80, 0x2c, 0, 8][..]));
+        let port = u16::from_be_bytes([answer[38], answer[39]]);
+        (from, SocketAddr::from(([answer[40], answer[41], answer[42], answer[43]], port)))
+    };
+    let (from, other) = ask(first, 0).await;
+    assert_eq!((from, other.ip().to_string()), (first, "127.0.0.2".to_owned()));
+    assert_ne!(other.port(), first.port());
+    for at in [first, other] {
+        let apart = if at == first { other } else { first };
+        assert_eq!(ask(at, 0).await, (at, apart));
+        assert_eq!(ask(at, 2).await, (SocketAddr::new(at.ip(), apart.port()), apart));
+        assert_eq!(ask(at, 4).await, (SocketAddr::new(apart.ip(), at.port()), apart));
+        assert_eq!(ask(at, 6).await, (apart, apart));
+    }
+}
+
+#[tokio::test]
 async fn shutdown_says_so_and_frees_the_port() {
     let (dir, server) = start(Limits::default());
     let (addr, cert) = (server.local_addr(), server.cert_sha256());
@@ -163,11 +201,9 @@ async fn shutdown_says_so_and_frees_the_port() {
     let (ends, ()) = tokio::join!(ends, server.shutdown());
     assert_eq!(ends, (Some(RefusalCode::ShuttingDown), Some(RefusalCode::ShuttingDown)));
     // Again at the same place, with the same certificate.
-    let again = RelayServer::start(warren_relay::server::RelayServerConfig {
-        listen: addr,
-        ..config(dir.path(), Limits::default())
-    })
-    .unwrap();
+    let again =
+        RelayServer::start(RelayServerConfig { listen: addr, ..config(dir.path(), Limits::default()) })
+            .unwrap();
     assert_eq!(again.cert_sha256(), cert);
     Device::join(&again, Transport::Quic, 1, &[]).await;
 }
@@ -187,8 +223,7 @@ async fn a_relay_that_was_killed_and_started_again_resets_its_old_connections() 
     drop(server);
     let again = loop {
         // The killed one's sockets close in the background.
-        let config =
-            warren_relay::server::RelayServerConfig { listen, ..config(dir.path(), Limits::default()) };
+        let config = RelayServerConfig { listen, ..config(dir.path(), Limits::default()) };
         match RelayServer::start(config) {
             Ok(server) => break server,
             Err(StartError::Listen { .. }) => tokio::task::yield_now().await,
@@ -211,10 +246,7 @@ async fn dropping_the_server_ends_its_connections() {
 #[tokio::test]
 async fn a_port_in_use_is_named() {
     let (dir, server) = start(Limits::default());
-    let again = warren_relay::server::RelayServerConfig {
-        listen: server.local_addr(),
-        ..config(dir.path(), Limits::default())
-    };
+    let again = RelayServerConfig { listen: server.local_addr(), ..config(dir.path(), Limits::default()) };
     let error = RelayServer::start(again).unwrap_err();
     assert!(matches!(error, StartError::Listen { addr, .. } if addr == server.local_addr()));
 }

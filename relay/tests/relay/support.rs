@@ -49,6 +49,7 @@ pub(crate) fn config(state_dir: &std::path::Path, limits: Limits) -> RelayServer
     RelayServerConfig {
         listen: "127.0.0.1:0".parse().unwrap(),
         stun_listen: Some("127.0.0.1:0".parse().unwrap()),
+        stun_second: None,
         state_dir: state_dir.to_owned(),
         network: network(),
         relay: relay_id(),
