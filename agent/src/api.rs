@@ -129,6 +129,9 @@ pub struct Status {
     pub health: Vec<HealthItem>,
     /// Packets dropped by reason and timer wake-ups by reason, counted since the agent came up.
     pub counters: serde_json::Value,
+    /// What of the kernel's help for many packets at a time is in use: see [`crate::os::Offloads`].
+    #[serde(default)]
+    pub offloads: std::collections::BTreeMap<String, bool>,
 }
 
 /// The coordinator.
@@ -254,6 +257,7 @@ mod tests {
                 fix: "f".into(),
             }],
             counters: json!({}),
+            offloads: [("tun".to_owned(), true)].into(),
         };
         let out = Status {
             state: "needs-login".into(),
@@ -263,6 +267,7 @@ mod tests {
             peers: vec![],
             health: vec![],
             counters: json!({}),
+            offloads: [("tun".to_owned(), true)].into(),
         };
         let check = Netcheck {
             udp: true,
@@ -283,14 +288,14 @@ mod tests {
                     r#""peers":[{"id":"dev_00000000000000000000000000","name":"b","ips":["100.64.0.2"],"user":null,"#,
                     r#""tags":["tag:b"],"online":true,"path":{"kind":"direct","endpoint":"192.0.2.1:5","relay":null,"#,
                     r#""rtt_ms":1.235},"rx_bytes":1,"tx_bytes":2,"last_handshake":"2026-11-24T00:00:00Z"}],"#,
-                    r#""health":[{"code":"clock-skew","severity":"warning","text":"t","fix":"f"}],"counters":{}}"#
+                    r#""health":[{"code":"clock-skew","severity":"warning","text":"t","fix":"f"}],"counters":{},"offloads":{"tun":true}}"#
                 ),
             ),
             (
                 serde_json::to_string(&out),
                 concat!(
                     r#"{"state":"needs-login","network":null,"self":null,"coordinator":null,"peers":[],"#,
-                    r#""health":[],"counters":{}}"#
+                    r#""health":[],"counters":{},"offloads":{"tun":true}}"#
                 ),
             ),
             (

@@ -30,17 +30,17 @@ use warren_engine::netmap::PendingUpdate;
 use crate::api::{Call, Reply, Server};
 use crate::clock::{self, BootTimer, MAX_SLEEP};
 use crate::control::{ControlClient, ControlConfig, ControlEvent};
+use crate::dataplane::DataPlane;
 use crate::entropy::OsEntropy;
 use crate::os::journal::Journal;
 use crate::os::tun::{self, Tun};
 use crate::os::udp::{self, Udp};
-use crate::os::{Host, HostPlan, NetworkChanges, Surroundings};
+use crate::os::{Host, HostPlan, NetworkChanges, Offloads, Surroundings};
 use crate::problem::{Problem, Severity};
 use crate::relay_client::RelayEvent;
 use crate::state::{DeviceKeys, Identity, Membership, NetworkDir, Settings, StateDir};
 use check::Checked;
 use keep::Keep;
-use packets::Buffers;
 use relays::Relays;
 use verdicts::Verdicts;
 use why::Whys;
@@ -67,6 +67,8 @@ pub struct Options {
     pub listen_port: Option<u16>,
     /// User id that may change the agent's state beside root.
     pub operator: Option<u32>,
+    /// What of the kernel's help for many packets at a time to use where there is any.
+    pub offloads: Offloads,
 }
 
 /// Runs until SIGTERM, SIGINT or SIGHUP, then puts the host back.
@@ -79,7 +81,7 @@ pub async fn run(options: Options) -> Result<(), Problem> {
     let state = StateDir::open(&options.state_dir)?;
     let settings = state.settings()?;
     Journal::load(&state)?; // without it nothing can be put back
-    let sockets = udp::bind(options.listen_port, settings.port)?;
+    let sockets = udp::bind(options.listen_port, settings.port, options.offloads)?;
     let (server, calls) = Server::listen(&options.socket, options.operator)?;
     let host = Host::open()?;
     let mut daemon = Daemon::new(options, state, settings, sockets, host)?;
@@ -99,8 +101,7 @@ struct Daemon {
     host: Host,
     changes: NetworkChanges,
     surroundings: Surroundings,
-    sockets: Vec<Udp>,
-    buffers: Buffers,
+    plane: DataPlane,
     timer: BootTimer,
     up: Option<Box<Up>>,
     /// Why the agent is not up although it should be, or must sign in again.
@@ -225,8 +226,7 @@ impl Daemon {
             settings,
             host,
             surroundings: Surroundings::default(),
-            sockets,
-            buffers: Buffers::default(),
+            plane: DataPlane::new(sockets),
             up: None,
             problem: None,
             retry_at: None,
@@ -284,7 +284,7 @@ impl Daemon {
 
     /// Waits for the next thing to do. Cancel safe.
     async fn next(&mut self, calls: &mut mpsc::Receiver<Call>) -> Wake {
-        let Self { up, sockets, changes, timer, checks, .. } = self;
+        let Self { up, plane, changes, timer, checks, .. } = self;
         let (tun, events, relays, saving) = match up.as_deref_mut() {
             Some(up) => (up.tun.as_ref(), Some(&mut up.events), Some(&mut up.relays), up.saving.as_mut()),
             None => (None, None, None, None),
@@ -292,18 +292,9 @@ impl Daemon {
         let is_saving = saving.is_some();
         let tun_readable = async {
             match tun {
+                Some(_) if plane.has_waiting() => Ok(()),
                 Some(tun) => tun.readable().await,
                 None => std::future::pending().await,
-            }
-        };
-        let udp_readable = async {
-            match sockets.as_slice() {
-                [one] => (0, one.readable().await),
-                [one, two, ..] => tokio::select! {
-                    result = one.readable() => (0, result),
-                    result = two.readable() => (1, result),
-                },
-                [] => std::future::pending().await,
             }
         };
         let control = async {
@@ -333,7 +324,7 @@ impl Daemon {
         };
         tokio::select! {
             _ = tun_readable => Wake::Tun,
-            (index, _) = udp_readable => Wake::Udp(index),
+            index = plane.readable() => Wake::Udp(index),
             () = timer.fired() => Wake::Timer,
             event = control => Wake::Control(event),
             Some(event) = relay => Wake::Relay(event),
@@ -411,7 +402,7 @@ impl Daemon {
             up.control.retry_now();
             up.relays.network_changed();
             if let Some(engine) = &mut up.engine {
-                engine.handle_interfaces(now, &self.surroundings.sockets(&bound(&self.sockets)));
+                engine.handle_interfaces(now, &self.surroundings.sockets(&bound(self.plane.sockets())));
             }
         }
     }

@@ -7,6 +7,7 @@ pub mod cli;
 pub mod clock;
 pub mod control;
 pub mod daemon;
+pub mod dataplane;
 pub mod entropy;
 pub mod netcheck;
 pub mod os;

@@ -61,6 +61,56 @@ pub fn check_privilege() -> Result<(), Problem> {
     Ok(())
 }
 
+/// What of the kernel's help for many packets at a time is to be used. Each is looked for at run time; where one is
+/// missing, packets go one by one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offloads {
+    /// Super-frames of TCP through the TUN (`IFF_VNET_HDR`, TSO).
+    pub tun: bool,
+    /// Super-frames of UDP through the TUN (USO, Linux 6.2); nothing without `tun`.
+    pub tun_udp: bool,
+    /// Many datagrams by one send (`UDP_SEGMENT`).
+    pub udp_send: bool,
+    /// Many datagrams by one receive (`UDP_GRO`).
+    pub udp_receive: bool,
+}
+
+impl Offloads {
+    /// Everything.
+    pub const ALL: Self = Self { tun: true, tun_udp: true, udp_send: true, udp_receive: true };
+    /// Nothing.
+    pub const NONE: Self = Self { tun: false, tun_udp: false, udp_send: false, udp_receive: false };
+
+    /// Everything but what `names` say: `tun`, `tun-udp`, `udp-send`, `udp-receive`, `all`.
+    ///
+    /// # Errors
+    /// The name that is none of these.
+    pub fn without<'a>(names: impl Iterator<Item = &'a str>) -> Result<Self, &'a str> {
+        let mut out = Self::ALL;
+        for name in names {
+            match name {
+                "tun" => (out.tun, out.tun_udp) = (false, false),
+                "tun-udp" => out.tun_udp = false,
+                "udp-send" => out.udp_send = false,
+                "udp-receive" => out.udp_receive = false,
+                "all" => out = Self::NONE,
+                other => return Err(other),
+            }
+        }
+        Ok(out)
+    }
+
+    /// Each with its name.
+    pub const fn named(self) -> [(&'static str, bool); 4] {
+        [
+            ("tun", self.tun),
+            ("tun-udp", self.tun_udp),
+            ("udp-send", self.udp_send),
+            ("udp-receive", self.udp_receive),
+        ]
+    }
+}
+
 /// What the host should look like while the overlay is up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostPlan {

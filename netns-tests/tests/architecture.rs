@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 /// Who may name whom in `[dependencies]`, of the workspace's own crates.
-const MAY_USE: [(&str, &[&str]); 7] = [
+const MAY_USE: [(&str, &[&str]); 8] = [
     ("warren-common", &[]),
     ("warren-engine", &["warren-common"]),
     ("warren-agent", &["warren-common", "warren-engine"]),
@@ -20,6 +20,7 @@ const MAY_USE: [(&str, &[&str]); 7] = [
         "warren-netns-tests",
         &["warren-common", "warren-engine", "warren-agent", "warren-relay", "warren-coordinator"],
     ),
+    ("warren-bench", &["warren-common", "warren-engine", "warren-agent"]),
     ("xtask", &[]),
 ];
 

@@ -1,5 +1,6 @@
 //! `cargo xtask VERB`: everything a developer or CI does with this repository beyond plain cargo.
 
+mod bench;
 mod demo;
 mod focus;
 mod report;
@@ -17,6 +18,7 @@ cargo xtask demo [--keep]      agents behind NATs meet, talk, are denied and are
 cargo xtask test               everything that CI checks; ends with `N passed, M failed[, K skipped]`
 cargo xtask sim SEED           replay one run of the simulator, with its output
 cargo xtask lab [FILTER]       only the tests with real packets between network namespaces
+cargo xtask bench [REPEATS]    the tunnel against others on this machine; writes the table of docs/performance.md
 cargo xtask fuzz [ITERATIONS]  only the fuzz targets, with this many random inputs each
 
 Logs of all steps are in target/xtask. Exit code: 0 good, 1 something failed, 2 wrong command line.
@@ -40,6 +42,11 @@ fn main() -> ExitCode {
         },
         ["lab"] => focus::lab(None),
         ["lab", filter] => focus::lab(Some(filter)),
+        ["bench"] => bench::run(3),
+        ["bench", repeats] => match repeats.parse() {
+            Ok(repeats) => bench::run(repeats),
+            Err(_) => return usage(&format!("the repeats are a whole number, not {repeats:?}")),
+        },
         ["fuzz"] => focus::fuzz(None),
         ["fuzz", iterations] => match iterations.parse() {
             Ok(iterations) => focus::fuzz(Some(iterations)),

@@ -30,6 +30,7 @@ use warren_common::time::{Instant, Now, UnixTime};
 
 use crate::flow::table::{FlowHash, FlowId, FlowTable, MAX_FLOWS};
 use crate::flow::{Direction, Flow, FlowKey};
+use crate::io::Burst;
 use crate::matcher::{Decision, Matcher, Query, Scratch};
 use crate::packet::{Packet, Quoted, Selector, TCP_RST, TcpHeader, Transport};
 
@@ -190,18 +191,43 @@ impl Filter {
 
     /// Judges an IP packet from the local host to `peer`.
     pub fn egress(&mut self, now: Now, bytes: &[u8], peer: u32) -> Verdict {
-        self.judge(Direction::Egress, now, bytes, peer)
+        self.judge(Direction::Egress, now, bytes, peer, Burst::one(bytes.len()))
     }
 
     /// Judges an IP packet from `peer` to the local host. That its source belongs to the peer must be known.
     pub fn ingress(&mut self, now: Now, bytes: &[u8], peer: u32) -> Verdict {
-        self.judge(Direction::Ingress, now, bytes, peer)
+        self.judge(Direction::Ingress, now, bytes, peer, Burst::one(bytes.len()))
+    }
+
+    /// Judges packets that differ in nothing that a verdict looks at (one flow, no flag that changes its state, one after
+    /// the other) by the first of them, and counts all. A super-frame from the TUN is its own first packet.
+    pub fn judge_burst(
+        &mut self,
+        direction: Direction,
+        now: Now,
+        first: &[u8],
+        peer: u32,
+        burst: Burst,
+    ) -> Verdict {
+        self.judge(direction, now, first, peer, burst)
     }
 
     /// Counts and remembers a packet that the engine dropped for a reason of its own. The local application is told
     /// as of any refused packet.
     pub fn record_drop(&mut self, direction: Direction, now: Now, bytes: &[u8], reason: DropReason) {
-        self.counters[direction as usize].count(&reason);
+        self.record_drops(direction, now, bytes, 1, reason);
+    }
+
+    /// [`Filter::record_drop`] for `packets` of which `bytes` are the first.
+    pub fn record_drops(
+        &mut self,
+        direction: Direction,
+        now: Now,
+        bytes: &[u8],
+        packets: u32,
+        reason: DropReason,
+    ) {
+        self.counters[direction as usize].count(&reason, packets);
         let Ok(packet) = Packet::parse(bytes) else { return };
         self.recent.note(direction, now, &packet, reason);
         if direction == Direction::Egress {
@@ -272,28 +298,28 @@ impl Filter {
         self.disagreements.iter()
     }
 
-    fn judge(&mut self, direction: Direction, now: Now, bytes: &[u8], peer: u32) -> Verdict {
+    fn judge(&mut self, direction: Direction, now: Now, bytes: &[u8], peer: u32, burst: Burst) -> Verdict {
         self.check_windows(now);
         let packet = match Packet::parse(bytes) {
             Ok(packet) => packet,
             Err(error) => {
                 let reason = DropReason::Malformed(error);
-                self.counters[direction as usize].count(&reason);
+                self.counters[direction as usize].count(&reason, burst.packets);
                 return Verdict::Drop(reason);
             }
         };
         let verdict = match packet.transport {
             Transport::LaterFragment => self.judge_fragment(direction, now, &packet, peer),
             Transport::IcmpError { .. } => self.judge_icmp_error(direction, now, &packet, peer),
-            Transport::Tcp(_) | Transport::Other(_) => self.judge_whole(direction, now, &packet, peer),
+            Transport::Tcp(_) | Transport::Other(_) => self.judge_whole(direction, now, &packet, peer, burst),
         };
         match verdict {
             Ok(()) => {
-                self.counters[direction as usize].passed += 1;
+                self.counters[direction as usize].passed += u64::from(burst.packets);
                 Verdict::Pass
             }
             Err(reason) => {
-                self.counters[direction as usize].count(&reason);
+                self.counters[direction as usize].count(&reason, burst.packets);
                 self.recent.note(direction, now, &packet, reason);
                 let refused = matches!(reason, DropReason::NoRule | DropReason::DeniedByRule(_));
                 if direction == Direction::Ingress && refused {
@@ -311,12 +337,17 @@ impl Filter {
         now: Now,
         packet: &Packet<'_>,
         peer: u32,
+        burst: Burst,
     ) -> Result<(), DropReason> {
         let key = FlowKey::new(direction, packet.addrs, packet.proto, packet.selector());
-        let tcp = match &packet.transport {
-            Transport::Tcp(tcp) => Some(tcp),
+        let tcp = match packet.transport {
+            // A burst's numbers are those of one long segment.
+            Transport::Tcp(tcp) => {
+                Some(TcpHeader { payload_len: tcp.payload_len + burst.more_payload, ..tcp })
+            }
             _ => None,
         };
+        let tcp = tcp.as_ref();
         let found = self.flows.find(&key, now.boot);
         let id = match found.and_then(|id| Some((id, self.flows.get(id)?))) {
             Some((id, flow)) if flow.peer == peer && carries(flow, direction, tcp) => id,
@@ -333,7 +364,7 @@ impl Filter {
                 }
             }
         };
-        self.flows.update(id, now.boot, |flow| flow.record(direction, packet.bytes.len(), tcp));
+        self.flows.update(id, now.boot, |flow| flow.record(direction, burst.packets, burst.bytes, tcp));
         if let Some(fragment) = packet.fragment {
             self.fragments.remember(direction, peer, packet, fragment, key, now.boot);
         }
@@ -457,7 +488,7 @@ impl Filter {
             .and_then(|fragment| self.fragments.find(direction, peer, packet, fragment, now.boot))
             .ok_or(DropReason::NotFirstFragment)?;
         let id = self.live_flow(&key, peer, now)?;
-        self.flows.update(id, now.boot, |flow| flow.record(direction, packet.bytes.len(), None));
+        self.flows.update(id, now.boot, |flow| flow.record(direction, 1, packet.bytes.len(), None));
         Ok(())
     }
 

@@ -251,8 +251,8 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    const fn add(&mut self, bytes: usize) {
-        self.packets += 1;
+    const fn add(&mut self, packets: u32, bytes: usize) {
+        self.packets += packets as u64;
         self.bytes += bytes as u64;
     }
 }
@@ -346,11 +346,17 @@ impl Flow {
         }
     }
 
-    /// Counts a packet that passed and says which state follows from it.
-    pub(crate) fn record(&mut self, direction: Direction, len: usize, tcp: Option<&TcpHeader>) -> FlowState {
+    /// Counts packets that passed, which `tcp` describes as one segment, and says which state follows.
+    pub(crate) fn record(
+        &mut self,
+        direction: Direction,
+        packets: u32,
+        bytes: usize,
+        tcp: Option<&TcpHeader>,
+    ) -> FlowState {
         match direction {
-            Direction::Egress => self.sent.add(len),
-            Direction::Ingress => self.received.add(len),
+            Direction::Egress => self.sent.add(packets, bytes),
+            Direction::Ingress => self.received.add(packets, bytes),
         }
         match tcp {
             Some(tcp) => self.record_tcp(direction, tcp),

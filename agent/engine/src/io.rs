@@ -9,14 +9,19 @@ use std::ops::Range;
 
 use warren_common::ids::{DeviceId, RelayId};
 
+use crate::offload::Ecn;
+
+mod tun;
+
+pub(crate) use tun::Added;
+pub use tun::{Burst, MAX_OPEN_FRAMES, MAX_TUN_PACKETS, TunOffload, TunOut};
+
 /// Largest UDP payload over IPv4 (RFC 768), and so the largest batch one send can carry, in bytes.
 pub const MAX_BATCH_BYTES: usize = 65_507;
 /// Most segments of one `UDP_SEGMENT` send (Linux `UDP_MAX_SEGMENTS` before 6.9).
 pub const MAX_SEGMENTS: usize = 64;
 /// Most sends an [`Outbox`] holds before it must be drained.
 pub const MAX_TRANSMITS: usize = 256;
-/// Most packets a [`TunOut`] holds before it must be drained: more than one GRO batch can bring.
-pub const MAX_TUN_PACKETS: usize = 1_024;
 /// Bytes of an [`Outbox`] or [`TunOut`] made by `new`: four full batches.
 pub const DEFAULT_ARENA_BYTES: usize = 4 * 65_536;
 
@@ -63,6 +68,17 @@ pub enum Destination {
     },
 }
 
+/// How the datagrams of one batch lie, and what the network did to them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Arrival {
+    /// Bytes of each datagram (the last may be shorter); 0 for a single one.
+    pub stride: usize,
+    /// The congestion mark of their IP packets.
+    pub ecn: Ecn,
+    /// They waited for us for too long ([`crate::queue::Standing`]): one sender is to be told, by a mark or a loss.
+    pub tell: bool,
+}
+
 /// One UDP socket of ours and one address it can be reached at: a candidate for peers on the same network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LocalSocket {
@@ -83,6 +99,8 @@ pub struct Transmit {
     pub len: usize,
     /// The size of each segment; `None` for a single datagram.
     pub segment_size: Option<usize>,
+    /// The congestion mark of its IP packets.
+    pub ecn: Ecn,
 }
 
 impl Transmit {
@@ -92,9 +110,10 @@ impl Transmit {
     }
 
     /// True if a datagram of `len` bytes to `to` may join at the end.
-    fn accepts(&self, to: Destination, len: usize) -> bool {
+    fn accepts(&self, to: Destination, ecn: Ecn, len: usize) -> bool {
         let size = self.segment_size.unwrap_or(self.len);
         self.to == to
+            && self.ecn == ecn
             && len <= size
             && self.len.is_multiple_of(size) // a shorter segment closes the batch
             && self.len / size < MAX_SEGMENTS
@@ -143,9 +162,36 @@ impl Outbox {
         self.transmits.is_empty()
     }
 
+    /// Bytes to send.
+    pub fn bytes(&self) -> usize {
+        self.used
+    }
+
     /// True if a datagram of `len` bytes fits, whatever its destination.
     pub fn has_room(&self, len: usize) -> bool {
         self.buffer.len() - self.used >= len && self.transmits.len() < MAX_TRANSMITS
+    }
+
+    /// True if more datagrams like the last may join it, so that it is worth keeping for a moment if more are at hand.
+    pub fn is_last_open(&self) -> bool {
+        self.transmits
+            .last()
+            .is_some_and(|last| last.accepts(last.to, last.ecn, last.segment_size.unwrap_or(last.len)))
+    }
+
+    /// Forgets everything but the last batch, which moves to the front.
+    pub fn clear_but_last(&mut self) {
+        let Some(mut last) = self.transmits.pop() else { return };
+        self.buffer.copy_within(last.range(), 0);
+        last.offset = 0;
+        self.used = last.len;
+        self.transmits.clear();
+        self.transmits.push(last);
+    }
+
+    /// How many batches there are.
+    pub fn len(&self) -> usize {
+        self.transmits.len()
     }
 
     /// What to send, in order.
@@ -170,18 +216,18 @@ impl Outbox {
     }
 
     /// Takes the `len` bytes just written to [`space`](Self::space) as one datagram to `to`.
-    pub(crate) fn commit(&mut self, to: Destination, len: usize) {
+    pub(crate) fn commit(&mut self, to: Destination, ecn: Ecn, len: usize) {
         debug_assert!(self.used + len <= self.buffer.len(), "committed more than there was space for");
         let offset = self.used;
         self.used += len;
         if let Some(last) = self.transmits.last_mut()
-            && last.accepts(to, len)
+            && last.accepts(to, ecn, len)
         {
             last.segment_size = Some(last.segment_size.unwrap_or(last.len));
             last.len += len;
             return;
         }
-        self.transmits.push(Transmit { to, offset, len, segment_size: None });
+        self.transmits.push(Transmit { to, offset, len, segment_size: None, ecn });
     }
 
     /// Copies one datagram in. False if it doesn't fit.
@@ -189,87 +235,7 @@ impl Outbox {
     pub(crate) fn push(&mut self, to: Destination, datagram: &[u8]) -> bool {
         let Some(space) = self.space(datagram.len()) else { return false };
         space[..datagram.len()].copy_from_slice(datagram);
-        self.commit(to, datagram.len());
-        true
-    }
-}
-
-/// Plaintext IP packets for the TUN: a caller-owned arena. Each packet has `headroom` zero bytes in front of it, so
-/// that a shell can put its virtio header there without moving anything.
-#[derive(Debug)]
-pub struct TunOut {
-    buffer: Box<[u8]>,
-    used: usize,
-    headroom: usize,
-    packets: Vec<Range<usize>>,
-}
-
-impl Default for TunOut {
-    fn default() -> Self {
-        Self::new(0)
-    }
-}
-
-impl TunOut {
-    /// An arena of [`DEFAULT_ARENA_BYTES`] with `headroom` bytes before each packet.
-    pub fn new(headroom: usize) -> Self {
-        Self::with_capacity(DEFAULT_ARENA_BYTES, headroom)
-    }
-
-    /// An arena of `bytes` (at least [`MAX_BATCH_BYTES`]) with `headroom` bytes before each packet.
-    pub fn with_capacity(bytes: usize, headroom: usize) -> Self {
-        Self {
-            buffer: vec![0; bytes.max(MAX_BATCH_BYTES)].into_boxed_slice(),
-            used: 0,
-            headroom,
-            packets: Vec::with_capacity(MAX_TUN_PACKETS),
-        }
-    }
-
-    /// Forgets everything in it; the memory stays.
-    pub fn clear(&mut self) {
-        self.used = 0;
-        self.packets.clear();
-    }
-
-    /// True if there is nothing to write.
-    pub fn is_empty(&self) -> bool {
-        self.packets.is_empty()
-    }
-
-    /// How many packets there are.
-    pub fn len(&self) -> usize {
-        self.packets.len()
-    }
-
-    /// True if a packet of `len` bytes fits.
-    pub fn has_room(&self, len: usize) -> bool {
-        self.buffer.len() - self.used >= len + self.headroom && self.packets.len() < MAX_TUN_PACKETS
-    }
-
-    /// The packets, in order, without their headroom.
-    pub fn iter(&self) -> impl Iterator<Item = &[u8]> {
-        self.packets.iter().map(|range| &self.buffer[range.clone()])
-    }
-
-    /// The packets, in order, each with its headroom in front, writable.
-    pub fn for_each_mut(&mut self, mut each: impl FnMut(&mut [u8])) {
-        for range in &self.packets {
-            each(&mut self.buffer[range.start - self.headroom..range.end]);
-        }
-    }
-
-    /// Copies one packet in. False if it doesn't fit.
-    #[must_use]
-    pub(crate) fn push(&mut self, packet: &[u8]) -> bool {
-        if !self.has_room(packet.len()) {
-            return false;
-        }
-        let start = self.used + self.headroom;
-        self.buffer[self.used..start].fill(0);
-        self.used = start + packet.len();
-        self.buffer[start..self.used].copy_from_slice(packet);
-        self.packets.push(start..self.used);
+        self.commit(to, Ecn::NotCapable, datagram.len());
         true
     }
 }
@@ -295,6 +261,26 @@ mod tests {
         assert_eq!(sizes, [1_000, 1_000, 400, 1_000, 1_000]);
         out.clear();
         assert!(out.is_empty() && out.has_room(DEFAULT_ARENA_BYTES));
+    }
+
+    #[test]
+    fn an_open_batch_can_be_kept_for_more() {
+        let mut out = Outbox::new();
+        for n in 0..50 {
+            assert!(out.push(to(1), &[n; 1_452]));
+        }
+        // 45 fit one send; the five behind them wait for company.
+        assert_eq!((out.len(), out.is_last_open()), (2, true));
+        out.clear_but_last();
+        assert_eq!((out.len(), out.bytes()), (1, 5 * 1_452));
+        assert!(out.push(to(1), &[50; 1_452]));
+        let first: Vec<u8> = out.datagrams().map(|(_, bytes)| bytes[0]).collect();
+        assert_eq!((out.len(), first), (1, vec![45, 46, 47, 48, 49, 50]));
+        assert!(out.push(to(1), &[51; 100]));
+        assert!(!out.is_last_open(), "a shorter one closes it");
+        out.clear();
+        out.clear_but_last();
+        assert!(out.is_empty() && !out.is_last_open());
     }
 
     #[test]
@@ -325,11 +311,9 @@ mod tests {
     fn headroom_is_zero_and_in_front() {
         let mut tun = TunOut::new(4);
         assert!(tun.push(&[1, 2]));
-        tun.for_each_mut(|bytes| assert_eq!(bytes, [0, 0, 0, 0, 1, 2]));
-        tun.for_each_mut(|bytes| bytes[0] = 9);
+        assert_eq!(tun.frames().next().unwrap().collect::<Vec<_>>(), [[0, 0, 0, 0, 1, 2]]);
+        assert_eq!(tun.iter().collect::<Vec<_>>(), [[1, 2]]);
         tun.clear();
-        assert!(tun.push(&[3]));
-        tun.for_each_mut(|bytes| assert_eq!(bytes, [0, 0, 0, 0, 3]));
-        assert_eq!(tun.iter().collect::<Vec<_>>(), [[3]]);
+        assert!(tun.is_empty());
     }
 }

@@ -27,6 +27,8 @@ pub const TCP_FIN: u8 = 0x01;
 pub const TCP_SYN: u8 = 0x02;
 /// Reset flag of TCP.
 pub const TCP_RST: u8 = 0x04;
+/// Push flag of TCP.
+pub const TCP_PSH: u8 = 0x08;
 /// Acknowledgement flag of TCP.
 pub const TCP_ACK: u8 = 0x10;
 

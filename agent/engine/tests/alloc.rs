@@ -10,8 +10,8 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::time::Duration;
 
-use net::{Behind, Net, overlay, udp};
-use warren_engine::io::{Destination, Outbox, Source, TunOut};
+use net::{Behind, Net, overlay, super_frame, udp};
+use warren_engine::io::{Arrival, Destination, Outbox, Source, TunOffload, TunOut};
 
 struct Counting;
 
@@ -98,4 +98,49 @@ fn a_warm_data_path_allocates_nothing() {
     }
     assert_eq!(passed, 200 * 2 * 32);
     assert_eq!(ALLOCATIONS.get() - before, 0, "allocations in 6400 packets");
+}
+
+#[test]
+fn a_warm_vectored_path_allocates_nothing() {
+    let mut net = Net::new(&[Behind::Nothing, Behind::Nothing]);
+    for _ in 0..10 {
+        net.send(0, 1, &[7; 1_200]);
+        net.send(1, 0, &[7; 1_200]);
+        net.run(Duration::from_millis(100));
+    }
+    assert_eq!((net.path_kind(0, 1), net.path_kind(1, 0)), ("direct", "direct"));
+    let mut frames = [true, false].map(|tcp| super_frame(overlay(0), overlay(1), tcp, 40, 1_200));
+    let mut out = Outbox::new();
+    let mut tun = TunOut::vectored(TunOffload { tcp: true, udp: true });
+    let mut scratch = vec![0; 65_536];
+    let (mut passed, mut bytes, mut before) = (0, 0, 0);
+    for round in 0..200u64 {
+        if round == 100 {
+            before = ALLOCATIONS.get();
+        }
+        let now = net.now + Duration::from_micros(100 * round);
+        for frame in &mut frames {
+            net.nodes[0].engine.handle_tun_frame(now, frame, false, &mut out);
+            for (transmit, sealed) in out.iter() {
+                let data = &mut scratch[..sealed.len()];
+                data.copy_from_slice(sealed);
+                let source = Source::Direct { socket: 0, remote: net.nodes[0].local };
+                let arrival = Arrival { stride: transmit.segment_size.unwrap_or(0), ..Arrival::default() };
+                net.nodes[1].engine.handle_datagrams(now, source, arrival, data, &mut tun);
+            }
+            out.clear();
+            passed += tun.len();
+            bytes += tun.frames().flatten().map(<[u8]>::len).sum::<usize>();
+            tun.clear();
+        }
+        for node in &mut net.nodes {
+            assert!(!node.engine.poll_transmit(now, &mut out));
+            assert!(node.engine.poll_event().is_none());
+            node.engine.poll_timeout(now);
+            out.clear();
+        }
+    }
+    assert_eq!(ALLOCATIONS.get() - before, 0, "allocations in 8000 packets");
+    let sent: usize = frames.iter().map(Vec::len).sum();
+    assert_eq!((passed, bytes), (200 * 2, 200 * sent), "each super-frame came out as one");
 }

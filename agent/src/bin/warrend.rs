@@ -8,6 +8,7 @@ use clap::Parser;
 use tracing_subscriber::EnvFilter;
 use warren_agent::api::DEFAULT_SOCKET;
 use warren_agent::daemon::{self, DEFAULT_TUN, Options};
+use warren_agent::os::Offloads;
 use warren_agent::problem::Problem;
 
 /// The agent of this device: holds its keys, its tunnels and its filter. Runs in the foreground; SIGTERM stops it and
@@ -32,6 +33,10 @@ struct Args {
     /// User (name or number) that may run `warren up`, `down` and `logout` beside root.
     #[arg(long, value_name = "USER")]
     operator: Option<String>,
+    /// Do without some of the kernel's help for many packets at a time, if it is broken here: tun, tun-udp, udp-send,
+    /// udp-receive, all.
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    without_offload: Vec<String>,
 }
 
 fn main() -> ExitCode {
@@ -54,6 +59,13 @@ fn main() -> ExitCode {
 
 fn start(args: Args) -> Result<(), Problem> {
     let operator = args.operator.as_deref().map(user_id).transpose()?;
+    let offloads = Offloads::without(args.without_offload.iter().map(String::as_str)).map_err(|name| {
+        Problem::usage(
+            "unknown-offload",
+            format!("there is no offload `{name}`"),
+            "name some of tun, tun-udp, udp-send, udp-receive, or all",
+        )
+    })?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| {
         Problem::new(
             "runtime",
@@ -67,6 +79,7 @@ fn start(args: Args) -> Result<(), Problem> {
         tun: args.tun,
         listen_port: args.listen_port,
         operator,
+        offloads,
     }))
 }
 

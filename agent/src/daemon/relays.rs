@@ -9,10 +9,10 @@ use warren_common::ids::{DeviceId, RelayId};
 use warren_common::netmap::{Netmap, Relay};
 use warren_common::time::{Instant, Now};
 use warren_common::wire::control::{ClientBody, RelayTokenGrant, RelayTokenRequest};
-use warren_engine::io::{Source, TunOut};
+use warren_engine::io::Source;
 
-use super::packets::deliver;
 use super::{Daemon, Up};
+use crate::dataplane::{DataPlane, RelayLinks};
 use crate::os::MARK;
 use crate::relay_client::{RelayClient, RelayClientConfig, RelayEvent, RelayEventKind, Sent};
 
@@ -74,20 +74,6 @@ impl Relays {
         self.events.recv().await
     }
 
-    /// Hands a sealed packet to a relay; without a connection it is dropped, as the engine was told.
-    pub(super) fn send(&mut self, now: Now, relay: RelayId, device: DeviceId, packet: &[u8]) {
-        let Some(client) = self.clients.get_mut(&relay) else {
-            self.drops.not_connected += 1;
-            return;
-        };
-        client.used = now.boot;
-        match client.client.send(device, packet) {
-            Sent::Queued { dropped } => self.drops.queue_full += dropped as u64,
-            Sent::Full | Sent::Length => self.drops.queue_full += 1,
-            Sent::NotConnected => self.drops.not_connected += 1,
-        }
-    }
-
     pub(super) const fn drops(&self) -> RelayDrops {
         self.drops
     }
@@ -104,6 +90,21 @@ impl Relays {
 
     pub(super) fn network_changed(&self) {
         self.clients.values().for_each(|c| c.client.network_changed());
+    }
+}
+
+impl RelayLinks for Relays {
+    fn send(&mut self, now: Now, relay: RelayId, device: DeviceId, packet: &[u8]) {
+        let Some(client) = self.clients.get_mut(&relay) else {
+            self.drops.not_connected += 1;
+            return;
+        };
+        client.used = now.boot;
+        match client.client.send(device, packet) {
+            Sent::Queued { dropped } => self.drops.queue_full += dropped as u64,
+            Sent::Full | Sent::Length => self.drops.queue_full += 1,
+            Sent::NotConnected => self.drops.not_connected += 1,
+        }
     }
 }
 
@@ -193,7 +194,7 @@ impl Up {
         self.control.send(ClientBody::RelayToken(RelayTokenRequest { relay: relay.to_bytes().to_vec() }));
     }
 
-    fn on_relay_event(&mut self, now: Now, event: RelayEvent, tun_out: &mut TunOut) {
+    fn on_relay_event(&mut self, now: Now, event: RelayEvent, plane: &mut DataPlane) {
         let RelayEvent { relay, kind } = event;
         // What a client said before it was dropped means nothing any more.
         let (Some(client), Some(engine)) = (self.relays.clients.get_mut(&relay), &mut self.engine) else {
@@ -203,12 +204,12 @@ impl Up {
             RelayEventKind::Received { src, payload } => {
                 client.used = now.boot;
                 let from = Source::Relay { relay, device: src };
-                let mut open = |bytes: &mut [u8]| engine.handle_datagram(now, from, bytes, 0, tun_out);
+                let tun = self.tun.as_ref();
+                let mut open = |bytes: &mut [u8]| plane.from_elsewhere(now, from, bytes, engine, tun);
                 match Bytes::try_into_mut(payload) {
                     Ok(mut bytes) => open(&mut bytes),
                     Err(shared) => open(&mut shared.to_vec()),
                 }
-                deliver(tun_out, self.tun.as_ref());
             }
             RelayEventKind::Connected { transport, addr } => {
                 tracing::info!(%relay, ?transport, "relay connected");
@@ -234,11 +235,11 @@ impl Up {
 
 impl Daemon {
     pub(super) fn on_relay(&mut self, now: Now, first: RelayEvent) {
-        let Self { up: Some(up), buffers, .. } = self else { return };
-        up.on_relay_event(now, first, buffers.tun_out());
+        let Self { up: Some(up), plane, .. } = self else { return };
+        up.on_relay_event(now, first, plane);
         for _ in 1..BUDGET {
             let Ok(event) = up.relays.events.try_recv() else { return };
-            up.on_relay_event(now, event, buffers.tun_out());
+            up.on_relay_event(now, event, plane);
         }
     }
 }

@@ -131,7 +131,7 @@ impl Daemon {
         if let Some(saved) = up.dir.netmap()? {
             engine.restore(now, &saved).map_err(|e| unusable_netmap(&up.dir.netmap_path(), &e))?;
         }
-        engine.handle_interfaces(now, &self.surroundings.sockets(&bound(&self.sockets)));
+        engine.handle_interfaces(now, &self.surroundings.sockets(&bound(self.plane.sockets())));
         match &up.engine {
             Some(old) => engine.resume(now, &old.path_hints()),
             None => engine.resume(now, up.keep.paths(now.unix)),
@@ -156,10 +156,17 @@ impl Daemon {
         }
         self.host.check_collision(&plan).await?;
         if up.tun.is_none() {
-            up.tun = Some(Tun::open(&plan.tun)?);
+            let tun = Tun::open(&plan.tun, self.options.offloads)?;
+            self.plane.attach(&tun);
+            up.tun = Some(tun);
         }
         up.no_ipv6 = !self.host.apply(&plan, &self.state).await?.ipv6;
         tracing::info!(tun = %plan.tun, mtu = plan.mtu, "the overlay is up");
+        let missing = self.plane.offloads(up.tun.as_ref()).named().into_iter().filter(|(_, on)| !on);
+        let missing: Vec<&str> = missing.map(|(name, _)| name).collect();
+        if !missing.is_empty() {
+            tracing::warn!("slower than could be, offloads are missing: {}", missing.join(", "));
+        }
         up.plan = Some(plan);
         Ok(())
     }

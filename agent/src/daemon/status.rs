@@ -55,6 +55,7 @@ impl Daemon {
                     "wakes": status.wakes,
                     "staged": status.staged,
                     "disagreements": status.disagreements,
+                    "queue": {"dropped": self.plane.queue_counts().0, "told": self.plane.queue_counts().1},
                 });
                 (status.device, status.peers, status.revision, counters)
             }
@@ -74,6 +75,12 @@ impl Daemon {
             peers,
             health,
             counters,
+            offloads: self
+                .plane
+                .offloads(up.and_then(|up| up.tun.as_ref()))
+                .named()
+                .map(|(name, on)| (name.to_owned(), on))
+                .into(),
         }
     }
 

@@ -180,7 +180,7 @@ impl Daemon {
         };
         self.come_down().await?;
         // A host that can't have a TUN should not spend the key.
-        drop(Tun::open(&self.options.tun)?);
+        drop(Tun::open(&self.options.tun, self.options.offloads)?);
         let mut dir = self.state.network(key.network)?;
         // Where no device came of an earlier try, the keys stay: the coordinator may have made one, and its reply was lost.
         let no_device = matches!(dir.membership(), Ok(None));

@@ -79,7 +79,7 @@ fn up_routes_guards_and_a_clean_stop_leaves_nothing() {
         let state = state(&dir);
         let before = host();
         let host_os = Host::open().unwrap();
-        let tun = Tun::open("wtest0").unwrap();
+        let tun = Tun::open("wtest0", Offloads::ALL).unwrap();
         host_os.check_collision(&plan()).await.unwrap();
         let applied = host_os.apply(&plan(), &state).await.unwrap();
         assert_eq!(applied, Applied { ipv6: true });
@@ -124,7 +124,7 @@ fn after_a_kill_nothing_leaks_and_the_next_start_undoes_it() {
         let state = state(&dir);
         let before = host();
         let host_os = Host::open().unwrap();
-        let tun = Tun::open("wtest0").unwrap();
+        let tun = Tun::open("wtest0", Offloads::ALL).unwrap();
         host_os.apply(&plan(), &state).await.unwrap();
         close(tun).await; // what the kernel does to a killed process
         let get = Command::new("ip").args(["route", "get", "100.64.9.9"]).output().unwrap();
@@ -144,7 +144,7 @@ fn a_new_plan_replaces_the_old_one() {
         let dir = tempfile::tempdir().unwrap();
         let state = state(&dir);
         let host_os = Host::open().unwrap();
-        let _tun = Tun::open("wtest0").unwrap();
+        let _tun = Tun::open("wtest0", Offloads::ALL).unwrap();
         host_os.apply(&plan(), &state).await.unwrap();
         let moved = HostPlan {
             addrs: vec!["100.99.0.7".parse().unwrap()],

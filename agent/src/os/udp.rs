@@ -1,22 +1,32 @@
 //! The UDP sockets that carry WireGuard, probes and STUN: batched both ways where the kernel can.
 
+use std::ffi::c_int;
 use std::io::{self, IoSliceMut};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsRawFd as _;
 
-use quinn_udp::{BATCH_SIZE, RecvMeta, Transmit, UdpSockRef, UdpSocketState};
+use quinn_udp::{BATCH_SIZE, EcnCodepoint, RecvMeta, Transmit, UdpSockRef, UdpSocketState};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
+use warren_common::time::Now;
+use warren_engine::io::Arrival;
+use warren_engine::offload::Ecn;
+use warren_engine::queue::{RECEIVED_TARGET, Standing};
 
-use super::MARK;
+use super::{MARK, Offloads};
 use crate::problem::{Problem, io_text};
 
 /// Kernel buffer asked for in each direction, in bytes: 50 ms at 1 Gbit/s. The kernel may give less.
 const BUFFER: usize = 7 << 20;
 /// Bytes of one receive buffer: a GRO batch is at most one IP packet's length.
 const SLOT: usize = 65_536;
-/// Receive buffers of one call: enough for a batch of single datagrams; more cost memory and bring nothing under GRO.
-const SLOTS: usize = if BATCH_SIZE < 8 { BATCH_SIZE } else { 8 };
+/// Receive buffers of one call: a quarter of a millisecond's work when all are full; more bring little for single
+/// datagrams.
+const SLOTS: usize = if BATCH_SIZE < 4 { BATCH_SIZE } else { 4 };
+
+/// Datagrams of one batch from which on its sender may be told that others wait for it, a count.
+const TELLING: usize = 8;
 
 /// One socket of one family.
 #[derive(Debug)]
@@ -25,12 +35,15 @@ pub struct Udp {
     socket: UdpSocket,
     state: UdpSocketState,
     bound: SocketAddr,
+    wanted: Offloads,
 }
 
 /// Memory for one receive call.
 pub struct ReceiveBuffer {
     bytes: Box<[u8]>,
     meta: [RecvMeta; SLOTS],
+    /// Of what waits for us in the socket.
+    standing: Standing,
 }
 
 impl std::fmt::Debug for ReceiveBuffer {
@@ -41,7 +54,11 @@ impl std::fmt::Debug for ReceiveBuffer {
 
 impl Default for ReceiveBuffer {
     fn default() -> Self {
-        Self { bytes: vec![0; SLOT * SLOTS].into_boxed_slice(), meta: [RecvMeta::default(); SLOTS] }
+        Self {
+            bytes: vec![0; SLOT * SLOTS].into_boxed_slice(),
+            meta: [RecvMeta::default(); SLOTS],
+            standing: Standing::new(RECEIVED_TARGET),
+        }
     }
 }
 
@@ -49,10 +66,10 @@ impl Default for ReceiveBuffer {
 ///
 /// # Errors
 /// The wanted port is taken, or the host has no usable UDP at all.
-pub fn bind(wanted: Option<u16>, last: Option<u16>) -> Result<Vec<Udp>, Problem> {
+pub fn bind(wanted: Option<u16>, last: Option<u16>, offloads: Offloads) -> Result<Vec<Udp>, Problem> {
     let first = wanted.or(last).unwrap_or(0);
-    match bind_pair(first) {
-        Err(e) if e.kind() == io::ErrorKind::AddrInUse && wanted.is_none() => bind_pair(0),
+    match bind_pair(first, offloads) {
+        Err(e) if e.kind() == io::ErrorKind::AddrInUse && wanted.is_none() => bind_pair(0, offloads),
         other => other,
     }
     .map_err(|e| {
@@ -78,10 +95,10 @@ pub fn bind(wanted: Option<u16>, last: Option<u16>) -> Result<Vec<Udp>, Problem>
     })
 }
 
-fn bind_pair(port: u16) -> io::Result<Vec<Udp>> {
-    let v4 = Udp::bind(0, (Ipv4Addr::UNSPECIFIED, port).into())?;
+fn bind_pair(port: u16, offloads: Offloads) -> io::Result<Vec<Udp>> {
+    let v4 = Udp::bind(0, (Ipv4Addr::UNSPECIFIED, port).into(), offloads)?;
     let port = v4.bound.port();
-    match Udp::bind(1, (Ipv6Addr::UNSPECIFIED, port).into()) {
+    match Udp::bind(1, (Ipv6Addr::UNSPECIFIED, port).into(), offloads) {
         Ok(v6) => Ok(vec![v4, v6]),
         Err(e)
             if e.raw_os_error() == Some(libc::EAFNOSUPPORT)
@@ -111,16 +128,26 @@ pub fn socket(address: SocketAddr, mark: u32) -> io::Result<std::net::UdpSocket>
 }
 
 impl Udp {
-    fn bind(id: u8, address: SocketAddr) -> io::Result<Self> {
+    fn bind(id: u8, address: SocketAddr, wanted: Offloads) -> io::Result<Self> {
         let socket = Socket::from(socket(address, MARK)?);
         let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
         fragment_if_needed(&socket, address.is_ipv6())?;
+        // Which of our addresses a datagram came to isn't used, and quinn-udp's room for what the kernel tells beside one
+        // is too small for this, batches, time stamps and congestion marks together: the marks would be cut off.
+        if address.is_ipv6() {
+            set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 0)?;
+        } else {
+            set_option(&socket, libc::IPPROTO_IP, libc::IP_PKTINFO, 0)?;
+        }
+        if !wanted.udp_receive {
+            set_option(&socket, libc::SOL_UDP, libc::UDP_GRO, 0)?;
+        }
         // Smaller buffers than asked for only cost throughput.
         let _ = state.set_send_buffer_size(UdpSockRef::from(&socket), BUFFER);
         let _ = state.set_recv_buffer_size(UdpSockRef::from(&socket), BUFFER);
         let socket = UdpSocket::from_std(socket.into())?;
         let bound = socket.local_addr()?;
-        Ok(Self { id, socket, state, bound })
+        Ok(Self { id, socket, state, bound, wanted })
     }
 
     /// Our number for it: [`warren_engine::io::LocalSocket::id`].
@@ -133,6 +160,16 @@ impl Udp {
         self.bound
     }
 
+    /// One send may hold many datagrams. May become false: only a send shows that a network card can't.
+    pub fn joins_sends(&self) -> bool {
+        self.wanted.udp_send && self.state.max_gso_segments() > 1
+    }
+
+    /// One receive may bring many datagrams.
+    pub fn joins_receives(&self) -> bool {
+        self.wanted.udp_receive && self.state.gro_segments() > 1
+    }
+
     /// Waits until there is something to receive.
     ///
     /// # Errors
@@ -141,30 +178,67 @@ impl Udp {
         self.socket.readable().await
     }
 
-    /// Receives what is there and calls `each` with sender, bytes and the size of each datagram in them.
+    /// Receives what is there and calls `each` with sender, bytes and how the datagrams lie in them. True if there may be
+    /// more.
     ///
     /// # Errors
     /// `WouldBlock` if there is nothing; other errors concern earlier sends (ICMP) and are no reason to stop.
     pub fn receive(
         &self,
         buffer: &mut ReceiveBuffer,
-        mut each: impl FnMut(SocketAddr, &mut [u8], usize),
-    ) -> io::Result<()> {
-        let ReceiveBuffer { bytes, meta } = buffer;
-        let count = {
+        now: Now,
+        mut each: impl FnMut(SocketAddr, &mut [u8], Arrival),
+    ) -> io::Result<bool> {
+        let ReceiveBuffer { bytes, meta, standing } = buffer;
+        let mut count = 0;
+        let done = {
             let mut chunks = bytes.chunks_exact_mut(SLOT);
             let mut slots: [IoSliceMut<'_>; SLOTS] =
                 std::array::from_fn(|_| IoSliceMut::new(chunks.next().unwrap_or_default()));
             self.socket.try_io(Interest::READABLE, || {
-                self.state.recv(UdpSockRef::from(&self.socket), &mut slots, meta)
-            })?
+                count = self.state.recv(UdpSockRef::from(&self.socket), &mut slots, meta)?;
+                // Fewer than there was room for: the runtime may wait for the next ones without another call.
+                if count < SLOTS { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+            })
+        };
+        let more = done.is_ok();
+        if count == 0 {
+            done?;
+        }
+        // Only one batch is told, and none of single datagrams: who sends one at a time isn't who makes them wait.
+        let is_batch = |meta: &RecvMeta| meta.len / meta.stride.max(1) >= TELLING;
+        let mut tell = meta.iter().take(count).any(is_batch) && {
+            let waiting = self.waiting();
+            standing.observe(now.boot, waiting, waiting == 0)
         };
         for (slot, meta) in bytes.chunks_exact_mut(SLOT).zip(meta.iter()).take(count) {
             if meta.len > 0 {
-                each(meta.addr, &mut slot[..meta.len], meta.stride.max(1));
+                let ecn = Ecn::from_bits(meta.ecn.map_or(0, |ecn| ecn as u8));
+                let stride = meta.stride.max(1);
+                let tell = is_batch(meta) && std::mem::take(&mut tell);
+                each(meta.addr, &mut slot[..meta.len], Arrival { stride, ecn, tell });
             }
         }
-        Ok(())
+        Ok(more)
+    }
+
+    /// Bytes that wait in the socket, as the kernel counts memory; 0 if it doesn't say.
+    fn waiting(&self) -> u64 {
+        const FIELDS: usize = 9; // of `SO_MEMINFO`; the first is what was received
+        let mut fields = [0u32; FIELDS];
+        let mut len = size_of_val(&fields) as libc::socklen_t;
+        // SAFETY: the descriptor is open, and pointer and length describe one live array of plain numbers.
+        #[expect(unsafe_code, reason = "no crate in use has this socket option")]
+        let result = unsafe {
+            libc::getsockopt(
+                self.socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_MEMINFO,
+                (&raw mut fields).cast(),
+                &raw mut len,
+            )
+        };
+        if result == 0 { u64::from(fields[0]) } else { 0 }
     }
 
     /// Sends one datagram or a batch of `segment`-sized ones. What the kernel has no room for is dropped, as on any
@@ -172,16 +246,18 @@ impl Udp {
     ///
     /// # Errors
     /// The network is unreachable, or the datagram too long for it.
-    pub fn send(&self, to: SocketAddr, contents: &[u8], segment: Option<usize>) -> io::Result<()> {
-        let most = self.state.max_gso_segments();
+    pub fn send(&self, to: SocketAddr, ecn: Ecn, contents: &[u8], segment: Option<usize>) -> io::Result<()> {
+        let most = if self.joins_sends() { self.state.max_gso_segments() } else { 1 };
         let size = segment.unwrap_or(contents.len()).max(1);
         for batch in contents.chunks(size.saturating_mul(most.max(1))) {
-            match self.send_batch(to, batch, segment) {
-                // GSO is off from now on (quinn-udp notices); this batch is sent again in pieces.
+            match self.send_batch(to, ecn, batch, segment.filter(|size| batch.len() > *size)) {
+                // GSO is off from now on (quinn-udp notices), or this path's MTU wants fragments, which batches
+                // can't have: sent again in pieces.
                 Err(e)
-                    if batch.len() > size && matches!(e.raw_os_error(), Some(libc::EIO | libc::EINVAL)) =>
+                    if batch.len() > size
+                        && matches!(e.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE)) =>
                 {
-                    batch.chunks(size).try_for_each(|one| self.send_batch(to, one, None))?;
+                    batch.chunks(size).try_for_each(|one| self.send_batch(to, ecn, one, None))?;
                 }
                 other => other?,
             }
@@ -189,8 +265,15 @@ impl Udp {
         Ok(())
     }
 
-    fn send_batch(&self, to: SocketAddr, contents: &[u8], segment_size: Option<usize>) -> io::Result<()> {
-        let transmit = Transmit { destination: to, ecn: None, contents, segment_size, src_ip: None };
+    fn send_batch(
+        &self,
+        to: SocketAddr,
+        ecn: Ecn,
+        contents: &[u8],
+        segment_size: Option<usize>,
+    ) -> io::Result<()> {
+        let ecn = EcnCodepoint::from_bits(ecn.bits());
+        let transmit = Transmit { destination: to, ecn, contents, segment_size, src_ip: None };
         // Straight to the kernel: there is nothing to wait for, since what has no room is dropped.
         self.state.try_send(UdpSockRef::from(&self.socket), &transmit)
     }
@@ -198,14 +281,16 @@ impl Udp {
 
 /// Lets the network fragment our datagrams: the TUN's MTU is chosen for a 1 500-byte path, and a rare smaller one
 /// should slow a tunnel, not break it. quinn-udp forbids fragments, since QUIC must.
-#[expect(unsafe_code, reason = "no crate in use has this socket option")]
 fn fragment_if_needed(socket: &Socket, ipv6: bool) -> io::Result<()> {
-    use std::os::fd::AsRawFd as _;
-    let (level, option, value) = if ipv6 {
-        (libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT)
+    if ipv6 {
+        set_option(socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT)
     } else {
-        (libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
-    };
+        set_option(socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
+    }
+}
+
+#[expect(unsafe_code, reason = "no crate in use has these socket options")]
+fn set_option(socket: &Socket, level: c_int, option: c_int, value: c_int) -> io::Result<()> {
     // SAFETY: the descriptor is open, and the pointer and length describe one live `c_int`.
     let result = unsafe {
         libc::setsockopt(
@@ -225,7 +310,7 @@ mod tests {
 
     #[expect(clippy::print_stdout, reason = "a skipped test says so")]
     fn marked_sockets() -> Option<Vec<Udp>> {
-        match bind(None, None) {
+        match bind(None, None, Offloads::ALL) {
             Ok(sockets) => Some(sockets),
             Err(problem) => {
                 assert_eq!(problem.code, "udp-permission");
@@ -244,15 +329,16 @@ mod tests {
         }
         let to = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         let sent: Vec<u8> = (0..2_500u32).map(|i| i as u8).collect();
-        sockets[0].send(to, &sent, Some(1_000)).unwrap();
+        sockets[0].send(to, Ecn::Capable0, &sent, Some(1_000)).unwrap();
         let (mut buffer, mut got, mut sizes) = (ReceiveBuffer::default(), Vec::new(), Vec::new());
         while got.len() < sent.len() {
             sockets[0].readable().await.unwrap();
-            let result = sockets[0].receive(&mut buffer, |_, bytes, stride| {
-                sizes.extend(bytes.chunks(stride).map(<[u8]>::len));
+            let result = sockets[0].receive(&mut buffer, crate::clock::now(), |_, bytes, arrival| {
+                assert_eq!(arrival.ecn, Ecn::Capable0);
+                sizes.extend(bytes.chunks(arrival.stride).map(<[u8]>::len));
                 got.extend_from_slice(bytes);
             });
-            assert!(result.is_ok() || result.is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock));
+            assert!(result.as_ref().is_ok() || result.is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock));
         }
         assert_eq!((got, sizes), (sent, vec![1_000, 1_000, 500]));
     }
@@ -261,7 +347,7 @@ mod tests {
     async fn a_wanted_port_that_is_taken_is_an_error_and_a_remembered_one_is_not() {
         let Some(sockets) = marked_sockets() else { return };
         let port = sockets[0].bound().port();
-        assert_eq!(bind(Some(port), None).unwrap_err().code, "port-in-use");
-        assert_ne!(bind(None, Some(port)).unwrap()[0].bound().port(), port);
+        assert_eq!(bind(Some(port), None, Offloads::ALL).unwrap_err().code, "port-in-use");
+        assert_ne!(bind(None, Some(port), Offloads::ALL).unwrap()[0].bound().port(), port);
     }
 }

@@ -11,7 +11,7 @@ use warren_agent::clock;
 use warren_agent::entropy::OsEntropy;
 use warren_agent::os::tun::Tun;
 use warren_agent::os::udp::{self, ReceiveBuffer, Udp};
-use warren_agent::os::{self, HostPlan};
+use warren_agent::os::{self, HostPlan, Offloads};
 use warren_agent::state::StateDir;
 use warren_common::filter::{Action, FilterDst, FilterRule, IpRange, PortRange, RuleId};
 use warren_common::ids::{DeviceId, NetworkId, RelayId};
@@ -22,6 +22,7 @@ use warren_common::wire::control::{NetmapUpdate, UpdateKind};
 use warren_engine::engine::{Config, Engine};
 use warren_engine::io::{Destination, LocalSocket, Outbox, Source, TunOut};
 use warren_engine::netmap::Identity;
+use warren_engine::queue::MAX_FRAME;
 use warren_engine::status::Status;
 use warren_netns_tests::lab::Host;
 
@@ -197,11 +198,11 @@ impl<'h> Node<'h> {
     ) -> Result<Status> {
         let state = StateDir::open(&self.host.dir().join("state"))?;
         let os = os::Host::open()?;
-        let tun = Tun::open(TUN)?;
+        let tun = Tun::open(TUN, Offloads::ALL)?;
         let pools = vec![self.netmap.network.ipv4.into(), self.netmap.network.ipv6.into()];
         let plan = HostPlan { tun: TUN.into(), addrs: ADDRS.to_vec(), pools, mtu: MTU.into() };
         os.apply(&plan, &state).await?;
-        let sockets = udp::bind(Some(PORT), None)?;
+        let sockets = udp::bind(Some(PORT), None, Offloads::ALL)?;
         let socket = sockets.first().context("a socket")?;
 
         let mut engine = self.engine()?;
@@ -213,25 +214,28 @@ impl<'h> Node<'h> {
         up.store(true, Ordering::SeqCst);
 
         let mut edge =
-            Edge { stock, reached, socket, tun: &tun, outbox: Outbox::new(), packets: TunOut::default() };
-        let (mut receive, mut packet) = (ReceiveBuffer::default(), vec![0; usize::from(u16::MAX)]);
+            Edge { stock, reached, socket, tun: &tun, outbox: Outbox::new(), packets: packets_for(&tun) };
+        let (mut receive, mut frame) = (ReceiveBuffer::default(), vec![0; MAX_FRAME]);
         while !over.load(Ordering::SeqCst) {
             let now = clock::now();
             let due = engine.poll_timeout(now).map_or(TICK, |(at, _)| at.since(now.boot)).min(TICK);
             tokio::select! {
-                _ = tun.readable() => match tun.receive(&mut packet) {
-                    Ok(len) => engine.handle_tun(clock::now(), &packet[..len], &mut edge.outbox),
+                _ = tun.readable() => match tun.receive(&mut frame) {
+                    Ok(len) if tun.has_virtio_headers() => {
+                        engine.handle_tun_frame(clock::now(), &mut frame[..len], false, &mut edge.outbox);
+                    }
+                    Ok(len) => engine.handle_tun(clock::now(), &frame[..len], &mut edge.outbox),
                     Err(error) => ensure!(error.kind() == ErrorKind::WouldBlock, "TUN: {error}"),
                 },
                 _ = socket.readable() => {
                     let now = clock::now();
                     // Errors are about what was sent earlier.
-                    let _ = socket.receive(&mut receive, |remote, bytes, stride| {
+                    let _ = socket.receive(&mut receive, now, |remote, bytes, arrival| {
                         let from = match reached {
                             Reached::ByThem => Source::Direct { socket: socket.id(), remote },
                             Reached::ByUs => Source::Relay { relay: RELAY, device: THEM },
                         };
-                        engine.handle_datagram(now, from, bytes, stride, &mut edge.packets);
+                        engine.handle_datagrams(now, from, arrival, bytes, &mut edge.packets);
                         edge.deliver();
                     });
                 }
@@ -244,6 +248,11 @@ impl<'h> Node<'h> {
         os.restore(&state).await?;
         Ok(status)
     }
+}
+
+/// Super-frames where this kernel has them: the far end has none, and its kernel checks every packet.
+fn packets_for(tun: &Tun) -> TunOut {
+    if tun.has_virtio_headers() { TunOut::vectored(tun.offload()) } else { TunOut::default() }
 }
 
 /// Where what the engine gives out goes.
@@ -280,15 +289,15 @@ impl Edge<'_> {
                 | (Destination::Relay { .. }, Reached::ByThem) => continue,
             };
             // What the network does not take is lost, as on any path.
-            let _ = self.socket.send(to, bytes, transmit.segment_size);
+            let _ = self.socket.send(to, transmit.ecn, bytes, transmit.segment_size);
         }
         self.outbox.clear();
     }
 
     fn deliver(&mut self) {
-        for packet in self.packets.iter() {
+        for frame in self.packets.frames() {
             // So is what the TUN does not take.
-            let _ = self.tun.send(packet);
+            let _ = self.tun.send(frame);
         }
         self.packets.clear();
     }

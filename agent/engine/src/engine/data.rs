@@ -8,7 +8,10 @@ use warren_common::wire::probe;
 use super::Engine;
 use crate::filter::{DropReason, Output, Verdict};
 use crate::flow::Direction;
-use crate::io::{Destination, Outbox, Source, TunOut};
+use crate::io::{Added, Arrival, Burst, Destination, Outbox, Source, TunOut};
+use crate::offload::Ecn;
+use crate::offload::segment::{SuperFrame, complete_checksum};
+use crate::offload::vnet::{HEADER_LEN, Header};
 use crate::paths::{Carried, PeerIdx, is_endpoint};
 use crate::stun::is_stun;
 use crate::wg;
@@ -24,6 +27,10 @@ pub(super) struct Drops {
     pub(super) tun_full: u64,
     pub(super) queued: u64,
     pub(super) too_long: u64,
+    pub(super) delayed: u64,
+    pub(super) bad_frame: u64,
+    /// Not dropped: the host sees for itself.
+    pub(super) bad_checksum: u64,
     pub(super) bad_endpoint: u64,
     pub(super) unknown_protocol: u64,
     pub(super) unknown_sender: u64,
@@ -34,6 +41,14 @@ pub(super) struct Drops {
     pub(super) bad_peers: u64,
     pub(super) presence: u64,
     pub(super) wireguard: [u64; WG_REASONS.len()],
+}
+
+impl Drops {
+    fn count_wireguard(&mut self, reason: wg::DropReason) {
+        if let Some(at) = WG_REASONS.iter().position(|r| *r == reason) {
+            self.wireguard[at] += 1;
+        }
+    }
 }
 
 /// WireGuard's reasons, in the order of the counters.
@@ -55,68 +70,190 @@ pub(super) const WG_REASONS: [wg::DropReason; 15] = [
     wg::DropReason::NotIp,
 ];
 
+/// What one read of the TUN brought.
+#[derive(Clone, Copy)]
+enum FromTun<'a> {
+    Packet(&'a [u8]),
+    Super(SuperFrame<'a>, &'a [u8]),
+}
+
+impl<'a> FromTun<'a> {
+    /// The packet; of a super-frame as it was read, one long packet.
+    const fn bytes(&self) -> &'a [u8] {
+        match self {
+            Self::Packet(packet) | Self::Super(_, packet) => packet,
+        }
+    }
+
+    fn burst(&self) -> Burst {
+        match self {
+            Self::Packet(packet) => Burst::one(packet.len()),
+            Self::Super(frame, _) => Burst {
+                packets: frame.segments() as u32, // at most MAX_SEGMENTS
+                bytes: frame.total_len(),
+                more_payload: 0, // the one packet has it all
+            },
+        }
+    }
+
+    fn segments(&self) -> usize {
+        match self {
+            Self::Packet(_) => 1,
+            Self::Super(frame, _) => frame.segments(),
+        }
+    }
+
+    fn segment_len(&self, index: usize) -> usize {
+        match self {
+            Self::Packet(packet) => packet.len(),
+            Self::Super(frame, _) => frame.segment_len(index),
+        }
+    }
+
+    fn write(&self, index: usize, out: &mut [u8]) {
+        match self {
+            Self::Packet(packet) => out.copy_from_slice(packet),
+            Self::Super(frame, _) => {
+                frame.write(index, out);
+            }
+        }
+    }
+}
+
 impl Engine {
     /// Takes one IP packet from the TUN. Allowed ones are sealed straight into `out`, where packets of one size to one
     /// destination form one batch; the first ones to a peer wait for its handshake. Drain `out` when it has no room
     /// for a packet of the MTU and 64 bytes more: what doesn't fit is dropped.
     pub fn handle_tun(&mut self, now: Now, packet: &[u8], out: &mut Outbox) {
-        self.end_lease_if_over(now);
-        let Some((src, dst)) = ip_ends(packet) else {
-            // The filter knows how to say what is wrong with it; it passes nothing that it can't parse.
-            self.filter.egress(now, packet, PeerIdx::MAX);
-            return;
-        };
-        if packet.len() > self.mtu {
-            self.drops.too_long += 1;
-            return;
-        }
-        if self.enforced.is_none() {
-            self.filter.record_drop(Direction::Egress, now, packet, DropReason::LeaseEnded);
-            return;
-        }
-        if !self.own.contains(&src) {
-            self.filter.record_drop(Direction::Egress, now, packet, DropReason::SpoofedSource);
-            return;
-        }
-        let Some(owner) = self.routes.lookup(dst) else {
-            self.filter.record_drop(Direction::Egress, now, packet, DropReason::NoPeer);
-            return;
-        };
-        if let Verdict::Drop(_) = self.filter.egress(now, packet, owner.peer) {
-            return;
-        }
-        self.send_packet(now, owner.peer, packet, out);
-        self.resend_handshakes(now);
+        self.take_from_tun(now, FromTun::Packet(packet), false, out);
     }
 
-    /// Seals an allowed packet and hands it to the path.
-    fn send_packet(&mut self, now: Now, peer: PeerIdx, packet: &[u8], out: &mut Outbox) {
+    /// Takes what one read of a TUN with virtio headers brought: the header, then a packet or a super-frame, which is
+    /// judged once and cut into packets where they are sealed. Drain `out` before if it holds more than
+    /// [`MAX_BATCH_BYTES`](crate::io::MAX_BATCH_BYTES): what doesn't fit is dropped.
+    ///
+    /// With `tell` its flow makes packets wait ([`crate::queue`]): it is marked if its sender understands that, or else
+    /// one packet of it is lost.
+    pub fn handle_tun_frame(&mut self, now: Now, frame: &mut [u8], tell: bool, out: &mut Outbox) {
+        let mut lose = false;
+        let sound = match Header::read(frame) {
+            Ok(header) => {
+                let packet = &mut frame[HEADER_LEN..];
+                if tell {
+                    lose = !Ecn::mark_congested(packet);
+                }
+                match header.gso {
+                    None => complete_checksum(&header, packet).map(|()| FromTun::Packet(packet)),
+                    Some(gso) => SuperFrame::new(gso, header.checksum, packet)
+                        .map(|frame| FromTun::Super(frame, packet)),
+                }
+                .ok()
+            }
+            Err(_) => None,
+        };
+        match sound {
+            Some(from_tun) => self.take_from_tun(now, from_tun, lose, out),
+            None => self.drops.bad_frame += 1,
+        }
+    }
+
+    fn take_from_tun(&mut self, now: Now, from_tun: FromTun<'_>, lose: bool, out: &mut Outbox) {
+        self.end_lease_if_over(now);
+        let packet = from_tun.bytes();
+        let burst = from_tun.burst();
+        let Some((src, dst)) = ip_ends(packet) else {
+            // The filter knows how to say what is wrong with it; it passes nothing that it can't parse.
+            self.filter.judge_burst(Direction::Egress, now, packet, PeerIdx::MAX, burst);
+            return;
+        };
+        if from_tun.segment_len(0) > self.mtu {
+            self.drops.too_long += u64::from(burst.packets);
+            return;
+        }
+        let reason = if self.enforced.is_none() {
+            DropReason::LeaseEnded
+        } else if !self.own.contains(&src) {
+            DropReason::SpoofedSource
+        } else if let Some(owner) = self.routes.lookup(dst) {
+            let verdict = self.filter.judge_burst(Direction::Egress, now, packet, owner.peer, burst);
+            if verdict == Verdict::Pass {
+                self.drops.delayed += u64::from(lose);
+                self.send_packets(now, owner.peer, from_tun, usize::from(lose), out);
+                self.resend_handshakes(now);
+            }
+            return;
+        } else {
+            DropReason::NoPeer
+        };
+        self.filter.record_drops(Direction::Egress, now, packet, burst.packets, reason);
+    }
+
+    /// Seals allowed packets, but the first `lost` of them, and hands them to the path.
+    fn send_packets(
+        &mut self,
+        now: Now,
+        peer: PeerIdx,
+        from_tun: FromTun<'_>,
+        lost: usize,
+        out: &mut Outbox,
+    ) {
         let Some(handle) = self.peers.get(peer as usize).and_then(Option::as_ref).map(|p| p.handle) else {
             return;
         };
         self.before_use(now, peer);
         let to = self.paths.route(now.boot, peer);
-        if to.is_none() && self.wg.has_session(handle, now) {
-            self.drops.no_path += 1;
-            return;
-        }
-        let Some(space) = out.space(packet.len() + WG_ROOM) else {
-            self.drops.outbox_full += 1;
+        let count = from_tun.segments();
+        let ecn = Ecn::of_packet(from_tun.bytes()).outside();
+        let Some(to) = to else {
+            if self.wg.has_session(handle, now) {
+                self.drops.no_path += count as u64;
+            } else {
+                self.queue_packets(now, handle, peer, from_tun);
+            }
             return;
         };
-        match self.wg.seal(handle, now, packet, space) {
-            Ok(len) => {
-                if let Some(to) = to {
-                    out.commit(to, len);
-                    self.count_sent(peer, packet.len());
-                } else {
-                    self.drops.no_path += 1;
-                }
+        let (mut sent, mut bytes) = (lost, 0);
+        let sealed = self.wg.seal_batch(handle, now, |sealer| {
+            while sent < count {
+                let len = from_tun.segment_len(sent);
+                let Some(space) = out.space(len + WG_ROOM) else { return };
+                let Some(datagram) = sealer.seal(len, space, |body| from_tun.write(sent, body)) else {
+                    return;
+                };
+                out.commit(to, ecn, datagram);
+                bytes += len;
+                sent += 1;
             }
-            Err(wg::SealError::Queued) => self.count_sent(peer, packet.len()),
-            Err(wg::SealError::QueueFull) => self.drops.queued += 1,
-            Err(wg::SealError::BufferTooSmall { .. }) => self.drops.outbox_full += 1,
-            Err(wg::SealError::PacketSize | wg::SealError::UnknownPeer) => self.drops.too_long += 1,
+        });
+        match sealed {
+            Ok(Some(())) => {
+                self.count_sent(peer, bytes);
+                self.drops.outbox_full += (count - sent) as u64;
+            }
+            Ok(None) => self.queue_packets(now, handle, peer, from_tun),
+            Err(_) => self.drops.too_long += count as u64,
+        }
+    }
+
+    /// Keeps packets until there is a session.
+    fn queue_packets(&mut self, now: Now, handle: wg::PeerHandle, peer: PeerIdx, from_tun: FromTun<'_>) {
+        let mut packet = [0; wg::DEFAULT_MTU * 2];
+        for index in 0..from_tun.segments() {
+            let len = from_tun.segment_len(index);
+            // An MTU that is longer than usual costs an allocation, which keeping the packet does in any case.
+            let mut long = Vec::new();
+            let packet = if len <= packet.len() {
+                &mut packet[..len]
+            } else {
+                long.resize(len, 0);
+                &mut long[..]
+            };
+            from_tun.write(index, packet);
+            match self.wg.queue(handle, now, packet) {
+                Ok(()) => self.count_sent(peer, len),
+                Err(wg::SealError::QueueFull) => self.drops.queued += 1,
+                Err(_) => self.drops.too_long += 1,
+            }
         }
     }
 
@@ -137,15 +274,109 @@ impl Engine {
         stride: usize,
         tun: &mut TunOut,
     ) {
+        self.handle_datagrams(now, from, Arrival { stride, ..Arrival::default() }, data, tun);
+    }
+
+    /// [`Engine::handle_datagram`] with what else is known of the batch. Packets of one flow that follow each other are
+    /// joined in `tun` if it was made for that, and judged once.
+    pub fn handle_datagrams(
+        &mut self,
+        now: Now,
+        from: Source,
+        arrival: Arrival,
+        data: &mut [u8],
+        tun: &mut TunOut,
+    ) {
         self.end_lease_if_over(now);
-        let stride = if stride == 0 { data.len().max(1) } else { stride };
-        for datagram in data.chunks_mut(stride) {
-            self.handle_one(now, from, datagram, tun);
+        let stride = if arrival.stride == 0 { data.len().max(1) } else { arrival.stride };
+        let mut arrival = arrival;
+        let mut rest = data;
+        while !rest.is_empty() {
+            let taken = match self.handle_sealed(now, from, &mut arrival, rest, stride, tun) {
+                0 => {
+                    let (datagram, _) = rest.split_at_mut(stride.min(rest.len()));
+                    self.handle_one(now, from, &mut arrival, datagram, tun);
+                    1
+                }
+                taken => taken,
+            };
+            let next = taken.saturating_mul(stride).min(rest.len());
+            rest = &mut rest[next..];
         }
+        tun.settle(|peer, packet, burst| self.admit(now, peer, packet, burst));
         self.resend_handshakes(now);
     }
 
-    fn handle_one(&mut self, now: Now, from: Source, datagram: &mut [u8], tun: &mut TunOut) {
+    /// The way of nearly everything: data messages of one session at the front of a batch. Returns how many it took; none
+    /// if the first datagram is something else, or must be looked at more closely.
+    fn handle_sealed(
+        &mut self,
+        now: Now,
+        from: Source,
+        arrival: &mut Arrival,
+        data: &mut [u8],
+        stride: usize,
+        tun: &mut TunOut,
+    ) -> usize {
+        let known = match from {
+            Source::Direct { remote, .. } => is_endpoint(self.overlay(), remote),
+            Source::Relay { device, .. } => self.paths.find(device).is_some(),
+            Source::Signal { .. } => false,
+        };
+        if !known || self.enforced.is_none() {
+            return 0;
+        }
+        let Self { wg, drops, .. } = self;
+        let batch = wg.handle_data_batch(now, data, stride, |peer, opened, datagram| match opened {
+            Ok(packet) if packet.is_empty() => {}
+            Ok(packet) => {
+                if let Some(packet) = datagram.get_mut(packet) {
+                    deliver(drops, tun, peer.slot(), arrival, packet);
+                }
+            }
+            Err(reason) => drops.count_wireguard(reason),
+        });
+        if let Some(peer) = batch.peer.map(wg::PeerHandle::slot) {
+            let carried = if batch.packets > 0 { Carried::Data } else { Carried::Nothing };
+            if carried != Carried::Nothing {
+                self.before_use(now, peer);
+            }
+            self.paths.on_authentic(now.boot, peer, from, carried);
+        }
+        batch.datagrams
+    }
+
+    /// Judges packets that a peer sent.
+    fn admit(&mut self, now: Now, peer: PeerIdx, packet: &[u8], burst: Burst) -> bool {
+        let Some((src, dst)) = ip_ends(packet) else {
+            self.filter.judge_burst(Direction::Ingress, now, packet, peer, burst);
+            return false;
+        };
+        let reason = if self.routes.lookup(src).is_none_or(|owner| owner.peer != peer) {
+            DropReason::SpoofedSource
+        } else if !self.own.contains(&dst) {
+            DropReason::NoPeer
+        } else {
+            let verdict = self.filter.judge_burst(Direction::Ingress, now, packet, peer, burst);
+            if verdict == Verdict::Pass
+                && let Some(state) = self.peers.get_mut(peer as usize).and_then(Option::as_mut)
+            {
+                state.rx_bytes += burst.bytes as u64;
+            }
+            return verdict == Verdict::Pass;
+        };
+        self.filter.record_drops(Direction::Ingress, now, packet, burst.packets, reason);
+        false
+    }
+
+    fn handle_one(
+        &mut self,
+        now: Now,
+        from: Source,
+        arrival: &mut Arrival,
+        datagram: &mut [u8],
+        tun: &mut TunOut,
+    ) {
         if let Source::Direct { socket, remote } = from {
             if is_stun(datagram) {
                 match self.stun.handle(now.boot, socket, remote, datagram) {
@@ -175,7 +406,7 @@ impl Engine {
                 }
                 Source::Signal { .. } => self.drops.unknown_protocol += 1,
                 Source::Direct { .. } | Source::Relay { .. } => {
-                    self.handle_wireguard(now, from, datagram, tun)
+                    self.handle_wireguard(now, from, arrival, datagram, tun)
                 }
             }
         } else {
@@ -183,13 +414,18 @@ impl Engine {
         }
     }
 
-    fn handle_wireguard(&mut self, now: Now, from: Source, datagram: &mut [u8], tun: &mut TunOut) {
+    fn handle_wireguard(
+        &mut self,
+        now: Now,
+        from: Source,
+        arrival: &mut Arrival,
+        datagram: &mut [u8],
+        tun: &mut TunOut,
+    ) {
         let received = match self.wg.handle(now, from, datagram) {
             Ok(received) => received,
             Err(reason) => {
-                if let Some(at) = WG_REASONS.iter().position(|r| *r == reason) {
-                    self.drops.wireguard[at] += 1;
-                }
+                self.drops.count_wireguard(reason);
                 return;
             }
         };
@@ -205,27 +441,8 @@ impl Engine {
         }
         self.paths.on_authentic(now.boot, peer, from, carried);
         let wg::Received::Data { packet, .. } = received else { return };
-        let Some(packet) = datagram.get(packet) else { return };
-        let Some((src, dst)) = ip_ends(packet) else {
-            self.filter.ingress(now, packet, peer);
-            return;
-        };
-        if self.routes.lookup(src).is_none_or(|owner| owner.peer != peer) {
-            self.filter.record_drop(Direction::Ingress, now, packet, DropReason::SpoofedSource);
-            return;
-        }
-        if !self.own.contains(&dst) {
-            self.filter.record_drop(Direction::Ingress, now, packet, DropReason::NoPeer);
-            return;
-        }
-        if let Verdict::Drop(_) = self.filter.ingress(now, packet, peer) {
-            return;
-        }
-        if !tun.push(packet) {
-            self.drops.tun_full += 1;
-        }
-        if let Some(state) = self.peers.get_mut(peer as usize).and_then(Option::as_mut) {
-            state.rx_bytes += packet.len() as u64;
+        if let Some(packet) = datagram.get_mut(packet) {
+            deliver(&mut self.drops, tun, peer, arrival, packet);
         }
     }
 
@@ -261,14 +478,15 @@ impl Engine {
                 wg::Destination::Reply { source, peer } => self.reply_to(now, source, peer),
             };
             match to {
-                Some(to) => out.commit(to, transmit.len),
+                // Their congestion marks were inside: these are the few that had to wait.
+                Some(to) => out.commit(to, Ecn::NotCapable, transmit.len),
                 // A handshake is sent again as soon as there is a way.
                 None => self.drops.no_path += 1,
             }
         }
         self.take_filter_output();
         while let Some((peer, packet)) = self.peer_packets.pop_front() {
-            self.send_packet(now, peer, &packet, out);
+            self.send_packets(now, peer, FromTun::Packet(&packet), 0, out);
         }
         true
     }
@@ -297,6 +515,22 @@ impl Engine {
             }
             Source::Relay { .. } | Source::Signal { .. } => self.paths.peek_route(now.boot, peer?.slot()),
         }
+    }
+}
+
+/// Puts a packet that a peer sealed among those for the TUN; the verdict follows.
+fn deliver(drops: &mut Drops, tun: &mut TunOut, peer: PeerIdx, arrival: &mut Arrival, packet: &mut [u8]) {
+    if arrival.ecn == Ecn::Congested {
+        Ecn::mark_congested(packet);
+    }
+    if std::mem::take(&mut arrival.tell) && !Ecn::mark_congested(packet) {
+        drops.delayed += 1;
+        return;
+    }
+    match tun.add(peer, packet) {
+        Added::Yes => {}
+        Added::BadChecksum => drops.bad_checksum += 1,
+        Added::Full => drops.tun_full += 1,
     }
 }
 

@@ -109,7 +109,7 @@ impl Counters {
         self.drops[reason.index()]
     }
 
-    pub(super) const fn count(&mut self, reason: &DropReason) {
-        self.drops[reason.index()] += 1;
+    pub(super) const fn count(&mut self, reason: &DropReason, packets: u32) {
+        self.drops[reason.index()] += packets as u64;
     }
 }

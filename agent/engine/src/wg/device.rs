@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use rand_chacha::ChaCha20Rng;
 use rand_core::SeedableRng as _;
+use ring::aead::LessSafeKey;
 use warren_common::keys::{WgPublicKey, WgSecretKey};
 use warren_common::time::{Instant, Now, UnixTime};
 use zeroize::{Zeroize as _, Zeroizing};
@@ -16,14 +17,14 @@ use super::handshake::{Initiator, StaticKeys, TimestampClock, is_low_order};
 use super::index::IndexTable;
 use super::limiter::Limiter;
 use super::mac::{CookieMaker, ReceiverKeys};
-use super::message::{self, COOKIE_LEN, DATA_OVERHEAD, RESPONSE_LEN, padded_len};
+use super::message::{self, COOKIE_LEN, DATA_HEADER_LEN, DATA_OVERHEAD, RESPONSE_LEN, padded_len};
 use super::peer::{Active, Peer, Pending};
 use super::session::Session;
 use super::timers::Timers;
 use super::{
     AddPeerError, Counters, DEFAULT_MTU, Destination, Event, MAX_EVENTS, MAX_PACKET, MAX_PEERS,
-    MAX_QUEUED_BYTES, MAX_REPLIES, MIN_TRANSMIT_BUFFER, PeerHandle, PeerStats, REJECT_AFTER_TIME, SealError,
-    Transmit, TransmitKind, WakeReason,
+    MAX_QUEUED_BYTES, MAX_REPLIES, MIN_TRANSMIT_BUFFER, PeerHandle, PeerStats, REJECT_AFTER_MESSAGES,
+    REJECT_AFTER_TIME, SealError, Transmit, TransmitKind, WakeReason,
 };
 
 /// One shard of the WireGuard transport (see the [module](super)).
@@ -48,6 +49,42 @@ pub struct Device {
     events: VecDeque<Event>,
     /// Bytes in all peers' queues.
     queued_bytes: usize,
+}
+
+/// Seals packets for one peer, see [`Device::seal_batch`].
+pub struct Sealer<'a> {
+    session: &'a mut Session,
+    key: LessSafeKey,
+    mtu: usize,
+    bytes: u64,
+}
+
+impl fmt::Debug for Sealer<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Sealer")
+    }
+}
+
+impl Sealer<'_> {
+    /// Seals a packet of `len` bytes, which `write` writes where they are to be, into the front of `out`; returns the
+    /// datagram's length. `None` if `out` is too short for the padded packet and [`DATA_OVERHEAD`], if a packet of that
+    /// length can't be, or if the session's last number is used up.
+    pub fn seal(&mut self, len: usize, out: &mut [u8], write: impl FnOnce(&mut [u8])) -> Option<usize> {
+        let padded = padded_len(len, self.mtu);
+        let body = out.get_mut(DATA_HEADER_LEN..DATA_HEADER_LEN + padded)?;
+        if len == 0 || len > MAX_PACKET || self.session.sent >= REJECT_AFTER_MESSAGES {
+            return None;
+        }
+        let (packet, padding) = body.split_at_mut(len);
+        write(packet);
+        padding.fill(0);
+        if out.len() < padded + DATA_OVERHEAD {
+            return None;
+        }
+        let sealed = self.session.seal(&self.key, padded, out);
+        self.bytes += sealed as u64;
+        Some(sealed)
+    }
 }
 
 struct Slot {
@@ -245,22 +282,53 @@ impl Device {
         if packet.is_empty() || packet.len() > MAX_PACKET {
             return Err(SealError::PacketSize);
         }
-        let padded = padded_len(packet.len(), self.mtu);
-        let needed = padded + DATA_OVERHEAD;
+        let needed = padded_len(packet.len(), self.mtu) + DATA_OVERHEAD;
         if out.len() < needed {
             return Err(SealError::BufferTooSmall { needed });
         }
-        let state = peer_in(&mut self.slots, peer).ok_or(SealError::UnknownPeer)?;
-        let keepalive = state.persistent_keepalive;
-        if let Some(active) = &mut state.active
-            && let Some(session) = active.usable(now.boot)
-        {
-            let len = session.seal(packet, padded, out);
-            state.tx_bytes += len as u64;
-            active.on_data_sent(now.boot, keepalive, false, &mut self.rng);
-            self.settle(peer.slot, now.boot);
+        let sealed = self.seal_batch(peer, now, |sealer| {
+            sealer.seal(packet.len(), out, |body| body.copy_from_slice(packet))
+        })?;
+        if let Some(Some(len)) = sealed {
             return Ok(len);
         }
+        self.queue(peer, now, packet)?;
+        Err(SealError::Queued)
+    }
+
+    /// Seals any number of packets for `peer`: `fill` gets what seals them one after the other, straight where they are
+    /// wanted, and the timers are seen to once. `None` without a session; nothing was done then.
+    ///
+    /// # Errors
+    /// [`SealError::UnknownPeer`] only.
+    pub fn seal_batch<R>(
+        &mut self,
+        peer: PeerHandle,
+        now: Now,
+        fill: impl FnOnce(&mut Sealer<'_>) -> R,
+    ) -> Result<Option<R>, SealError> {
+        let mtu = self.mtu;
+        let state = peer_in(&mut self.slots, peer).ok_or(SealError::UnknownPeer)?;
+        let keepalive = state.persistent_keepalive;
+        let Some(active) = &mut state.active else { return Ok(None) };
+        let Some(session) = active.usable(now.boot) else { return Ok(None) };
+        let mut sealer = Sealer { key: session.sealing_key(), session, mtu, bytes: 0 };
+        let result = fill(&mut sealer);
+        let bytes = sealer.bytes;
+        if bytes > 0 {
+            state.tx_bytes += bytes;
+            active.on_data_sent(now.boot, keepalive, false, &mut self.rng);
+            self.settle(peer.slot, now.boot);
+        }
+        Ok(Some(result))
+    }
+
+    /// Keeps a packet until there is a session, and asks for one.
+    ///
+    /// # Errors
+    /// [`SealError::QueueFull`], [`SealError::UnknownPeer`]: the packet was dropped.
+    pub fn queue(&mut self, peer: PeerHandle, now: Now, packet: &[u8]) -> Result<(), SealError> {
+        let state = peer_in(&mut self.slots, peer).ok_or(SealError::UnknownPeer)?;
         let active = state.activate();
         active.request_handshake(now.boot);
         let before = active.queue_bytes();
@@ -269,7 +337,7 @@ impl Device {
             Err(SealError::QueueFull)
         } else {
             self.counters.queued_packets_dropped += active.enqueue(packet);
-            Err(SealError::Queued)
+            Ok(())
         };
         self.queued_bytes = self.queued_bytes - before + active.queue_bytes();
         self.settle(peer.slot, now.boot);
@@ -427,7 +495,11 @@ impl Device {
                 self.counters.queued_packets_dropped += 1;
                 continue;
             }
-            let len = active.usable(now.boot)?.seal(&packet, padded, out);
+            let session = active.usable(now.boot)?;
+            let body = &mut out[DATA_HEADER_LEN..DATA_HEADER_LEN + padded];
+            body[..packet.len()].copy_from_slice(&packet);
+            body[packet.len()..].fill(0);
+            let len = session.seal(&session.sealing_key(), padded, out);
             state.tx_bytes += len as u64;
             active.wants_keepalive = false;
             active.on_data_sent(now.boot, keepalive, false, &mut self.rng);
@@ -437,7 +509,7 @@ impl Device {
         }
         if std::mem::take(&mut active.wants_keepalive) {
             if let Some(session) = active.usable(now.boot) {
-                let len = session.seal(&[], 0, out);
+                let len = session.seal(&session.sealing_key(), 0, out);
                 state.tx_bytes += len as u64;
                 active.on_data_sent(now.boot, keepalive, true, &mut self.rng);
                 self.settle(slot, now.boot);

@@ -34,13 +34,13 @@ mod timers;
 use std::ops::Range;
 use std::time::Duration;
 
-pub use device::Device;
+pub use device::{Device, Sealer};
 pub use limiter::{
     FREE_HANDSHAKES_PER_SECOND, MAX_FREE_BURST, MAX_PROVED_BURST, MAX_SOURCE_BURST, MAX_SOURCES,
     PROVED_HANDSHAKES_PER_SECOND, SOURCE_HANDSHAKES_PER_SECOND,
 };
 pub use message::DATA_OVERHEAD;
-pub use receive::Initiation;
+pub use receive::{DataBatch, Initiation};
 pub use replay::{MAX_REORDER, REPLAY_WINDOW_BITS};
 use warren_common::time::UnixTime;
 

@@ -2,5 +2,6 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a failed test panics")]
 
 mod net;
+mod offload;
 mod paths;
 mod policy;

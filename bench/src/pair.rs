@@ -1,0 +1,194 @@
+//! Two devices that know each other.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow};
+use rand_chacha::ChaCha20Rng;
+use rand_core::{RngCore as _, SeedableRng as _};
+use warren_common::ids::{DeviceId, NetworkId};
+use warren_common::keys::{ControlSecretKey, NetmapSecretKey, ProbeSecretKey, WgSecretKey};
+use warren_common::netmap::{Netmap, Network, Peer, SelfDevice};
+use warren_common::policy::{self, Inventory, Node, Policy};
+use warren_common::time::{Now, UnixTime};
+use warren_common::wire::control::{NetmapUpdate, UpdateKind};
+use warren_engine::engine::{Config, Engine};
+use warren_engine::netmap::Identity;
+
+/// The tag that both devices have.
+pub const TAG: &str = "tag:bench";
+/// The policy that the benchmarks use.
+pub const POLICY: &str = include_str!("../policy.hujson");
+/// Longer than any benchmark.
+const LEASE: Duration = Duration::from_secs(24 * 3600);
+
+/// Which of the two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub enum Role {
+    /// The first.
+    A,
+    /// The second.
+    B,
+}
+
+impl Role {
+    /// The other one.
+    pub const fn other(self) -> Self {
+        match self {
+            Self::A => Self::B,
+            Self::B => Self::A,
+        }
+    }
+
+    /// Its name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::A => "a",
+            Self::B => "b",
+        }
+    }
+
+    /// Its device id.
+    pub const fn device(self) -> DeviceId {
+        DeviceId::from_bytes([self as u8 + 1; 16])
+    }
+}
+
+/// Two devices, the same on both sides.
+#[derive(Debug)]
+pub struct Pair {
+    network: Network,
+    signer: NetmapSecretKey,
+    devices: [Device; 2],
+    policy: Policy,
+    mtu: u16,
+}
+
+#[derive(Debug)]
+struct Device {
+    addrs: Vec<IpAddr>,
+    control: ControlSecretKey,
+    wg: WgSecretKey,
+    probe: ProbeSecretKey,
+}
+
+impl Pair {
+    /// Devices with these overlay addresses (first a's, then b's) under `policy`; all keys follow from `seed`.
+    ///
+    /// # Errors
+    /// The policy is invalid.
+    pub fn new(seed: [u8; 32], addrs: [Vec<IpAddr>; 2], policy: &str, mtu: u16) -> Result<Self> {
+        let mut rng = ChaCha20Rng::from_seed(seed);
+        let signer = NetmapSecretKey::generate(&mut rng);
+        let devices = addrs.map(|addrs| Device {
+            addrs,
+            control: ControlSecretKey::generate(&mut rng),
+            wg: WgSecretKey::generate(&mut rng),
+            probe: ProbeSecretKey::generate(&mut rng),
+        });
+        let policy = Policy::parse(policy).map_err(|found| anyhow!("the policy: {}", lines(&found)))?;
+        let network = Network {
+            id: NetworkId::from_bytes([7; 16]),
+            name: "bench".to_owned(),
+            ipv4: "10.99.0.0/16".parse()?,
+            ipv6: "fd00:99::/48".parse()?,
+        };
+        Ok(Self { network, signer, devices, policy, mtu })
+    }
+
+    /// The engine of one of them, with its netmap in force.
+    ///
+    /// # Errors
+    /// The policy doesn't fit the devices, or the engine refuses the netmap.
+    pub fn engine(&self, role: Role, now: Now, seed: [u8; 32]) -> Result<Engine> {
+        let own = &self.devices[role as usize];
+        let mut engine = Engine::new(Config {
+            identity: Identity {
+                network: self.network.id,
+                device: role.device(),
+                control: own.control.public(),
+                netmap_key: self.signer.public(),
+                epoch: 1,
+            },
+            wg: own.wg.clone(),
+            probe: own.probe.clone(),
+            seed,
+            boot_id: [1; 16],
+            mtu: self.mtu,
+            handshake_floor: UnixTime::default(),
+        });
+        let netmap = self.netmap(role, now)?;
+        let update = NetmapUpdate {
+            network: self.network.id,
+            device: role.device(),
+            device_key: own.control.public(),
+            epoch: 1,
+            from: 0,
+            to: 1,
+            hash: netmap.hash(),
+            lease_ms: LEASE.as_millis() as u64,
+            issued: now.unix,
+            kind: UpdateKind::Snapshot(Box::new(netmap)),
+        };
+        let update = engine.check_update(now, &update.sign(&self.signer)).context("the netmap")?;
+        engine.apply_update(now, update);
+        engine.handle_control_state(now, true);
+        Ok(engine)
+    }
+
+    fn netmap(&self, role: Role, now: Now) -> Result<Netmap> {
+        let roles = [Role::A, Role::B];
+        let node = |role: Role| Node {
+            hostname: role.name().to_owned(),
+            tags: [TAG.to_owned()].into(),
+            ipv4: self.devices[role as usize].addrs.iter().find(|a| a.is_ipv4()).copied(),
+            ipv6: self.devices[role as usize].addrs.iter().find(|a| a.is_ipv6()).copied(),
+            ..Node::default()
+        };
+        let inventory = Inventory {
+            nodes: roles.map(|role| (role.name().to_owned(), node(role))).into(),
+            ..Inventory::default()
+        };
+        let compiled = policy::compile(&self.policy, &inventory, now.unix.as_secs(), LEASE.as_secs() as i64)
+            .map_err(|found| anyhow!("the policy: {}", lines(&found)))?;
+        let other = role.other();
+        let theirs = &self.devices[other as usize];
+        let peer = Peer {
+            id: other.device(),
+            wg: theirs.wg.public(),
+            probe: theirs.probe.public(),
+            addrs: theirs.addrs.clone(),
+            routes: Vec::new(),
+            name: Some(other.name().to_owned()),
+            user: None,
+            tags: vec![TAG.to_owned()],
+            home_relay: None,
+            key_signature: None,
+        };
+        Ok(Netmap {
+            network: self.network.clone(),
+            device: SelfDevice {
+                id: role.device(),
+                name: role.name().to_owned(),
+                addrs: self.devices[role as usize].addrs.clone(),
+                user: None,
+                tags: vec![TAG.to_owned()],
+            },
+            peers: [(other.device(), peer)].into(),
+            ingress: compiled.ingress(role.name()).into_iter().collect(),
+            egress: compiled.egress(role.name()).into_iter().collect(),
+            relays: [].into(),
+        })
+    }
+}
+
+/// A seed of the day for one side's own randomness.
+pub fn seed_from(number: u64) -> [u8; 32] {
+    let mut seed = [0; 32];
+    ChaCha20Rng::seed_from_u64(number).fill_bytes(&mut seed);
+    seed
+}
+
+fn lines(found: &[policy::Diagnostic]) -> String {
+    found.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+}
