@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use crate::shell::{cargo, find, is_root, logged, say};
 
 /// Programs and the Debian packages that hold them.
-const PROGRAMS: [(&str, &str); 13] = [
+const PROGRAMS: [(&str, &str); 14] = [
     ("cc", "gcc"),
     ("ip", "iproute2"),
     ("nft", "nftables"),
@@ -21,6 +21,7 @@ const PROGRAMS: [(&str, &str); 13] = [
     ("unshare", "util-linux"),
     ("git", "git"),
     ("ssh-keygen", "openssh-client"),
+    ("valgrind", "valgrind"),
 ];
 
 /// Cargo subcommands, at the versions that this repository is known to work with.

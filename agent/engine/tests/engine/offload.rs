@@ -86,14 +86,14 @@ fn a_frame_that_the_receiver_does_not_grant_is_dropped_as_a_whole() {
     let mut net = pair();
     net.netmaps[1].ingress.clear();
     net.push_netmap(1);
-    let before = net.drops(1, "ingress-no_flow")
-        + net.drops(1, "ingress-flow_ended")
-        + net.drops(1, "ingress-no_rule");
+    let before = net.drops(1, "ingress-no-flow")
+        + net.drops(1, "ingress-flow-ended")
+        + net.drops(1, "ingress-no-rule");
     let frame = super_frame(overlay(0), overlay(1), true, 40, 1_200);
     assert!(transfer(&mut net, &mut [frame], BOTH, None).is_empty());
-    let after = net.drops(1, "ingress-no_flow")
-        + net.drops(1, "ingress-flow_ended")
-        + net.drops(1, "ingress-no_rule");
+    let after = net.drops(1, "ingress-no-flow")
+        + net.drops(1, "ingress-flow-ended")
+        + net.drops(1, "ingress-no-rule");
     assert_eq!(after - before, 40);
 }
 
@@ -102,7 +102,7 @@ fn a_frame_from_an_address_of_somebody_else_is_refused_at_both_ends() {
     let mut net = pair();
     let frame = super_frame(overlay(5), overlay(1), true, 10, 1_200);
     assert!(transfer(&mut net, &mut [frame], BOTH, None).is_empty());
-    assert_eq!(net.drops(0, "egress-spoofed_source"), 10);
+    assert_eq!(net.drops(0, "egress-spoofed-source"), 10);
 }
 
 #[test]
