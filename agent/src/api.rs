@@ -236,6 +236,7 @@ mod tests {
                 ips: vec!["100.64.0.1".parse().unwrap()],
                 user: Some("ann@example.com".into()),
                 tags: vec![],
+                attributes: vec![],
             }),
             coordinator: Some(Coordinator { url: "http://c".into(), connected: true, revision: 7 }),
             peers: vec![PeerStatus {

@@ -258,7 +258,7 @@ fn print_explanation(found: &Explanation) -> Result<(), Failure> {
     for (title, traces) in [
         ("matching rules", &found.matching),
         ("matching staged rules (not enforced)", &found.staged),
-        ("nearest rules, and what they lack", &found.nearest),
+        ("nearest rules that would have allowed it, and what is missing", &found.nearest),
     ] {
         if traces.is_empty() {
             continue;
@@ -290,6 +290,9 @@ fn print_explanation(found: &Explanation) -> Result<(), Failure> {
                     }
                     writeln!(out)?;
                 }
+            }
+            for what in &trace.missing {
+                writeln!(out, "    missing: {what}")?;
             }
         }
     }
@@ -338,24 +341,44 @@ fn print_diff(args: &DiffArgs) -> Result<u8, Failure> {
             alike.entry((to, lines.collect())).or_default().push(from);
         }
         for ((to, lines), from) in alike {
-            writeln!(out, "  {} -> {to}", from.join(", "))?;
+            writeln!(out, "  {} -> {to}", shorten(&from))?;
             for line in lines {
                 writeln!(out, "    {line}")?;
             }
         }
     }
-    for (title, lines) in [("Also changes", &found.other), ("Could not decide", &found.undecided)] {
-        if !lines.is_empty() {
-            writeln!(out, "{title}:")?;
-            for line in lines {
-                writeln!(out, "  {line}")?;
-            }
+    if !found.other.is_empty() {
+        writeln!(out, "Also changes:")?;
+        // What happens to many devices alike stands there once.
+        let mut alike: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for (device, what) in found.other.iter().filter_map(|line| line.split_once(": ")) {
+            alike.entry(what).or_default().push(device);
+        }
+        for (what, devices) in alike {
+            writeln!(out, "  {}: {what}", shorten(&devices))?;
+        }
+    }
+    if !found.undecided.is_empty() {
+        writeln!(out, "Could not decide:")?;
+        for line in &found.undecided {
+            writeln!(out, "  {line}")?;
         }
     }
     if found.is_empty() {
         writeln!(out, "No connection opens or closes.")?;
     }
     Ok(0)
+}
+
+/// The first of many names, and how many more there are.
+fn shorten(names: &[&str]) -> String {
+    const SHOWN: usize = 8;
+    match names.get(..SHOWN) {
+        Some(shown) if names.len() > SHOWN => {
+            format!("{} and {} more", shown.join(", "), names.len() - SHOWN)
+        }
+        _ => names.join(", "),
+    }
 }
 
 /// One device as the contract prints it: `filters` is what is allowed now.

@@ -12,8 +12,8 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use sha2::{Digest as _, Sha256};
 
-use self::narrow::common_rules;
-use crate::filter::{Action, FilterRule, IpRange};
+use self::narrow::{common_apps, common_rules};
+use crate::filter::{Action, FilterRule, IpRange, RuleId, UnixInterval};
 use crate::ids::{DeviceId, NetworkId, RelayId};
 use crate::keys::{ProbePublicKey, WgPublicKey};
 
@@ -25,6 +25,10 @@ pub const MAX_PEERS: usize = 100_000;
 pub const MAX_RULES: usize = 100_000;
 /// Most relays.
 pub const MAX_RELAYS: usize = 256;
+/// Most application capabilities, for the same reason.
+pub const MAX_APPS: usize = 10_000;
+/// Most attributes of a device; files give each a handful.
+pub const MAX_ATTRS: usize = 1_000;
 
 /// Facts about the network that a device needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,6 +56,8 @@ pub struct SelfDevice {
     pub user: Option<String>,
     /// Its tags, sorted; not empty for a workload.
     pub tags: Vec<String>,
+    /// Its attributes by the policy's `nodeAttrs`, sorted: for its applications and for people.
+    pub attrs: Vec<String>,
 }
 
 /// Another device, as far as this one needs to know it.
@@ -94,6 +100,30 @@ pub struct Relay {
     pub cert_sha256: [u8; 32],
 }
 
+/// A capability that some devices have at this one's applications. It opens nothing; applications ask for it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct AppGrant {
+    /// Which policy rule this comes from.
+    pub id: RuleId,
+    /// `example.com/cap/name`.
+    pub name: String,
+    /// Who has it.
+    pub src: Vec<IpRange>,
+    /// At which of the device's addresses.
+    pub dst: Vec<IpRange>,
+    /// What the application makes of it: JSON texts.
+    pub values: Vec<String>,
+    /// When it holds; `None` is always. Sorted, disjoint.
+    pub active: Option<Vec<UnixInterval>>,
+}
+
+impl AppGrant {
+    /// True if the capability is given at `now` (seconds since the Unix epoch).
+    pub fn is_active(&self, now: i64) -> bool {
+        self.active.as_ref().is_none_or(|windows| windows.iter().any(|w| w.from <= now && now < w.until))
+    }
+}
+
 /// Everything one device needs to know.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Netmap {
@@ -109,6 +139,8 @@ pub struct Netmap {
     pub egress: BTreeSet<FilterRule>,
     /// Relays.
     pub relays: BTreeMap<RelayId, Relay>,
+    /// Capabilities of others at its applications.
+    pub apps: BTreeSet<AppGrant>,
 }
 
 /// Names a rule inside a delta: the first 16 bytes of the SHA-256 of its canonical encoding, which knows no origin.
@@ -137,6 +169,10 @@ pub struct Delta {
     pub removed_relays: Vec<RelayId>,
     /// Relays that are new or changed, whole.
     pub relays: Vec<Relay>,
+    /// Application capabilities that are gone, named like rules.
+    pub removed_apps: Vec<RuleKey>,
+    /// Application capabilities that are new.
+    pub apps: Vec<AppGrant>,
 }
 
 impl Delta {
@@ -164,6 +200,8 @@ impl Netmap {
             egress,
             removed_relays,
             relays,
+            removed_apps: old.apps.difference(&new.apps).map(app_key).collect(),
+            apps: new.apps.difference(&old.apps).cloned().collect(),
         }
     }
 
@@ -185,6 +223,11 @@ impl Netmap {
         self.relays.extend(delta.relays.into_iter().map(|r| (r.id, r)));
         apply_rules(&mut self.ingress, &delta.removed_ingress, delta.ingress);
         apply_rules(&mut self.egress, &delta.removed_egress, delta.egress);
+        if !delta.removed_apps.is_empty() {
+            let removed: BTreeSet<&RuleKey> = delta.removed_apps.iter().collect();
+            self.apps.retain(|app| !removed.contains(&app_key(app)));
+        }
+        self.apps.extend(delta.apps);
     }
 
     /// The step between `old` and `new` that only takes away: `old` without the peers and relays that `new` lacks, with
@@ -209,11 +252,13 @@ impl Netmap {
                 .filter(|(id, r)| new.relays.get(*id).is_some_and(|n| n.cert_sha256 == r.cert_sha256))
                 .map(|(id, r)| (*id, r.clone()))
                 .collect(),
+            apps: common_apps(&old.apps, &new.apps),
         }
     }
 
     /// SHA-256 over the canonical encoding, version 1 (docs/wire.md): sections in a fixed order, maps and sets in key
-    /// order, big-endian numbers, every text and list behind its length. Fields of later versions are not part of it.
+    /// order, big-endian numbers, every text and list behind its length; capabilities and attributes, which come last, are
+    /// left out where there are none of them nor of what follows. Fields of later versions are not part of it.
     pub fn hash(&self) -> [u8; 32] {
         let mut out = Canonical::default();
         out.bytes(b"warren netmap v1");
@@ -230,14 +275,28 @@ impl Netmap {
         out.list(&self.ingress, Canonical::rule);
         out.list(&self.egress, Canonical::rule);
         out.list(self.relays.values(), Canonical::relay);
+        if !self.apps.is_empty() || !self.device.attrs.is_empty() {
+            out.list(&self.apps, Canonical::app);
+        }
+        if !self.device.attrs.is_empty() {
+            out.list(&self.device.attrs, |o, t| o.text(t));
+        }
         Sha256::digest(&out.0).into()
     }
 }
 
 /// The name of `rule` inside deltas.
 pub fn rule_key(rule: &FilterRule) -> RuleKey {
+    key(|out| out.rule(rule))
+}
+
+fn app_key(app: &AppGrant) -> RuleKey {
+    key(|out| out.app(app))
+}
+
+fn key(write: impl Fn(&mut Canonical)) -> RuleKey {
     let mut out = Canonical::default();
-    out.rule(rule);
+    write(&mut out);
     let digest = Sha256::digest(&out.0);
     std::array::from_fn(|i| digest[i])
 }
@@ -344,12 +403,25 @@ impl Canonical {
             o.fixed(&d.ports.last.to_be_bytes());
         });
         self.bytes(&rule.protos);
-        self.option(rule.active.as_ref(), |o, windows| {
+        self.active(rule.active.as_ref());
+    }
+
+    fn active(&mut self, windows: Option<&Vec<UnixInterval>>) {
+        self.option(windows, |o, windows| {
             o.list(windows, |o, w| {
                 o.fixed(&w.from.to_be_bytes());
                 o.fixed(&w.until.to_be_bytes());
             });
         });
+    }
+
+    fn app(&mut self, app: &AppGrant) {
+        self.fixed(&app.id.0.to_be_bytes());
+        self.text(&app.name);
+        self.list(&app.src, Self::range);
+        self.list(&app.dst, Self::range);
+        self.list(&app.values, |o, v| o.text(v));
+        self.active(app.active.as_ref());
     }
 
     fn relay(&mut self, relay: &Relay) {

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test's helper fails by panicking")]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use data_encoding::HEXLOWER;
@@ -15,7 +16,7 @@ use warren_common::ids::{DeviceId, NetworkId, RelayId};
 use warren_common::keys::{
     ControlPublicKey, ControlSecretKey, NetmapSecretKey, ProbePublicKey, RootSecretKey, WgPublicKey,
 };
-use warren_common::netmap::{Netmap, Network, Peer, Relay, SelfDevice};
+use warren_common::netmap::{AppGrant, Netmap, Network, Peer, Relay, SelfDevice};
 use warren_common::time::UnixTime;
 use warren_common::wire::control::{
     Ack, ClientBody, ClientMessage, CoordinatorIdentity, Enroll, NetmapUpdate, Refused, Resume, ServerBody,
@@ -85,15 +86,33 @@ fn netmap() -> Netmap {
             addrs: vec!["100.64.0.1".parse().unwrap()],
             user: Some("ada@example.com".into()),
             tags: vec![],
+            attrs: Vec::new(),
         },
         peers: BTreeMap::from([(peer.id, peer)]),
         ingress: BTreeSet::from([rule, deny.clone()]),
         egress: BTreeSet::from([deny]),
         relays: BTreeMap::from([(relay.id, relay)]),
+        apps: BTreeSet::new(),
     }
 }
 
-fn update(kind: UpdateKind, from: u64) -> NetmapUpdate {
+/// The same with an application capability and an attribute: what came later leaves the bytes and the hash of what lacks it
+/// as they were.
+fn with_capability() -> Netmap {
+    let app = AppGrant {
+        id: RuleId(3),
+        name: "example.com/cap/edit".into(),
+        src: vec![IpRange::from(IpAddr::from([100, 64, 0, 2]))],
+        dst: vec![IpRange::from(IpAddr::from([100, 64, 0, 1]))],
+        values: vec![r#"{"docs":["a"]}"#.into()],
+        active: Some(vec![UnixInterval { from: 1_700_000_000, until: 1_800_000_000 }]),
+    };
+    let mut netmap = netmap();
+    netmap.device.attrs = vec!["example.com/beta".into()];
+    Netmap { apps: BTreeSet::from([app]), ..netmap }
+}
+
+fn update(netmap: &Netmap, kind: UpdateKind, from: u64) -> NetmapUpdate {
     NetmapUpdate {
         network: NetworkId::from_bytes([1; 16]),
         device: DeviceId::from_bytes([2; 16]),
@@ -101,7 +120,7 @@ fn update(kind: UpdateKind, from: u64) -> NetmapUpdate {
         epoch: 1,
         from,
         to: 42,
-        hash: netmap().hash(),
+        hash: netmap.hash(),
         lease_ms: 86_400_000,
         issued: UnixTime::from_secs(1_700_000_000),
         kind,
@@ -132,11 +151,15 @@ fn updates() {
     let mut old = netmap();
     old.peers.clear();
     old.ingress.clear();
-    let delta = Netmap::diff(&old, &netmap());
+    let (new, later) = (netmap(), with_capability());
+    let delta = Netmap::diff(&old, &new);
+    let gains = Netmap::diff(&new, &later);
     for (name, update) in [
-        ("snapshot", update(UpdateKind::Snapshot(Box::new(netmap())), 0)),
-        ("delta", update(UpdateKind::Delta(Box::new(delta)), 41)),
-        ("lease", update(UpdateKind::Lease, 42)),
+        ("snapshot", update(&new, UpdateKind::Snapshot(Box::new(new.clone())), 0)),
+        ("delta", update(&new, UpdateKind::Delta(Box::new(delta)), 41)),
+        ("lease", update(&new, UpdateKind::Lease, 42)),
+        ("snapshot_capability", update(&later, UpdateKind::Snapshot(Box::new(later.clone())), 0)),
+        ("delta_capability", update(&later, UpdateKind::Delta(Box::new(gains)), 41)),
     ] {
         let signed = update.sign(&key);
         golden(name, &signed.encode_to_vec());

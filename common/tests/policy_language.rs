@@ -213,6 +213,32 @@ fn routes_exit_nodes_and_via() {
 }
 
 #[test]
+fn what_the_file_approves_can_count_as_approved() {
+    let file = policy(json!({
+        "autoApprovers": {"routes": {"10.8.0.0/13": ["tag:router"]}, "exitNode": ["tag:db"]},
+        "grants": [{"src": ["group:eng"], "dst": ["10.9.0.0/24", "10.16.0.0/16"], "ip": ["443"], "via": ["tag:router"]}],
+    }));
+    let file = file.expect("valid");
+    let mut inventory = inventory();
+    let by_hand = compile(&file, &inventory, NOW, 0).expect("compiles");
+    assert!(!open(&by_hand, "laptop", "10.9.0.1", 443));
+    inventory.auto_approve = true;
+    let mut c = compile(&file, &inventory, NOW, 0).expect("compiles");
+    assert!(open(&c, "laptop", "10.9.0.1", 443) && !open(&c, "desk", "10.9.0.1", 443));
+    let need = c.node("laptop").expect("exists").peers.remove("router").expect("needed");
+    assert_eq!(need.routes.iter().map(ToString::to_string).collect::<Vec<_>>(), ["10.9.0.0/16"]);
+    // Who loses the role loses the approval, and who gains it may carry what it offers.
+    let mut router = inventory.nodes["router"].clone();
+    router.tags = ["tag:db".to_owned()].into();
+    c.set_node("router", Some(&router), NOW).expect("no conflict");
+    assert!(!open(&c, "laptop", "10.9.0.1", 443));
+    router.tags = ["tag:router".to_owned()].into();
+    router.routable_ips.insert("10.16.0.0/16".parse().expect("a network"));
+    c.set_node("router", Some(&router), NOW).expect("no conflict");
+    assert!(open(&c, "laptop", "10.9.0.1", 443) && !open(&c, "laptop", "10.16.0.1", 443));
+}
+
+#[test]
 fn attributes_approvals_and_capabilities() {
     let c = built(json!({
         "nodeAttrs": [{"target": ["autogroup:admin"], "attr": ["x"], "ipPool": ["100.81.0.0/16"]}],
@@ -241,6 +267,9 @@ fn explain_names_what_is_missing() {
     assert_eq!(missing.len(), 1);
     assert_eq!((missing[0].what, missing[0].truth), ("srcPosture", Truth::Unknown));
     assert_eq!(missing[0].conditions[0].why, "nobody reports it");
+    assert_eq!(found.nearest[0].missing, ["srcPosture: node:os == 'linux': nobody reports it"]);
+    let other = c.explain("laptop", "db:22", None).expect("answerable");
+    assert_eq!(other.nearest[0].missing, ["ip: tcp:22 is not in any:5432"]);
     assert!(c.explain("laptop", "db:5432", None).expect("answerable").allowed);
     assert!(c.explain("laptop", "db", None).is_err());
     assert!(
@@ -289,6 +318,15 @@ fn mistakes_are_named_with_what_exists() {
         (json!({"grants": [to_db(json!({"when": {"zone": "Mars/Base"}}))]}), "Europe/Berlin"),
         (json!({"grants": [to_db(json!({"expires": "tomorrow"}))]}), "RFC 3339"),
         (json!({"nodeAttrs": [{"target": ["*"], "ipPool": ["10.0.0.0/8"]}]}), "100.64.0.0/10"),
+        (
+            json!({"ssh": [{"action": "check", "src": ["group:eng"], "dst": ["tag:db"], "users": ["root"],
+            "checkPeriod": "7d"}]}),
+            "168h",
+        ),
+        (
+            json!({"grants": [{"src": ["*"], "dst": ["*"], "app": {"tailscale.com/cap/is-admin": []}}]}),
+            "tailscale.com",
+        ),
         (json!({"ACLs": [{"Action": "drop", "src": ["*"], "dst": ["*:*"]}]}), "deny"),
     ] {
         let message = policy(extra).expect_err(want);

@@ -94,7 +94,8 @@ fn node(i: u8) -> impl Strategy<Value = Node> {
                 ipv4: Some(v4),
                 ipv6: (!only_v4).then_some(v6),
                 routable_ips: routes.clone(),
-                approved_routes: routes,
+                // Half of them carry only what the file approves.
+                approved_routes: if i.is_multiple_of(2) { routes } else { BTreeSet::new() },
                 attributes,
             }
         })
@@ -134,20 +135,26 @@ fn conditions(rule: &mut Value, posture: u8, dst_posture: bool, staged: bool, ex
     match expires {
         0 => rule["expires"] = json!("2020-01-01T00:00:00Z"),
         1 => rule["expires"] = json!("2099-01-01T00:00:00Z"),
+        2 => {
+            rule["when"] =
+                json!([{"from": "22:00", "to": "04:00", "zone": "Europe/Berlin"}, {"days": ["wed"]}])
+        }
+        3 => rule["when"] = json!({"from": "09:00", "to": "17:00"}),
         _ => {}
     }
 }
 
 fn grant() -> impl Strategy<Value = Value> {
-    (selectors(), selectors(), services(), 0..6_u8, 0..5_u8, proptest::bool::weighted(0.2), 0..8_u8).prop_map(
+    (selectors(), selectors(), services(), 0..7_u8, 0..5_u8, proptest::bool::weighted(0.2), 0..12_u8).prop_map(
         |(src, dst, ip, kind, posture, dst_posture, expires)| {
             let mut rule = match kind {
                 0 => json!({"src": ["autogroup:member"], "dst": ["autogroup:self"], "ip": ip}),
                 1 => json!({"src": src, "dst": ["10.1.0.0/16", "autogroup:internet"], "ip": ip, "via": ["tag:a"]}),
                 2 => json!({"src": ["group:g"], "dst": ["autogroup:internet"], "ip": ip}),
+                3 => json!({"src": src, "dst": dst, "ip": ip, "app": {"example.com/cap/x": [{"n": posture}]}}),
                 _ => json!({"src": src, "dst": dst, "ip": ip}),
             };
-            conditions(&mut rule, posture, dst_posture, kind == 5 && posture == 4, expires);
+            conditions(&mut rule, posture, dst_posture, kind == 4, expires);
             rule
         },
     )
@@ -195,7 +202,7 @@ fn parse(file: &Value) -> Policy {
 }
 
 fn world(nodes: &BTreeMap<String, Node>) -> Inventory {
-    Inventory { users: users(), nodes: nodes.clone(), ..Inventory::default() }
+    Inventory { users: users(), nodes: nodes.clone(), auto_approve: true, ..Inventory::default() }
 }
 
 fn build(file: &Value, nodes: &BTreeMap<String, Node>) -> Compiled {

@@ -3,12 +3,13 @@
 
 mod support;
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use support::{Client, TestCoordinator};
 use warren_common::filter::Action;
 use warren_common::wire::control::{
-    ClientBody, Presence, RuleOrigin, RuleOriginsRequest, ServerBody, Signal, UpdateKind,
+    ClientBody, Presence, Report, RuleOrigin, RuleOriginsRequest, ServerBody, Signal, UpdateKind,
 };
 use warren_coordinator::admin::Call;
 use warren_coordinator::policy_source::Source;
@@ -115,6 +116,61 @@ async fn what_is_cut_goes_first_and_what_both_allow_never_stops() {
     let update = db.next_update().await;
     assert!(matches!(&update.kind, UpdateKind::Delta(d) if d.removed_peers == [web.id()]));
     assert!(!port_open(&db, 5433));
+}
+
+/// What the file says beside connections: who carries networks and for whom, what a device is told of itself and of what
+/// others may do at its applications.
+#[tokio::test(flavor = "multi_thread")]
+async fn approved_routes_via_attributes_and_capabilities_reach_their_devices() {
+    let coordinator = TestCoordinator::start().await;
+    let policy = r#"{
+        "tagOwners": {"tag:web": [], "tag:gate": [], "tag:spare": []},
+        "autoApprovers": {"routes": {"10.32.0.0/12": ["tag:gate", "tag:spare"]}, "exitNode": ["tag:gate"]},
+        "nodeAttrs": [{"target": ["tag:web"], "attr": ["example.com/beta", "example.com/alpha"]}],
+        "grants": [
+            {"src": ["tag:web"], "dst": ["10.33.0.0/16"], "ip": ["tcp:443"], "via": ["tag:gate"]},
+            {"src": ["tag:web"], "dst": ["tag:spare"], "ip": ["22"], "app": {"example.com/cap/shell": [{"as": "ops"}]}},
+        ]}"#;
+    coordinator.set_policy(policy).await;
+    let mut web = join(&coordinator, 1, "tag:web", "web").await;
+    let mut gate = join(&coordinator, 2, "tag:gate", "gate").await;
+    let mut spare = join(&coordinator, 3, "tag:spare", "spare").await;
+    web.until(|n| n.peers.contains_key(&spare.id())).await;
+    assert_eq!(web.netmap().device.attrs, ["example.com/alpha", "example.com/beta"]);
+    assert!(gate.netmap().device.attrs.is_empty());
+    // Both offer the network, and another that nobody approves; `via` names one of them.
+    for router in [&mut gate, &mut spare] {
+        let routes = vec!["10.33.0.0/16".to_owned(), "192.168.0.0/16".to_owned()];
+        router.send(ClientBody::Report(Report { routes, ..Report::default() })).await;
+    }
+    let (src, lan) = (web.netmap().device.addrs[0], IpAddr::from([10, 33, 0, 9]));
+    gate.until(|n| n.ingress.iter().any(|r| r.covers(src, lan, 6, 443))).await;
+    web.until(|n| n.peers.contains_key(&gate.id())).await;
+    let carried = |client: &Client| -> Vec<String> {
+        web.netmap().peers[&client.id()].routes.iter().map(ToString::to_string).collect()
+    };
+    assert_eq!((carried(&gate), carried(&spare)), (vec!["10.33.0.0/16".to_owned()], vec![]));
+    let egress = |port| web.netmap().egress.iter().any(|r| r.covers(src, lan, 6, port));
+    assert!(egress(443) && !egress(80));
+    let private = IpAddr::from([192, 168, 0, 1]);
+    assert!(!gate.netmap().ingress.iter().any(|r| r.covers(src, private, 6, 443)));
+    spare.until(|n| !n.apps.is_empty()).await;
+    let app = spare.netmap().apps.first().unwrap();
+    assert_eq!(
+        (app.name.as_str(), app.values.as_slice()),
+        ("example.com/cap/shell", &[r#"{"as":"ops"}"#.to_owned()][..])
+    );
+    assert!(app.src.iter().any(|r| r.contains(src)) && gate.netmap().apps.is_empty());
+    // Tools see the network as the coordinator does.
+    let exported = coordinator.call(Call::PolicyInventory).await.unwrap();
+    let inventory = serde_json::from_value(exported).unwrap();
+    let parsed = warren_common::policy::Policy::parse(policy).unwrap();
+    let compiled = warren_common::policy::compile(&parsed, &inventory, 0, 0).unwrap();
+    assert!(compiled.explain("web", "10.33.0.9:443", None).unwrap().allowed);
+    // An approval that leaves the file leaves the devices.
+    coordinator.set_policy(&policy.replace("10.32.0.0/12", "10.48.0.0/12")).await;
+    web.until(|n| !n.peers.contains_key(&gate.id())).await;
+    gate.until(|n| n.ingress.is_empty()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

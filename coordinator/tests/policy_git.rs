@@ -8,19 +8,11 @@ use std::time::Duration;
 use ring::hmac;
 use serde_json::Value;
 use support::process::verb;
-use support::repo::{FILE, Repo};
+use support::repo::{FILE, Repo, policy};
 use support::{Client, PATIENCE, TestCoordinator, http_send};
 use warren_coordinator::admin::Call;
 use warren_coordinator::policy_source::Source;
 use warren_coordinator::policy_source::git::{GitOptions, MAX_COMMIT, MAX_NEW_COMMITS, MIN_POLL, Signatures};
-
-/// A policy that allows one port.
-fn policy(port: u16) -> String {
-    format!(
-        r#"{{"tagOwners": {{"tag:web": [], "tag:db": []}},
-            "acls": [{{"action": "accept", "src": ["tag:web"], "dst": ["tag:db:{port}"]}}]}}"#
-    )
-}
 
 fn options(repo: &Repo) -> GitOptions {
     GitOptions {

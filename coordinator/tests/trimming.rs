@@ -103,11 +103,12 @@ fn traces(netmap: &Netmap, other: &Device) -> BTreeSet<&'static str> {
         facts.iter().filter(|(_, fact)| holds(&sent, fact)).map(|(what, _)| *what).collect();
     // Four bytes may occur by chance: these are looked for where they can stand.
     let v4 = other.addrs()[0];
-    let in_rules = netmap.ingress.iter().chain(&netmap.egress).any(|rule| {
-        let nets = rule.src.iter().chain(rule.dst.iter().map(|d| &d.net));
-        // A range of many addresses says nothing of one.
-        nets.into_iter().any(|net| net.first() == v4 && net.last() == v4)
-    });
+    let in_rules =
+        netmap.ingress.iter().chain(&netmap.egress).any(|rule| {
+            let nets = rule.src.iter().chain(rule.dst.iter().map(|d| &d.net));
+            // A range of many addresses says nothing of one.
+            nets.into_iter().any(|net| net.first() == v4 && net.last() == v4)
+        }) || netmap.apps.iter().flat_map(|app| &app.src).any(|net| net.first() == v4 && net.last() == v4);
     if in_rules || netmap.peers.values().any(|p| p.addrs.contains(&v4)) {
         found.insert("address");
     }
@@ -204,7 +205,12 @@ proptest! {
             })
             .collect();
         let owners: Vec<String> = (0..TAGS).map(|t| format!(r#""tag:t{t}": []"#)).collect();
-        world.policy(&format!(r#"{{"tagOwners": {{{}}}, "acls": [{}]}}"#, owners.join(","), rules.join(",")));
+        // A capability of everybody at everybody, which opens nothing.
+        let grants_of_apps = r#"{"src": ["*"], "dst": ["*"], "app": {"example.com/cap/x": [{"y": 1}]}}"#;
+        world.policy(&format!(
+            r#"{{"tagOwners": {{{}}}, "acls": [{}], "grants": [{grants_of_apps}]}}"#,
+            owners.join(","), rules.join(","),
+        ));
         for (a, one) in joined.iter().enumerate() {
             let netmap = world.netmap(one);
             for (b, other) in joined.iter().enumerate().filter(|(b, _)| *b != a) {
@@ -217,6 +223,10 @@ proptest! {
                     (false, false) => &[],
                 };
                 prop_assert_eq!(traces(&netmap, other), wanted.iter().copied().collect::<BTreeSet<_>>());
+                let may = netmap.apps.iter().any(|app| {
+                    app.values == [r#"{"y":1}"#] && app.src.iter().any(|r| r.contains(other.ipv4.into()))
+                });
+                prop_assert_eq!(may, !wanted.is_empty());
             }
         }
     }

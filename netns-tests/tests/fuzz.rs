@@ -23,7 +23,9 @@ use warren_netns_tests::fuzz::{corpus, each, golden, inputs, pick, tamper};
 fn control_messages() {
     let seeds = corpus(
         "control_messages",
-        ["snapshot", "delta", "identity"].map(|name| (name, golden(name))).to_vec(),
+        ["snapshot", "delta", "snapshot_capability", "delta_capability", "identity"]
+            .map(|name| (name, golden(name)))
+            .to_vec(),
     );
     check!().with_iterations(inputs(1)).for_each(|input: &[u8]| {
         each(input, &seeds, |bytes| {
@@ -43,7 +45,9 @@ fn signed_documents() {
     let (netmap, root) = (NetmapSecretKey::from_bytes([10; 32]), RootSecretKey::from_bytes([11; 32]));
     let payloads = corpus(
         "signed_documents",
-        ["snapshot", "delta", "lease", "relay_token", "identity"].map(|name| (name, payload(name))).to_vec(),
+        ["snapshot", "delta", "lease", "snapshot_capability", "delta_capability", "relay_token", "identity"]
+            .map(|name| (name, payload(name)))
+            .to_vec(),
     );
     check!().with_iterations(inputs(10)).for_each(|input: &[u8]| {
         each(input, &payloads, |payload| {
@@ -68,17 +72,21 @@ fn signed_documents() {
 #[test]
 fn netmaps() {
     let key = NetmapSecretKey::from_bytes([10; 32]);
-    let (snapshot, delta) = (update_of("snapshot", &key), update_of("delta", &key));
-    let (UpdateKind::Snapshot(base), UpdateKind::Delta(delta)) = (snapshot, delta) else {
-        panic!("the golden updates are of other kinds")
+    let encoded = |name: &str| match update_of(name, &key) {
+        UpdateKind::Snapshot(netmap) => NetmapMsg::from(netmap.as_ref()).encode_to_vec(),
+        UpdateKind::Delta(delta) => DeltaMsg::from(delta.as_ref()).encode_to_vec(),
+        other => panic!("the golden {name} is {other:?}"),
     };
-    let seeds = corpus(
-        "netmaps",
-        vec![
-            ("netmap", NetmapMsg::from(base.as_ref()).encode_to_vec()),
-            ("delta", DeltaMsg::from(delta.as_ref()).encode_to_vec()),
-        ],
-    );
+    let names = [
+        ("netmap", "snapshot"),
+        ("delta", "delta"),
+        ("netmap_capability", "snapshot_capability"),
+        ("delta_capability", "delta_capability"),
+    ];
+    let seeds = corpus("netmaps", names.map(|(name, update)| (name, encoded(update))).to_vec());
+    let UpdateKind::Snapshot(base) = update_of("snapshot_capability", &key) else {
+        panic!("the golden snapshot is none")
+    };
     check!().with_iterations(inputs(4)).for_each(|input: &[u8]| {
         each(input, &seeds, |bytes| {
             if let Some(netmap) = NetmapMsg::decode(bytes).ok().and_then(|m| Netmap::try_from(m).ok()) {

@@ -15,7 +15,7 @@ use prost::Message as _;
 use sha2::{Digest as _, Sha256};
 use warren_common::ids::{DeviceId, NetworkId};
 use warren_common::keys::{ControlPublicKey, NetmapPublicKey};
-use warren_common::netmap::{MAX_PEERS, MAX_RELAYS, MAX_RULES, Netmap};
+use warren_common::netmap::{MAX_APPS, MAX_PEERS, MAX_RELAYS, MAX_RULES, Netmap};
 use warren_common::time::{Instant, Now, UnixTime};
 use warren_common::wire::WireError;
 use warren_common::wire::control::{NetmapMsg, NetmapUpdate, Signed, UpdateKind};
@@ -384,6 +384,7 @@ fn fits(identity: &Identity, netmap: Netmap) -> Result<Netmap, UpdateRefused> {
     }
     let fits = netmap.peers.len() <= MAX_PEERS
         && netmap.relays.len() <= MAX_RELAYS
+        && netmap.apps.len() <= MAX_APPS
         && netmap.ingress.len() <= MAX_RULES
         && netmap.egress.len() <= MAX_RULES;
     if fits { Ok(netmap) } else { Err(UpdateRefused::TooBig) }

@@ -88,6 +88,9 @@ pub struct SelfStatus {
     pub user: Option<String>,
     /// Its tags.
     pub tags: Vec<String>,
+    /// Its attributes by the policy.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub attributes: Vec<String>,
 }
 
 /// Whether grants hold.
@@ -205,6 +208,9 @@ pub struct Whois {
     pub is_self: bool,
     /// True if the address is the device's own; false if it is in a subnet behind it.
     pub exact: bool,
+    /// What it may do at this device's applications: `example.com/cap/name` and what the policy says of it.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub capabilities: BTreeMap<String, Vec<serde_json::Value>>,
 }
 
 /// Answer to `warren why`: what becomes of connections between here and there, and on what grounds.

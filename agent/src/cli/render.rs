@@ -105,6 +105,12 @@ pub(super) fn whois(answer: &Value) -> Result<String, Problem> {
     if answer["self"] == true {
         out.push_str("this is the device itself\n");
     }
+    for (name, values) in answer["capabilities"].as_object().into_iter().flatten() {
+        let _ = writeln!(out, "may:     {name}");
+        for value in values.as_array().into_iter().flatten() {
+            let _ = writeln!(out, "         {value}");
+        }
+    }
     Ok(out)
 }
 

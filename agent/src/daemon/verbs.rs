@@ -113,7 +113,7 @@ impl Daemon {
             Verb::Down => self.verb_down().await,
             Verb::Logout => self.verb_logout().await,
             Verb::Status => Ok(done(&self.status(now))),
-            Verb::Whois { ip } => self.verb_whois(ip),
+            Verb::Whois { ip } => self.verb_whois(now, ip),
             Verb::Version => Ok(done(&json!({ "version": env!("CARGO_PKG_VERSION") }))),
             Verb::Bugreport => Ok(done(&self.bugreport(now))),
         };
@@ -307,9 +307,9 @@ impl Daemon {
         })
     }
 
-    fn verb_whois(&self, ip: IpAddr) -> Result<Reply, Problem> {
+    fn verb_whois(&self, now: Now, ip: IpAddr) -> Result<Reply, Problem> {
         let engine = self.up.as_ref().and_then(|up| up.engine.as_ref()).ok_or_else(not_up)?;
-        let who = engine.whois(ip).ok_or_else(|| {
+        let who = engine.whois(now, ip).ok_or_else(|| {
             Problem::new(
                 "unknown-address",
                 format!("no device that this one may know has the address {ip}"),

@@ -270,10 +270,12 @@ fn netmap() -> Netmap {
             addrs: vec!["100.64.0.1".parse().unwrap(), "fd00:77::1".parse().unwrap()],
             user: Some("ann@example.com".into()),
             tags: Vec::new(),
+            attrs: Vec::new(),
         },
         peers: BTreeMap::from([(peer.id, peer)]),
         ingress: BTreeSet::new(),
         egress: BTreeSet::new(),
         relays: BTreeMap::new(),
+        apps: BTreeSet::new(),
     }
 }

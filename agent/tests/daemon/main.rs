@@ -19,7 +19,8 @@ use std::time::Duration;
 use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio::process::{Child, Command};
-use warren_common::filter::{Action, FilterDst, FilterRule, IpRange, PortRange, RuleId};
+use warren_common::filter::{Action, FilterDst, FilterRule, IpRange, PortRange, RuleId, UnixInterval};
+use warren_common::netmap::AppGrant;
 use warren_common::wire::control::ClientBody;
 
 use fake::Fake;
@@ -277,6 +278,54 @@ fn why_shows_the_line_where_a_rule_stands_now() {
         world.health("coordinator-away").await;
         let why = world.warren(&["why", "db1:5432"]).await;
         assert!(why.stdout.contains("grants[0] line 3"), "{}", why.stdout);
+    });
+}
+
+#[test]
+fn whois_tells_an_application_what_a_peer_may_do_here() {
+    in_world(async |mut world| {
+        let net = |text: &str| IpRange::from(text.parse::<IpAddr>().unwrap());
+        let may = |id: u64, who: &str, value: &str, until: i64| AppGrant {
+            id: RuleId(id),
+            name: "example.com/cap/edit".into(),
+            src: vec![net(who)],
+            dst: vec![net("100.64.0.1")],
+            values: vec![value.into()],
+            active: Some(vec![UnixInterval { from: 0, until }]),
+        };
+        world.fake.with(|w| {
+            let ended = may(2, "100.64.0.2", "\"ended\"", 1);
+            let others = may(3, "100.64.0.3", "\"of another\"", i64::MAX);
+            let theirs = may(1, "100.64.0.2", r#"{"docs":["a"]}"#, i64::MAX);
+            w.netmap.apps = BTreeSet::from([theirs, ended, others]);
+            w.netmap.device.attrs = vec!["example.com/beta".into()];
+        });
+        world.join().await;
+        let ask = async |world: &World| {
+            let who = world.warren(&["whois", "--json", "100.64.0.2:40000"]).await;
+            serde_json::from_str::<Value>(&who.stdout).unwrap()
+        };
+        let who = ask(&world).await;
+        assert_eq!(who["name"], "db1");
+        assert_eq!(
+            who["capabilities"],
+            serde_json::json!({"example.com/cap/edit": [{"docs": ["a"]}]}),
+            "{who}"
+        );
+        let text = world.warren(&["whois", "100.64.0.2"]).await.stdout;
+        assert!(
+            text.contains("may:     example.com/cap/edit") && text.contains(r#"{"docs":["a"]}"#),
+            "{text}"
+        );
+        let own = world.warren(&["whois", "--json", "100.64.0.1"]).await;
+        assert!(!own.stdout.contains("capabilities"), "{}", own.stdout);
+        assert_eq!(world.status().await["self"]["attributes"], serde_json::json!(["example.com/beta"]));
+        // They are kept with the netmap, and hold without a coordinator.
+        world._server.shutdown().await;
+        world.end(libc::SIGKILL).await;
+        world.start().await;
+        world.health("coordinator-away").await;
+        assert_eq!(ask(&world).await["capabilities"], who["capabilities"]);
     });
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use super::AppGrant;
 use crate::filter::{
     Action, DEFAULT_PROTOS, FilterDst, FilterRule, IpRange, PortRange, UnixInterval, has_ports,
 };
@@ -31,6 +32,24 @@ pub(super) fn common_rules(old: &BTreeSet<FilterRule>, new: &BTreeSet<FilterRule
     out
 }
 
+/// The capabilities that both `old` and `new` give, to those who have them in both.
+pub(super) fn common_apps(old: &BTreeSet<AppGrant>, new: &BTreeSet<AppGrant>) -> BTreeSet<AppGrant> {
+    let mut work = MAX_NARROW_WORK;
+    let mut out: BTreeSet<AppGrant> = old.intersection(new).cloned().collect();
+    let come: Vec<&AppGrant> = new.difference(old).collect();
+    for old in old.difference(new) {
+        let alike = |n: &&&AppGrant| {
+            (n.id, &n.name, &n.values, &n.active) == (old.id, &old.name, &old.values, &old.active)
+        };
+        for new in come.iter().filter(alike) {
+            let src = common_ranges(&old.src, &new.src, &mut work);
+            let dst = common_ranges(&old.dst, &new.dst, &mut work);
+            out.extend(src.zip(dst).map(|(src, dst)| AppGrant { src, dst, ..old.clone() }));
+        }
+    }
+    out
+}
+
 /// `old` as far as `new` covers it too; `old` itself if `new` covers all of it. Two rules where they differ in ports,
 /// since ports mean nothing for the protocols without.
 fn both(old: &FilterRule, new: &FilterRule, work: &mut usize) -> Option<[Option<FilterRule>; 2]> {
@@ -42,11 +61,7 @@ fn both(old: &FilterRule, new: &FilterRule, work: &mut usize) -> Option<[Option<
         })?),
         (a, b) => a.as_ref().or(b.as_ref()).cloned(),
     };
-    let src = if disjoint(&old.src) && disjoint(&new.src) {
-        sweep(&old.src, &new.src, work)?
-    } else {
-        common(&old.src, &new.src, work, IpRange::intersect)?
-    };
+    let src = common_ranges(&old.src, &new.src, work)?;
     let with_ports = common(&old.dst, &new.dst, work, |a, b| {
         let ports =
             PortRange { first: a.ports.first.max(b.ports.first), last: a.ports.last.min(b.ports.last) };
@@ -71,6 +86,11 @@ fn spend(work: &mut usize, amount: usize) -> Option<()> {
     let left = work.checked_sub(amount);
     *work = left.unwrap_or(0);
     left.map(|_| ())
+}
+
+/// The common parts of two lists; `None` if there are none.
+fn common_ranges(a: &[IpRange], b: &[IpRange], work: &mut usize) -> Option<Vec<IpRange>> {
+    if disjoint(a) && disjoint(b) { sweep(a, b, work) } else { common(a, b, work, IpRange::intersect) }
 }
 
 /// True if the ranges are sorted and apart, as a compiled policy has them.

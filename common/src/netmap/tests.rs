@@ -68,6 +68,20 @@ fn relay(n: u8) -> impl Strategy<Value = Relay> {
     })
 }
 
+fn app() -> impl Strategy<Value = AppGrant> {
+    let addr = |n: u8| IpRange::from(IpAddr::from([100, 64, 0, n]));
+    (0..3u64, btree_set(0..4u8, 0..3), 0..2u8, any::<bool>()).prop_map(move |(id, src, value, ends)| {
+        AppGrant {
+            id: RuleId(id),
+            name: format!("example.com/cap/{}", id % 2),
+            src: src.into_iter().map(|n| addr(2 * n)).collect(),
+            dst: vec![addr(100)],
+            values: vec![value.to_string()],
+            active: ends.then(|| vec![UnixInterval { from: 0, until: 9 }]),
+        }
+    })
+}
+
 prop_compose! {
     fn netmap()(
         name in "[a-z]{1,8}",
@@ -76,6 +90,7 @@ prop_compose! {
         ingress in btree_set(rule(), 0..6),
         egress in btree_set(rule(), 0..6),
         relays in btree_map(0..3u8, Just(()), 0..3).prop_flat_map(|m| m.into_keys().map(relay).collect::<Vec<_>>()),
+        apps in btree_set(app(), 0..4),
     ) -> Netmap {
         Netmap {
             network: Network {
@@ -84,11 +99,12 @@ prop_compose! {
                 ipv4: "100.64.0.0/10".parse().unwrap(),
                 ipv6: "fd00::/48".parse().unwrap(),
             },
-            device: SelfDevice { id: DeviceId::from_bytes([7; 16]), name, addrs, user: None, tags: vec![] },
+            device: SelfDevice { id: DeviceId::from_bytes([7; 16]), name, addrs, user: None, tags: vec![] , attrs: Vec::new()},
             peers: peers.into_iter().map(|p| (p.id, p)).collect(),
             ingress,
             egress,
             relays: relays.into_iter().map(|r| (r.id, r)).collect(),
+            apps,
         }
     }
 }
@@ -152,11 +168,13 @@ fn golden() -> Netmap {
             addrs: vec!["100.64.0.1".parse().unwrap()],
             user: Some("u@example.com".into()),
             tags: vec![],
+            attrs: Vec::new(),
         },
         peers: BTreeMap::new(),
         ingress: BTreeSet::new(),
         egress: BTreeSet::new(),
         relays: BTreeMap::new(),
+        apps: BTreeSet::new(),
     }
 }
 
@@ -176,6 +194,13 @@ proptest! {
         let step = Netmap::without_removed(&old, &new);
         prop_assert!(step.peers.iter().all(|(id, p)| old.peers.get(id) == Some(p)));
         prop_assert!(step.peers.keys().all(|id| new.peers.contains_key(id)));
+        let held = |map: &Netmap| -> BTreeSet<(RuleId, String, Vec<String>, bool, u8)> {
+            let by = |app: &AppGrant, who: u8| app.src.iter().any(|r| r.contains([100, 64, 0, who].into()));
+            let each = |app: &AppGrant, who: u8| (app.id, app.name.clone(), app.values.clone(), app.active.is_some(), who);
+            let grants = map.apps.iter().flat_map(|app| (0..9).map(move |who| (app, who)));
+            grants.filter(|(app, who)| by(app, *who)).map(|(app, who)| each(app, who)).collect()
+        };
+        prop_assert_eq!(held(&step), &held(&old) & &held(&new));
         let mut got = step.clone();
         got.apply(Netmap::diff(&step, &new));
         prop_assert_eq!(got, new);

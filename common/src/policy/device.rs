@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::compile::{Compiled, CompiledRule, Target, TargetKind, is_identity};
 use super::ipset::IpSet;
-use super::model::{At, Model};
+use super::model::{Model, NodeAttr};
 use super::nodeset::NodeSet;
 use super::posture::Truth;
 use super::selector::Selector;
@@ -320,23 +320,39 @@ impl Compiled {
                 .intersection(&device.node.routable_ips)
                 .copied()
                 .collect(),
-            auto_approved_routes: self.auto_approved(model, device),
+            auto_approved_routes: self.auto_approved(device),
             peers: self.peers_at(slot, device),
             ..NodePolicy::default()
         };
-        if model.randomize_client_port {
-            out.attrs.insert("randomize-client-port".to_owned());
-        }
-        for attr in &model.node_attrs {
-            if attr.target.iter().any(|t| self.selects(&t.value, device)) {
-                out.attrs.extend(attr.attr.iter().cloned());
-                out.ip_pools.extend(&attr.ip_pool);
-                for (app, values) in &attr.app {
-                    out.apps.entry(app.clone()).or_default().extend(values.iter().cloned());
-                }
+        out.attrs = self.attrs_of(model, device);
+        for attr in self.attrs_for(model, device) {
+            out.ip_pools.extend(&attr.ip_pool);
+            for (app, values) in &attr.app {
+                out.apps.entry(app.clone()).or_default().extend(values.iter().cloned());
             }
         }
         Some(out)
+    }
+
+    /// The attributes of a device.
+    pub fn attributes(&self, name: &str) -> BTreeSet<String> {
+        let named = self.world.named(name);
+        named.map_or_else(BTreeSet::new, |(_, device)| self.attrs_of(self.policy.model(), device))
+    }
+
+    fn attrs_of(&self, model: &Model, device: &Device) -> BTreeSet<String> {
+        let random = model.randomize_client_port.then(|| "randomize-client-port".to_owned());
+        let given = self.attrs_for(model, device).flat_map(|entry| entry.attr.iter().cloned());
+        given.chain(random).collect()
+    }
+
+    /// The entries of `nodeAttrs` that speak of a device.
+    pub(super) fn attrs_for<'m>(
+        &self,
+        model: &'m Model,
+        device: &Device,
+    ) -> impl Iterator<Item = &'m NodeAttr> {
+        model.node_attrs.iter().filter(|entry| entry.target.iter().any(|t| self.selects(&t.value, device)))
     }
 
     /// Is the device one of these? By identity or by one of its own addresses.
@@ -349,6 +365,11 @@ impl Compiled {
                 device.own.iter().any(|r| set.overlaps(*r))
             }
         }
+    }
+
+    /// The capabilities that others have at its applications.
+    pub fn capabilities(&self, name: &str) -> Vec<Capability> {
+        self.world.named(name).map_or_else(Vec::new, |(slot, device)| self.caps_at(slot, device))
     }
 
     fn caps_at(&self, slot: usize, device: &Device) -> Vec<Capability> {
@@ -378,26 +399,8 @@ impl Compiled {
         out
     }
 
-    pub(super) fn auto_approved(&self, model: &Model, device: &Device) -> BTreeSet<IpNet> {
-        let approves = |who: &[At<Selector>]| who.iter().any(|w| self.selects(&w.value, device));
-        device
-            .node
-            .routable_ips
-            .iter()
-            .filter(|offered| {
-                let exit = offered.prefix_len() == 0 && approves(&model.exit_approvers);
-                exit || model.route_approvers.iter().any(|(net, who)| {
-                    // An approval of a default route is not one of every network.
-                    let covers = if net.value.prefix_len() == 0 {
-                        net.value == offered.trunc()
-                    } else {
-                        net.value.contains(*offered)
-                    };
-                    covers && approves(who)
-                })
-            })
-            .copied()
-            .collect()
+    pub(super) fn auto_approved(&self, device: &Device) -> BTreeSet<IpNet> {
+        self.world.auto_approved(&device.node.routable_ips, &device.identities)
     }
 
     fn peers_at(&self, slot: usize, device: &Device) -> BTreeMap<String, Need> {

@@ -7,9 +7,10 @@ use serde::Serialize;
 
 use super::compile::Compiled;
 use super::device::NodePolicy;
+use super::ipset::IpSet;
+use super::nodeset::NodeSet;
 use super::posture::Truth;
 use super::selector;
-use super::world::Device;
 use crate::filter::{Action, DEFAULT_PROTOS, FilterDst, FilterRule, IpRange, PortRange, has_ports};
 
 /// Most cells (addresses times protocols times ports) compared for one group of sources at one device; beyond, the
@@ -56,29 +57,47 @@ pub struct Change {
 /// Compares two compilations made with the same inventory at the same time.
 pub fn diff(old: &Compiled, new: &Compiled) -> Diff {
     let mut out = Diff::default();
-    let mut grouped: BTreeMap<(bool, String, String, String), Change> = BTreeMap::new();
+    let mut grouped = Grouped::new();
     for name in new.changed_since(old) {
         compare_device(old, new, &name, &mut grouped, &mut out);
     }
-    out.changes = grouped.into_values().collect();
+    out.changes = grouped
+        .into_iter()
+        .map(|((closes, from, to, service), group)| Change {
+            opens: !closes,
+            from,
+            to,
+            service,
+            sources: group.sources.iter().filter_map(|s| Some(new.world.device(s)?.name.clone())).collect(),
+            destinations: group.destinations,
+            rules: group.rules,
+        })
+        .collect();
     undecided(old, new, &mut out);
     out
+}
+
+/// By whether they close, from whom, to whom, service.
+type Grouped = BTreeMap<(bool, String, String, String), Group>;
+
+/// Sources that the same rules cover, for IPv4 and IPv6: one of them, and all by label.
+type Alike = BTreeMap<Vec<[bool; 2]>, (Source, BTreeMap<String, NodeSet>)>;
+
+#[derive(Default)]
+struct Group {
+    sources: NodeSet,
+    destinations: BTreeSet<String>,
+    rules: BTreeSet<String>,
 }
 
 /// A source as a device sees it: addresses that every rule treats alike.
 struct Source {
     label: String,
-    device: String,
+    slot: usize,
     addrs: Vec<IpAddr>,
 }
 
-fn compare_device(
-    old: &Compiled,
-    new: &Compiled,
-    name: &str,
-    grouped: &mut BTreeMap<(bool, String, String, String), Change>,
-    out: &mut Diff,
-) {
+fn compare_device(old: &Compiled, new: &Compiled, name: &str, grouped: &mut Grouped, out: &mut Diff) {
     let Some((_, device)) = new.world.named(name).or_else(|| old.world.named(name)) else {
         return;
     };
@@ -91,28 +110,28 @@ fn compare_device(
     let (before, after) = (live(old_node.ingress), live(new_node.ingress));
     // Only what the rules that differ say anything about can change.
     let differing: Vec<&FilterRule> = missing(&before, &after).chain(missing(&after, &before)).collect();
+    let reached: IpSet = differing.iter().flat_map(|rule| &rule.src).copied().collect();
+    let rules: Vec<(&FilterRule, IpSet)> =
+        before.iter().chain(&after).map(|rule| (rule, rule.src.iter().copied().collect())).collect();
     // Sources under the same rules share one comparison.
-    let mut groups: BTreeMap<Vec<bool>, Vec<Source>> = BTreeMap::new();
-    for source in sources(new, &differing) {
-        let key: Vec<bool> = before
-            .iter()
-            .chain(&after)
-            .flat_map(|rule| [true, false].map(|v4| covers_family(rule, &source, v4)))
-            .collect();
-        groups.entry(key).or_default().push(source);
-    }
-    for (key, members) in groups {
-        let Some(first) = members.first() else { continue };
-        let side = |rules: &[FilterRule], from: usize| -> Vec<(FilterRule, [bool; 2])> {
-            rules
-                .iter()
-                .enumerate()
-                .map(|(i, r)| (r.clone(), [key[2 * (from + i)], key[2 * (from + i) + 1]]))
-                .filter(|(_, hit)| hit[0] || hit[1])
-                .collect()
+    let mut groups = Alike::new();
+    for source in sources(new, &reached, &rules) {
+        if new.world.device(source.slot).is_some_and(|d| d.name == name) {
+            continue;
+        }
+        let hits = |(_, from): &(_, IpSet)| {
+            [true, false].map(|v4| source.addrs.iter().any(|a| a.is_ipv4() == v4 && from.contains(*a)))
         };
-        let (a, b) = (side(&before, 0), side(&after, before.len()));
-        let Some(cells) = cells(&a, &b, &differing, first) else {
+        let key = rules.iter().map(hits).collect();
+        let (label, slot) = (source.label.clone(), source.slot);
+        let (_, labels) = groups.entry(key).or_insert_with(|| (source, BTreeMap::new()));
+        labels.entry(label).or_default().insert(slot);
+    }
+    for (key, (first, labels)) in groups {
+        let hit: Vec<(&FilterRule, [bool; 2])> =
+            rules.iter().zip(key).map(|((rule, _), hit)| (*rule, hit)).collect();
+        let (a, b) = hit.split_at(before.len());
+        let Some(cells) = cells(a, b, &differing, &first) else {
             out.undecided.push(format!("{} -> {name}: more than {MAX_CELLS} cases to compare", first.label));
             continue;
         };
@@ -122,23 +141,12 @@ fn compare_device(
             } else {
                 selector::display_range(cell.net)
             };
-            for source in &members {
-                if source.device == name {
-                    continue;
-                }
-                let key = (!cell.opens, source.label.clone(), to.clone(), cell.service.clone());
-                let change = grouped.entry(key).or_insert_with(|| Change {
-                    opens: cell.opens,
-                    from: source.label.clone(),
-                    to: to.clone(),
-                    service: cell.service.clone(),
-                    sources: BTreeSet::new(),
-                    destinations: BTreeSet::new(),
-                    rules: BTreeSet::new(),
-                });
-                change.sources.insert(source.device.clone());
-                change.destinations.insert(name.to_owned());
-                change.rules.extend(cell.rules.iter().cloned());
+            for (from, slots) in &labels {
+                let key = (!cell.opens, from.clone(), to.clone(), cell.service.clone());
+                let group = grouped.entry(key).or_default();
+                group.sources.extend(slots);
+                group.destinations.insert(name.to_owned());
+                group.rules.extend(cell.rules.iter().cloned());
             }
         }
     }
@@ -156,48 +164,36 @@ fn missing<'a>(rules: &'a [FilterRule], others: &[FilterRule]) -> impl Iterator<
     missing.into_iter()
 }
 
-/// Everybody who can be a source of any of the rules.
-fn sources(compiled: &Compiled, rules: &[&FilterRule]) -> Vec<Source> {
+/// Everybody who can be a source within `reached`, cut where the sources of any rule begin or end.
+fn sources(compiled: &Compiled, reached: &IpSet, rules: &[(&FilterRule, IpSet)]) -> Vec<Source> {
     let world = &compiled.world;
     let mut out = Vec::new();
-    let reaches =
-        |d: &Device| rules.iter().any(|r| r.src.iter().any(|s| d.own.iter().any(|o| s.contains(o.first()))));
-    for device in world.everyone.iter().filter_map(|slot| world.device(slot)) {
-        if reaches(device) {
+    for (slot, device) in world.everyone.iter().filter_map(|slot| Some((slot, world.device(slot)?))) {
+        if device.own.iter().any(|own| reached.contains(own.first())) {
             out.push(Source {
                 label: compiled.owner(device),
-                device: device.name.clone(),
+                slot,
                 addrs: device.node.addresses().collect(),
             });
         }
     }
-    // Networks behind devices, cut where a rule's sources begin or end.
-    for device in world.routers.iter().filter_map(|slot| world.device(*slot)) {
-        for route in device.routes.ranges() {
+    for (slot, device) in world.routers.iter().filter_map(|slot| Some((*slot, world.device(*slot)?))) {
+        for route in device.routes.intersect(reached).ranges() {
+            let within = IpSet::from_iter([route]);
             let mut firsts = BTreeSet::from([route.first()]);
-            for range in rules.iter().flat_map(|r| &r.src) {
-                if let Some(part) = range.intersect(&route) {
-                    firsts.insert(part.first());
-                    firsts.extend(next(part.last()).filter(|a| route.contains(*a)));
-                }
+            for part in rules.iter().flat_map(|(_, from)| from.intersect(&within).to_ranges()) {
+                firsts.insert(part.first());
+                firsts.extend(next(part.last()).filter(|a| route.contains(*a)));
             }
             let listed: Vec<IpAddr> = firsts.into_iter().collect();
             for (i, first) in listed.iter().enumerate() {
                 let last = listed.get(i + 1).and_then(|a| previous(*a)).unwrap_or(route.last());
                 let Some(range) = IpRange::new(*first, last) else { continue };
-                out.push(Source {
-                    label: selector::display_range(range),
-                    device: device.name.clone(),
-                    addrs: vec![*first],
-                });
+                out.push(Source { label: selector::display_range(range), slot, addrs: vec![*first] });
             }
         }
     }
     out
-}
-
-fn covers_family(rule: &FilterRule, source: &Source, v4: bool) -> bool {
-    source.addrs.iter().any(|a| a.is_ipv4() == v4 && rule.src.iter().any(|r| r.contains(*a)))
 }
 
 struct Cell {
@@ -207,16 +203,17 @@ struct Cell {
     rules: BTreeSet<String>,
 }
 
-type Side = [(FilterRule, [bool; 2])];
+/// Rules, each with whether it covers the source's IPv4 and its IPv6 address.
+type Side<'a> = [(&'a FilterRule, [bool; 2])];
 
 /// The differences of two lists of rules for one source, all inside of the rules that differ, or `None` if there are too
 /// many cases.
-fn cells(a: &Side, b: &Side, differing: &[&FilterRule], source: &Source) -> Option<Vec<Cell>> {
-    let all = || a.iter().chain(b).map(|(rule, _)| rule);
+fn cells(a: &Side<'_>, b: &Side<'_>, differing: &[&FilterRule], source: &Source) -> Option<Vec<Cell>> {
+    let covering = a.iter().chain(b).filter(|(_, hit)| hit.contains(&true));
     let protos: BTreeSet<u8> = differing.iter().flat_map(|rule| protos(rule)).copied().collect();
     let mut starts: BTreeSet<IpAddr> = BTreeSet::new();
     let mut ports: BTreeSet<u32> = BTreeSet::from([0, 65_536]);
-    for dst in all().flat_map(|r| &r.dst) {
+    for dst in covering.flat_map(|(rule, _)| &rule.dst) {
         starts.insert(dst.net.first());
         starts.extend(next(dst.net.last()));
         ports.insert(u32::from(dst.ports.first));
@@ -284,7 +281,7 @@ fn protos(rule: &FilterRule) -> &[u8] {
 }
 
 /// Allowed or not, and the rules that say so.
-fn decide(side: &Side, dst: IpAddr, proto: u8, port: u16) -> (bool, BTreeSet<String>) {
+fn decide(side: &Side<'_>, dst: IpAddr, proto: u8, port: u16) -> (bool, BTreeSet<String>) {
     let family = usize::from(!dst.is_ipv4());
     let mut by = [BTreeSet::new(), BTreeSet::new()];
     for (rule, hit) in side {

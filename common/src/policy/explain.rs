@@ -55,6 +55,8 @@ pub struct RuleTrace {
     pub comment: Option<String>,
     /// Everything it asks for.
     pub checks: Vec<Check>,
+    /// What is missing for the rule to match, one thing each: empty if it matches.
+    pub missing: Vec<String>,
 }
 
 impl RuleTrace {
@@ -65,6 +67,20 @@ impl RuleTrace {
     fn matches(&self) -> bool {
         self.failed() == 0
     }
+}
+
+/// What keeps each of `checks` from holding: the conditions that fail, where there are some.
+fn missing(checks: &[Check], action: Action) -> Vec<String> {
+    let mut out = Vec::new();
+    for check in checks.iter().filter(|c| !c.holds(action)) {
+        let failing = check.conditions.iter().filter(|f| f.truth != Truth::True);
+        let before = out.len();
+        out.extend(failing.map(|f| format!("{}: {}: {}", check.what, f.condition, f.why)));
+        if out.len() == before {
+            out.push(format!("{}: {}", check.what, check.why));
+        }
+    }
+    out
 }
 
 /// One thing a rule asks for.
@@ -279,6 +295,7 @@ impl Compiled {
             line: rule.line,
             action,
             comment: rule.comment.clone(),
+            missing: missing(&checks, action),
             checks,
         }
     }

@@ -21,6 +21,9 @@ pub struct Inventory {
     /// network): see [`Inventory::domains`].
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub own_domains: BTreeSet<String>,
+    /// What the policy's `autoApprovers` approve counts as approved, besides `approved_routes`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub auto_approve: bool,
 }
 
 impl Inventory {

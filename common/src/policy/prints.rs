@@ -214,10 +214,7 @@ impl Compiled {
         }
         self.print_own_logins(slot, device, &mut hash);
         let model = self.policy.model();
-        for attr in &model.node_attrs {
-            if !attr.target.iter().any(|t| self.selects(&t.value, device)) {
-                continue;
-            }
+        for attr in self.attrs_for(model, device) {
             hash.update([4]);
             for name in &attr.attr {
                 hash.update(name);
@@ -230,7 +227,7 @@ impl Compiled {
             attr.ip_pool.iter().for_each(|net| hash.update(net.to_string()));
         }
         hash.update([u8::from(model.randomize_client_port)]);
-        for route in self.auto_approved(model, device) {
+        for route in self.auto_approved(device) {
             hash.update(route.to_string());
         }
         wide(hash)

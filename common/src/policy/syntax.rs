@@ -141,13 +141,7 @@ pub(crate) fn parse(source: &Source) -> Result<Node, Box<Diagnostic>> {
             format!("the policy has {} bytes; at most {MAX_POLICY_BYTES} are read", text.len()),
         )));
     }
-    if let Some(at) = too_deep(text) {
-        return Err(fail(
-            Span::new(at, at + 1),
-            format!("more than {MAX_POLICY_DEPTH} levels of nesting"),
-            None,
-        ));
-    }
+    scan(text).map_err(|(span, message)| fail(span, message, None))?;
     let options = ParseOptions {
         allow_comments: true,
         allow_trailing_commas: true,
@@ -181,9 +175,13 @@ pub(crate) fn parse(source: &Source) -> Result<Node, Box<Diagnostic>> {
     Ok(convert(value))
 }
 
-/// The first bracket that nests deeper than allowed. Runs before the parser, which recurses.
-fn too_deep(text: &str) -> Option<usize> {
+/// What the parser would take and JSON does not, and nesting that is too deep for it, since it recurses.
+fn scan(text: &str) -> Result<(), (Span, String)> {
     let bytes = text.as_bytes();
+    let at = |i: usize, message: String| {
+        let length = text.get(i..).and_then(|rest| rest.chars().next()).map_or(1, char::len_utf8);
+        Err((Span::new(i, i + length), message))
+    };
     let mut depth = 0_usize;
     let mut i = 0;
     while i < bytes.len() {
@@ -191,11 +189,23 @@ fn too_deep(text: &str) -> Option<usize> {
             b'"' => {
                 i += 1;
                 while i < bytes.len() && bytes[i] != b'"' {
+                    if bytes[i] < b' ' {
+                        let escape =
+                            format!("a string can't hold this byte as it is: write \\u{:04x}", bytes[i]);
+                        return at(i, format!("syntax: {escape}"));
+                    }
                     i += if bytes[i] == b'\\' { 2 } else { 1 };
                 }
             }
             b'/' if bytes.get(i + 1) == Some(&b'/') => {
                 while i < bytes.len() && bytes[i] != b'\n' {
+                    if bytes[i] == b'\r' && bytes.get(i + 1) != Some(&b'\n') {
+                        // Parsers disagree whether the comment ends here.
+                        return at(
+                            i,
+                            "syntax: a carriage return without a line feed in a comment".to_owned(),
+                        );
+                    }
                     i += 1;
                 }
             }
@@ -209,15 +219,19 @@ fn too_deep(text: &str) -> Option<usize> {
             b'[' | b'{' => {
                 depth += 1;
                 if depth > MAX_POLICY_DEPTH {
-                    return Some(i);
+                    return at(i, format!("more than {MAX_POLICY_DEPTH} levels of nesting"));
                 }
             }
             b']' | b'}' => depth = depth.saturating_sub(1),
-            _ => {}
+            b' ' | b'\t' | b'\n' | b'\r' | b'!'..=b'~' => {}
+            _ => {
+                let found = text.get(i..).and_then(|rest| rest.chars().next()).map_or(0, u32::from);
+                return at(i, format!("syntax: U+{found:04X} stands outside of strings and comments"));
+            }
         }
         i += 1;
     }
-    None
+    Ok(())
 }
 
 fn convert(value: ast::Value<'_>) -> Node {
@@ -297,8 +311,103 @@ mod tests {
             "{",
             "[,]",
             "{\"a\": 01}",
+            "\u{feff}{}",
+            "{\u{a0}}",
+            "{\u{b}}",
+            "{\"a\tb\": 1}",
+            "{\"a\nb\": 1}",
+            "{} // a\rb",
         ] {
             assert!(!ok(bad), "{bad} must be refused");
+        }
+    }
+
+    /// Comments as spaces, and no trailing commas: what a strict JSON parser reads.
+    fn standard(text: &str) -> String {
+        let mut out = String::new();
+        let mut rest = text;
+        while let Some(c) = rest.chars().next() {
+            let mut end = c.len_utf8();
+            if c == '"' {
+                let mut escaped = false;
+                let closes = |c: char| {
+                    let closes = c == '"' && !escaped;
+                    escaped = c == '\\' && !escaped;
+                    closes
+                };
+                end = rest[1..].find(closes).map_or(rest.len(), |at| at + 2);
+            } else if rest.starts_with("//") {
+                rest = rest.find('\n').map_or("", |at| &rest[at..]);
+                continue;
+            } else if rest.starts_with("/*") {
+                let Some(at) = rest[2..].find("*/") else { return "unfinished".to_owned() };
+                out.push(' ');
+                rest = &rest[at + 4..];
+                continue;
+            } else if c == ']' || c == '}' {
+                let before = out.trim_end_matches([' ', '\t', '\n', '\r']);
+                if let Some(inner) = before.strip_suffix(',') {
+                    let value = inner.trim_end_matches([' ', '\t', '\n', '\r']);
+                    if !value.ends_with([',', '[', '{', ':']) && !value.is_empty() {
+                        out.truncate(inner.len());
+                    }
+                }
+            }
+            out.push_str(&rest[..end]);
+            rest = &rest[end..];
+        }
+        out
+    }
+
+    const TOKENS: [&str; 16] =
+        ["{", "\"a\"", ":", "[", "1", ",", "{", "\"b\"", ":", "null", "}", "]", ",", "\"c\"", ":", "\"d\""];
+    const PIECES: [&str; 30] = [
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        ":",
+        "\"a\"",
+        "\"b\\n\"",
+        "\"é\"",
+        "\"\t\"",
+        "\"\u{1}\"",
+        "\"\\u00e9\"",
+        "1",
+        "-2.5",
+        "01",
+        "1.",
+        ".5",
+        "+1",
+        "true",
+        "nul",
+        "'x'",
+        "a",
+        "\t",
+        "\r\n",
+        "\u{a0}",
+        "\u{b}",
+        "// é\n",
+        "/* \" */",
+        "/*",
+        "*/",
+    ];
+
+    proptest::proptest! {
+        #![proptest_config(proptest::test_runner::Config { cases: 4_096, failure_persistence: None, ..Default::default() })]
+
+        #[test]
+        fn what_is_read_is_strict_json_but_for_comments_and_trailing_commas(
+            edits in proptest::collection::vec((0..=TOKENS.len() + 1, 0..PIECES.len()), 0..4),
+        ) {
+            let mut tokens: Vec<&str> = TOKENS.iter().copied().chain(["}"]).collect();
+            for (at, piece) in edits {
+                tokens.insert(at, PIECES[piece]);
+            }
+            let text = tokens.join(" ");
+            let strict = serde_json::from_str::<serde_json::Value>(&standard(&text)).is_ok();
+            proptest::prop_assert_eq!(ok(&text), strict, "{}", text);
         }
     }
 

@@ -5,12 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::ops::Bound;
 
+use ipnet::IpNet;
 use sha2::{Digest, Sha256};
 
 use super::check::internet;
 use super::inventory::{Inventory, Node, User};
 use super::ipset::IpSet;
-use super::model::Model;
+use super::model::{At, Model};
 use super::nodeset::NodeSet;
 use super::posture::{AttrValue, Attribute};
 use super::selector::{self, Autogroup, Selector};
@@ -118,6 +119,16 @@ pub(crate) struct World {
     /// Devices' own addresses that are not in it.
     pub(crate) outside: IpSet,
     internet: IpSet,
+    approvers: Approvers,
+    /// What they approve is approved.
+    auto_approve: bool,
+}
+
+/// Who may carry what without approval by hand.
+#[derive(Clone, Debug, Default)]
+struct Approvers {
+    routes: Vec<(IpNet, Vec<u32>)>,
+    exit: Vec<u32>,
 }
 
 /// Two devices have the same address.
@@ -154,10 +165,17 @@ impl World {
             overlay,
             outside: IpSet::new(),
             internet: internet(),
+            approvers: Approvers::default(),
+            auto_approve: inventory.auto_approve,
         };
         for selector in selectors {
             world.identities.id(selector);
         }
+        let ids = |who: &[At<Selector>]| who.iter().filter_map(|w| world.identities.find(&w.value)).collect();
+        world.approvers = Approvers {
+            routes: model.route_approvers.iter().map(|(net, who)| (net.value, ids(who))).collect(),
+            exit: ids(&model.exit_approvers),
+        };
         // Later keys do not replace earlier ones; an id beats a mail address beats a name.
         let users = &inventory.users;
         let keys: [fn(&User) -> Option<String>; 3] =
@@ -230,14 +248,6 @@ impl World {
 
     /// Everything derived from a device alone.
     pub(crate) fn derive(&self, name: &str, node: &Node, now: i64) -> Device {
-        let own: Vec<IpRange> = node.addresses().map(IpRange::from).collect();
-        let routes: IpSet = node.subnet_routes().map(IpRange::from).collect();
-        let exit = node.is_exit_node();
-        let mut answers: IpSet = own.iter().copied().collect();
-        answers.extend(&routes);
-        if exit {
-            answers.extend(&self.internet);
-        }
         let tagged = !node.tags.is_empty();
         let user = node.user.as_ref().filter(|_| !tagged).and_then(|key| self.user_by_key.get(key).copied());
         let mut identities: Vec<u32> = Vec::new();
@@ -255,6 +265,19 @@ impl World {
         }
         identities.sort_unstable();
         identities.dedup();
+        let mut node = node.clone();
+        if self.auto_approve {
+            let approved = self.auto_approved(&node.routable_ips, &identities);
+            node.approved_routes.extend(approved);
+        }
+        let own: Vec<IpRange> = node.addresses().map(IpRange::from).collect();
+        let routes: IpSet = node.subnet_routes().map(IpRange::from).collect();
+        let exit = node.is_exit_node();
+        let mut answers: IpSet = own.iter().copied().collect();
+        answers.extend(&routes);
+        if exit {
+            answers.extend(&self.internet);
+        }
         let mut hash = Sha256::new();
         for part in [name, "\0"] {
             hash.update(part);
@@ -277,7 +300,8 @@ impl World {
         }
         Device {
             name: name.to_owned(),
-            node: node.clone(),
+            who: wide(hash),
+            node,
             own,
             routes,
             exit,
@@ -285,9 +309,23 @@ impl World {
             answers,
             identities,
             print,
-            who: wide(hash),
             since: now,
         }
+    }
+
+    /// The `offered` networks that a device with these identities may carry without approval by hand.
+    pub(crate) fn auto_approved(&self, offered: &BTreeSet<IpNet>, identities: &[u32]) -> BTreeSet<IpNet> {
+        let approves = |who: &[u32]| who.iter().any(|id| identities.binary_search(id).is_ok());
+        let approved = |offered: &&IpNet| {
+            let exit = offered.prefix_len() == 0 && approves(&self.approvers.exit);
+            exit || self.approvers.routes.iter().any(|(net, who)| {
+                // An approval of a default route is not one of every network.
+                let covers =
+                    if net.prefix_len() == 0 { *net == offered.trunc() } else { net.contains(*offered) };
+                covers && approves(who)
+            })
+        };
+        offered.iter().filter(approved).copied().collect()
     }
 
     /// The slot a device of this name has or would get.

@@ -9,7 +9,10 @@ use super::WireError;
 use crate::filter::{Action, FilterDst, FilterRule, IpRange, PortRange, RuleId, UnixInterval};
 use crate::ids::{DeviceId, NetworkId, RelayId};
 use crate::keys::{ProbePublicKey, WgPublicKey};
-use crate::netmap::{Delta, MAX_PEERS, MAX_RELAYS, MAX_RULES, Netmap, Network, Peer, Relay, SelfDevice};
+use crate::netmap::{
+    AppGrant, Delta, MAX_APPS, MAX_ATTRS, MAX_PEERS, MAX_RELAYS, MAX_RULES, Netmap, Network, Peer, Relay,
+    SelfDevice,
+};
 
 #[derive(Clone, PartialEq, Message)]
 struct NetworkMsg {
@@ -35,6 +38,8 @@ struct SelfMsg {
     user: Option<String>,
     #[prost(string, repeated, tag = "5")]
     tags: Vec<String>,
+    #[prost(string, repeated, tag = "6")]
+    attrs: Vec<String>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -129,6 +134,22 @@ struct RelayMsg {
     cert_sha256: Vec<u8>,
 }
 
+#[derive(Clone, PartialEq, Message)]
+struct AppMsg {
+    #[prost(fixed64, tag = "1")]
+    id: u64,
+    #[prost(string, tag = "2")]
+    name: String,
+    #[prost(message, repeated, tag = "3")]
+    src: Vec<SrcMsg>,
+    #[prost(message, repeated, tag = "4")]
+    dst: Vec<SrcMsg>,
+    #[prost(string, repeated, tag = "5")]
+    values: Vec<String>,
+    #[prost(message, optional, tag = "6")]
+    active: Option<ActiveMsg>,
+}
+
 /// A whole netmap, as encoded.
 #[derive(Clone, PartialEq, Message)]
 pub struct NetmapMsg {
@@ -144,6 +165,8 @@ pub struct NetmapMsg {
     egress: Vec<RuleMsg>,
     #[prost(message, repeated, tag = "6")]
     relays: Vec<RelayMsg>,
+    #[prost(message, repeated, tag = "7")]
+    apps: Vec<AppMsg>,
 }
 
 /// A delta, as encoded.
@@ -169,6 +192,10 @@ pub struct DeltaMsg {
     removed_relays: Vec<Vec<u8>>,
     #[prost(message, repeated, tag = "10")]
     relays: Vec<RelayMsg>,
+    #[prost(bytes = "vec", repeated, tag = "11")]
+    removed_apps: Vec<Vec<u8>>,
+    #[prost(message, repeated, tag = "12")]
+    apps: Vec<AppMsg>,
 }
 
 const WHAT: &str = "netmap";
@@ -239,6 +266,7 @@ impl From<&SelfDevice> for SelfMsg {
             addrs: d.addrs.iter().map(|a| addr_bytes(*a)).collect(),
             user: d.user.clone(),
             tags: d.tags.clone(),
+            attrs: d.attrs.clone(),
         }
     }
 }
@@ -253,6 +281,7 @@ impl TryFrom<SelfMsg> for SelfDevice {
             addrs: msg.addrs.iter().map(|a| addr(a, "device.addrs")).collect::<Result<_, _>>()?,
             user: msg.user,
             tags: msg.tags,
+            attrs: bounded(msg.attrs, MAX_ATTRS, "device.attrs")?,
         })
     }
 }
@@ -303,11 +332,7 @@ impl From<&FilterRule> for RuleMsg {
             origin: rule.origin.clone(),
             deny: rule.action == Action::Deny,
             staged: rule.staged,
-            src: rule
-                .src
-                .iter()
-                .map(|r| SrcMsg { first: addr_bytes(r.first()), last: addr_bytes(r.last()) })
-                .collect(),
+            src: ranges(&rule.src),
             dst: rule
                 .dst
                 .iter()
@@ -319,10 +344,28 @@ impl From<&FilterRule> for RuleMsg {
                 })
                 .collect(),
             protos: rule.protos.clone(),
-            active: rule.active.as_ref().map(|windows| ActiveMsg {
-                windows: windows.iter().map(|w| IntervalMsg { from: w.from, until: w.until }).collect(),
-            }),
+            active: rule.active.as_ref().map(Into::into),
         }
+    }
+}
+
+fn ranges(ranges: &[IpRange]) -> Vec<SrcMsg> {
+    ranges.iter().map(|r| SrcMsg { first: addr_bytes(r.first()), last: addr_bytes(r.last()) }).collect()
+}
+
+fn ranges_of(msgs: &[SrcMsg], name: &'static str) -> Result<Vec<IpRange>, WireError> {
+    msgs.iter().map(|r| range(&r.first, &r.last, name)).collect()
+}
+
+impl From<&Vec<UnixInterval>> for ActiveMsg {
+    fn from(windows: &Vec<UnixInterval>) -> Self {
+        Self { windows: windows.iter().map(|w| IntervalMsg { from: w.from, until: w.until }).collect() }
+    }
+}
+
+impl From<ActiveMsg> for Vec<UnixInterval> {
+    fn from(msg: ActiveMsg) -> Self {
+        msg.windows.iter().map(|w| UnixInterval { from: w.from, until: w.until }).collect()
     }
 }
 
@@ -336,7 +379,7 @@ impl TryFrom<RuleMsg> for FilterRule {
             origin: msg.origin,
             action: if msg.deny { Action::Deny } else { Action::Allow },
             staged: msg.staged,
-            src: msg.src.iter().map(|r| range(&r.first, &r.last, "rule.src")).collect::<Result<_, _>>()?,
+            src: ranges_of(&msg.src, "rule.src")?,
             dst: msg
                 .dst
                 .iter()
@@ -346,9 +389,35 @@ impl TryFrom<RuleMsg> for FilterRule {
                 })
                 .collect::<Result<_, WireError>>()?,
             protos: msg.protos,
-            active: msg
-                .active
-                .map(|a| a.windows.iter().map(|w| UnixInterval { from: w.from, until: w.until }).collect()),
+            active: msg.active.map(Into::into),
+        })
+    }
+}
+
+impl From<&AppGrant> for AppMsg {
+    fn from(app: &AppGrant) -> Self {
+        Self {
+            id: app.id.0,
+            name: app.name.clone(),
+            src: ranges(&app.src),
+            dst: ranges(&app.dst),
+            values: app.values.clone(),
+            active: app.active.as_ref().map(Into::into),
+        }
+    }
+}
+
+impl TryFrom<AppMsg> for AppGrant {
+    type Error = WireError;
+
+    fn try_from(msg: AppMsg) -> Result<Self, WireError> {
+        Ok(Self {
+            id: RuleId(msg.id),
+            name: msg.name,
+            src: ranges_of(&msg.src, "app.src")?,
+            dst: ranges_of(&msg.dst, "app.dst")?,
+            values: msg.values,
+            active: msg.active.map(Into::into),
         })
     }
 }
@@ -400,6 +469,7 @@ impl From<&Netmap> for NetmapMsg {
             ingress: map.ingress.iter().map(Into::into).collect(),
             egress: map.egress.iter().map(Into::into).collect(),
             relays: map.relays.values().map(Into::into).collect(),
+            apps: map.apps.iter().map(Into::into).collect(),
         }
     }
 }
@@ -417,6 +487,7 @@ impl TryFrom<NetmapMsg> for Netmap {
             ingress: rules(msg.ingress, "ingress")?.into_iter().collect::<BTreeSet<_>>(),
             egress: rules(msg.egress, "egress")?.into_iter().collect::<BTreeSet<_>>(),
             relays: relays.into_iter().map(|r| (r.id, r)).collect::<BTreeMap<_, _>>(),
+            apps: list(msg.apps, MAX_APPS, "apps")?.into_iter().collect::<BTreeSet<_>>(),
         })
     }
 }
@@ -435,6 +506,8 @@ impl From<&Delta> for DeltaMsg {
             egress: d.egress.iter().map(Into::into).collect(),
             removed_relays: d.removed_relays.iter().map(|id| id.to_bytes().to_vec()).collect(),
             relays: d.relays.iter().map(Into::into).collect(),
+            removed_apps: keys(&d.removed_apps),
+            apps: d.apps.iter().map(Into::into).collect(),
         }
     }
 }
@@ -466,6 +539,8 @@ impl TryFrom<DeltaMsg> for Delta {
                 .map(|id| RelayId::from_slice(id).ok_or(field("removed_relays")))
                 .collect::<Result<_, _>>()?,
             relays: list(msg.relays, MAX_RELAYS, "relays")?,
+            removed_apps: keys(msg.removed_apps, "removed_apps")?,
+            apps: list(msg.apps, MAX_APPS, "apps")?,
         })
     }
 }

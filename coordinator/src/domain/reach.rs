@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use warren_common::filter::RuleId;
+use warren_common::filter::{IpRange, RuleId};
 use warren_common::ids::DeviceId;
-use warren_common::netmap::{Netmap, Network, Peer, Relay, SelfDevice};
-use warren_common::policy::{Compiled, Diagnostic, Inventory, Need, Node, Policy, User, compile};
+use warren_common::netmap::{AppGrant, MAX_APPS, MAX_ATTRS, Netmap, Network, Peer, Relay, SelfDevice};
+use warren_common::policy::{Compiled, Diagnostic, Inventory, IpSet, Need, Node, Policy, User, compile};
 use warren_common::time::UnixTime;
 
 use super::State;
@@ -127,8 +127,11 @@ impl Reach {
         let (device, peers) = (state.device(id)?, self.peers.get(&id)?);
         let name = id.to_string();
         let settings = state.settings();
-        let peers =
-            peers.iter().filter_map(|(id, need)| Some((*id, peer_record(state, state.device(*id)?, need))));
+        let peers: BTreeMap<DeviceId, Peer> = peers
+            .iter()
+            .filter_map(|(id, need)| Some((*id, peer_record(state, state.device(*id)?, need))))
+            .collect();
+        let apps = self.apps(&name, &peers);
         Some(Netmap {
             network: Network {
                 id: settings.network,
@@ -142,12 +145,35 @@ impl Reach {
                 addrs: device.addrs().to_vec(),
                 user: email_of(state, device),
                 tags: device.tags.clone(),
+                attrs: self.compiled.attributes(&name).into_iter().take(MAX_ATTRS).collect(),
             },
-            peers: peers.collect(),
+            peers,
             ingress: self.compiled.ingress(&name).into_iter().collect(),
             egress: self.compiled.egress(&name).into_iter().collect(),
             relays: state.relays().values().filter_map(relay_record).map(|r| (r.id, r)).collect(),
+            apps,
         })
+    }
+
+    /// The capabilities that those whom the device knows have at it. Of others it need not learn, since they can't get to
+    /// its applications.
+    fn apps(&self, name: &str, peers: &BTreeMap<DeviceId, Peer>) -> BTreeSet<AppGrant> {
+        let capabilities = self.compiled.capabilities(name);
+        if capabilities.is_empty() {
+            return BTreeSet::new();
+        }
+        let addrs = peers.values().flat_map(|p| p.addrs.iter().copied().map(IpRange::from));
+        let routes = peers.values().flat_map(|p| p.routes.iter().copied().map(IpRange::from));
+        let known: IpSet = addrs.chain(routes).collect();
+        let grants = capabilities.into_iter().map(|cap| AppGrant {
+            id: cap.id,
+            name: cap.name,
+            src: cap.src.into_iter().collect::<IpSet>().intersect(&known).to_ranges(),
+            dst: cap.dst,
+            values: cap.values.iter().map(ToString::to_string).collect(),
+            active: cap.active,
+        });
+        grants.filter(|grant| !grant.src.is_empty()).take(MAX_APPS).collect()
     }
 }
 
@@ -222,6 +248,8 @@ fn inventory(state: &State) -> Inventory {
             .collect(),
         nodes: devices.map(|d| (d.id.to_string(), node(state, d))).collect(),
         own_domains: domains(state, state.policy().map_or("", |p| p.text.as_str())),
+        // What no policy approves nobody approves yet: there is no approval by hand.
+        auto_approve: true,
     }
 }
 

@@ -179,6 +179,7 @@ impl Coordinator {
             ingress: BTreeSet::new(),
             egress: BTreeSet::new(),
             relays: BTreeMap::new(),
+            apps: BTreeSet::new(),
             ..live.sent.clone()
         };
         if let Some(number) = self.number(revision) {

@@ -59,6 +59,14 @@ pub fn serve_with(state_dir: &Path, addr: SocketAddr, more: &[&str]) -> Running 
     Running(command.spawn().unwrap())
 }
 
+/// The same with its log in a file.
+pub fn serve_logging(state_dir: &Path, addr: SocketAddr, more: &[&str], log: &Path) -> Running {
+    let mut command = binary();
+    let log = std::fs::File::create(log).unwrap();
+    command.args(serve_args(state_dir, addr)).args(more).env_remove("RUST_LOG").stderr(log);
+    Running(command.spawn().unwrap())
+}
+
 /// Waits until a coordinator says that all is well.
 pub async fn up(addr: SocketAddr) {
     until(|| async move { http_get(addr, "/healthz").await.is_some_and(|r| r.ends_with("ok\n")) }).await;

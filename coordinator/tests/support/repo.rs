@@ -34,6 +34,14 @@ pub struct Repo {
 
 pub const FILE: &str = "policy.hujson";
 
+/// A policy that allows one port.
+pub fn policy(port: u16) -> String {
+    format!(
+        r#"{{"tagOwners": {{"tag:web": [], "tag:db": []}},
+            "acls": [{{"action": "accept", "src": ["tag:web"], "dst": ["tag:db:{port}"]}}]}}"#
+    )
+}
+
 impl Repo {
     pub fn new() -> Self {
         let this = Self { dir: tempfile::tempdir().unwrap() };
@@ -82,6 +90,13 @@ impl Repo {
         let args: Vec<&str> = args.iter().map(String::as_str).collect();
         self.run(&args, date);
         self.git(&["rev-parse", "HEAD"]).trim().to_owned()
+    }
+
+    /// Writes a commit with exactly this text: its id.
+    pub fn write_commit(&self, text: &str) -> String {
+        let path = self.dir.path().join("commit");
+        std::fs::write(&path, text).unwrap();
+        self.git(&["hash-object", "-t", "commit", "-w", path.to_str().unwrap()]).trim().to_owned()
     }
 
     /// Makes commits from a script of `git fast-import`.

@@ -102,11 +102,13 @@ impl<'h> Node<'h> {
                 addrs: ADDRS.to_vec(),
                 user: None,
                 tags: vec!["tag:ours".into()],
+                attrs: Vec::new(),
             },
             peers: [(THEM, peer)].into(),
             ingress: [allow(1, &addrs, &ADDRS)].into(),
             egress: [allow(2, &ADDRS, &addrs)].into(),
             relays: [(RELAY, relay)].into(),
+            apps: [].into(),
         };
         Ok(Self { host, wg, netmap })
     }

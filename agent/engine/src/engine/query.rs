@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use warren_common::filter::{FilterRule, RuleId};
+use warren_common::filter::{FilterRule, IpRange, RuleId};
 use warren_common::netmap::Peer;
 use warren_common::time::Now;
 
@@ -34,6 +34,7 @@ impl Engine {
                 ips: m.device.addrs.clone(),
                 user: m.device.user.clone(),
                 tags: m.device.tags.clone(),
+                attributes: m.device.attrs.clone(),
             }),
             epoch: self.held.as_ref().map_or(0, |h| h.epoch),
             revision: self.held.as_ref().map_or(0, |h| h.revision),
@@ -129,8 +130,34 @@ impl Engine {
         }
     }
 
-    /// Whose an overlay address is: a peer's, our own, or nobody's.
-    pub fn whois(&self, ip: IpAddr) -> Option<Whois> {
+    /// Whose an overlay address is: a peer's, our own, or nobody's; with the capabilities that the policy gives it at this
+    /// device's applications.
+    pub fn whois(&self, now: Now, ip: IpAddr) -> Option<Whois> {
+        let who = self.owner(ip)?;
+        let capabilities = if who.is_self { BTreeMap::new() } else { self.capabilities(now, ip) };
+        Some(Whois { capabilities, ..who })
+    }
+
+    /// What `ip` may do at our applications: values of every grant in force, in the order of the rules' ids.
+    fn capabilities(&self, now: Now, ip: IpAddr) -> BTreeMap<String, Vec<serde_json::Value>> {
+        let mut out: BTreeMap<String, Vec<serde_json::Value>> = BTreeMap::new();
+        if self.not_in_force(now).is_some() {
+            return out;
+        }
+        // Who talks to an application does so within one family.
+        let ours =
+            |range: &IpRange| self.own.iter().any(|a| a.is_ipv4() == ip.is_ipv4() && range.contains(*a));
+        for grant in self.netmap().into_iter().flat_map(|map| &map.apps) {
+            let (from, to) = (grant.src.iter().any(|r| r.contains(ip)), grant.dst.iter().any(ours));
+            if from && to && grant.is_active(now.unix.as_secs()) {
+                let values = grant.values.iter().filter_map(|text| serde_json::from_str(text).ok());
+                out.entry(grant.name.clone()).or_default().extend(values);
+            }
+        }
+        out
+    }
+
+    fn owner(&self, ip: IpAddr) -> Option<Whois> {
         let netmap = self.netmap()?;
         let device = &netmap.device;
         if device.addrs.contains(&ip) {
@@ -141,6 +168,7 @@ impl Engine {
                 tags: device.tags.clone(),
                 is_self: true,
                 exact: true,
+                capabilities: BTreeMap::new(),
             });
         }
         let owner = self.routes.lookup(ip)?;
@@ -152,6 +180,7 @@ impl Engine {
             tags: peer.tags.clone(),
             is_self: false,
             exact: owner.exact,
+            capabilities: BTreeMap::new(),
         })
     }
 
@@ -159,7 +188,7 @@ impl Engine {
     pub fn why(&self, now: Now, dst: IpAddr, proto: u8, port: u16) -> Why {
         let src = self.own.iter().find(|a| a.is_ipv4() == dst.is_ipv4()).copied();
         let filter = self.filter.why(now, src, dst, proto, port);
-        let peer = self.whois(dst);
+        let peer = self.owner(dst);
         let path = self.routes.lookup(dst).map(|owner| {
             let (path, rtt) = self.paths.path(owner.peer);
             self.path_status(path, rtt)

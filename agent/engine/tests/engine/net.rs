@@ -499,11 +499,13 @@ fn netmap_of(n: usize, nodes: &[Node]) -> Netmap {
             addrs: vec![nodes[n].overlay.into()],
             user: None,
             tags: vec!["tag:test".into()],
+            attrs: Vec::new(),
         },
         peers: others().map(peer).collect(),
         ingress: others().map(|(m, _)| allow(m as u64 + 1, overlay(m), overlay(n))).collect(),
         egress: others().map(|(m, _)| allow(100 + m as u64, overlay(n), overlay(m))).collect(),
         relays: [(RELAY, relay)].into(),
+        apps: [].into(),
     }
 }
 

@@ -1,10 +1,11 @@
 //! What the netmap grants, when it stops granting it, and which netmaps are believed.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
-use warren_common::filter::UnixInterval;
+use warren_common::filter::{IpRange, RuleId, UnixInterval};
 use warren_common::keys::{NetmapSecretKey, WgPublicKey};
-use warren_common::netmap::Netmap;
+use warren_common::netmap::{AppGrant, Netmap};
 use warren_common::time::{Instant, Now};
 use warren_common::wire::control::UpdateKind;
 use warren_engine::engine::Engine;
@@ -135,7 +136,7 @@ fn a_removed_peer_is_gone_and_a_new_key_is_another_peer() {
     net.run(S);
     assert!(!net.nodes[1].got.iter().any(|p| p.ends_with(b"second")));
     assert!(net.drops(1, "wireguard-unknown-index") > 0, "its session is wiped");
-    assert_eq!(net.nodes[1].engine.whois(overlay(0).into()), None);
+    assert_eq!(net.nodes[1].engine.whois(net.now, overlay(0).into()), None);
     let mut peer = net.netmaps[0].peers[&device(1)].clone();
     peer.wg = WgPublicKey::from_bytes(*net.nodes[0].keys.2.public().as_bytes());
     net.netmaps[0].peers.insert(device(1), peer);
@@ -159,7 +160,7 @@ fn a_source_that_belongs_to_somebody_else_is_dropped_at_both_ends() {
 }
 
 #[test]
-fn a_flow_ends_when_its_rules_window_closes() {
+fn a_flow_ends_when_its_rules_window_closes_without_a_coordinator() {
     let mut net = pair();
     let now = net.now.unix.as_secs();
     for n in 0..2 {
@@ -172,6 +173,8 @@ fn a_flow_ends_when_its_rules_window_closes() {
         map.egress = map.egress.iter().cloned().map(window).collect();
         net.push_netmap(n);
     }
+    net.set_control(0, false);
+    net.set_control(1, false);
     net.send(0, 1, b"inside");
     net.run(S);
     assert_eq!(net.nodes[1].got.len(), 1);
@@ -443,6 +446,37 @@ fn traffic_survives_a_restart_of_one_agent() {
 }
 
 #[test]
+fn whois_tells_applications_what_a_peer_may_do_as_long_as_the_policy_says_so() {
+    let mut net = pair();
+    let now = net.now.unix.as_secs();
+    let grant = |id: u64, value: &str, from: u8| AppGrant {
+        id: RuleId(id),
+        name: "example.com/cap/edit".into(),
+        src: vec![IpRange::from(IpAddr::from(overlay(from.into())))],
+        dst: vec![IpRange::from(IpAddr::from(overlay(0)))],
+        values: vec![value.into()],
+        active: None,
+    };
+    let ending =
+        AppGrant { active: Some(vec![UnixInterval { from: now, until: now + 60 }]), ..grant(2, "2", 1) };
+    let other_family = AppGrant { dst: vec![IpRange::ALL_V6], ..grant(4, "4", 1) };
+    net.netmaps[0].apps = [grant(1, r#"{"docs": ["a"]}"#, 1), ending, grant(3, "3", 7), other_family].into();
+    net.push_netmap(0);
+    let may = |net: &Net| {
+        let who = net.nodes[0].engine.whois(net.now, overlay(1).into()).unwrap();
+        serde_json::to_string(&who.capabilities).unwrap()
+    };
+    assert_eq!(may(&net), r#"{"example.com/cap/edit":[{"docs":["a"]},2]}"#);
+    assert!(net.nodes[0].engine.whois(net.now, overlay(0).into()).unwrap().capabilities.is_empty());
+    // The coordinator is gone: what has an end ends, and everything does with the lease.
+    net.set_control(0, false);
+    net.run(61 * S);
+    assert_eq!(may(&net), r#"{"example.com/cap/edit":[{"docs":["a"]}]}"#);
+    net.run(LEASE);
+    assert!(net.nodes[0].engine.whois(net.now, overlay(1).into()).is_none(), "nobody is known any more");
+}
+
+#[test]
 fn why_and_whois_name_what_decides() {
     let mut net = pair();
     let why = |net: &Net, dst: &str| net.nodes[0].engine.why(net.now, dst.parse().unwrap(), 6, 22);
@@ -456,12 +490,12 @@ fn why_and_whois_name_what_decides() {
     net.netmaps[0].egress.clear();
     net.push_netmap(0);
     assert_eq!(why(&net, "100.64.0.2").reason, "no-rule");
-    let who = net.nodes[0].engine.whois(overlay(1).into()).unwrap();
+    let who = net.nodes[0].engine.whois(net.now, overlay(1).into()).unwrap();
     assert_eq!(
         (who.id, who.name.as_deref(), who.is_self, who.exact),
         (device(1), Some("node-1"), false, true)
     );
-    assert!(net.nodes[0].engine.whois(overlay(0).into()).unwrap().is_self);
+    assert!(net.nodes[0].engine.whois(net.now, overlay(0).into()).unwrap().is_self);
     let status = serde_json::to_value(net.nodes[0].engine.status(net.now)).unwrap();
     assert_eq!(status["peers"][0]["path"]["kind"], "none");
     assert_eq!(status["self"]["name"], "node-0");

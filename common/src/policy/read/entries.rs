@@ -129,6 +129,13 @@ impl Reader<'_, '_> {
             return 0;
         }
         match selector::parse_duration_ms(text) {
+            // Days are an addition for conditions; whoever reads the file elsewhere knows none.
+            Ok(_) if text.contains('d') => {
+                let message =
+                    format!("\"{text}\" has days: expected hours, minutes or seconds, as in \"168h\"");
+                self.report.error(node.span, message);
+                0
+            }
             Ok(ms) if ms < 0 => {
                 self.report.error(node.span, format!("checkPeriod {text} must be a positive duration"));
                 0
