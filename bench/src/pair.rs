@@ -173,11 +173,13 @@ impl Pair {
                 addrs: self.devices[role as usize].addrs.clone(),
                 user: None,
                 tags: vec![TAG.to_owned()],
+                attrs: Vec::new(),
             },
             peers: [(other.device(), peer)].into(),
             ingress: compiled.ingress(role.name()).into_iter().collect(),
             egress: compiled.egress(role.name()).into_iter().collect(),
             relays: [].into(),
+            apps: [].into(),
         })
     }
 }
