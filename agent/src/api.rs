@@ -69,7 +69,11 @@ pub enum Verb {
     /// The daemon's version.
     Version,
     /// Everything support needs and no secret.
-    Bugreport,
+    Bugreport {
+        /// Also names of people, devices and networks, and addresses.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        names: bool,
+    },
 }
 
 impl Verb {
@@ -170,7 +174,7 @@ pub struct Netcheck {
     pub ipv6: Option<SocketAddr>,
     /// The NAT in front of us.
     pub nat: Nat,
-    /// Protocols by which the NAT maps ports on request: none are tried yet.
+    /// Protocols by which the gateway maps ports on request: `pcp`, `nat-pmp`, `upnp`; readers ignore others.
     pub port_mapping: Vec<String>,
     /// Relays.
     pub relays: Vec<RelayRtt>,
@@ -247,6 +251,7 @@ mod tests {
                 tags: vec!["tag:b".into()],
                 online: true,
                 path: path("direct"),
+                why_not_direct: None,
                 rx_bytes: 1,
                 tx_bytes: 2,
                 last_handshake: UnixTime::from_rfc3339("2026-11-24T00:00:00Z"),
@@ -288,7 +293,7 @@ mod tests {
                     r#""coordinator":{"url":"http://c","connected":true,"revision":7},"#,
                     r#""peers":[{"id":"dev_00000000000000000000000000","name":"b","ips":["100.64.0.2"],"user":null,"#,
                     r#""tags":["tag:b"],"online":true,"path":{"kind":"direct","endpoint":"192.0.2.1:5","relay":null,"#,
-                    r#""rtt_ms":1.235},"rx_bytes":1,"tx_bytes":2,"last_handshake":"2026-11-24T00:00:00Z"}],"#,
+                    r#""rtt_ms":1.235},"why_not_direct":null,"rx_bytes":1,"tx_bytes":2,"last_handshake":"2026-11-24T00:00:00Z"}],"#,
                     r#""health":[{"code":"clock-skew","severity":"warning","text":"t","fix":"f"}],"counters":{},"offloads":{"tun":true}}"#
                 ),
             ),

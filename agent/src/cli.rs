@@ -2,6 +2,7 @@
 
 mod client;
 mod render;
+mod report;
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr};
@@ -19,6 +20,8 @@ use crate::problem::Problem;
 
 /// Time between two pings.
 const PING_INTERVAL: Duration = Duration::from_secs(1);
+/// Time between two pings that wait for a direct path.
+const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 /// Most pings of one command.
 const MAX_PINGS: u32 = 1_000_000;
 
@@ -75,10 +78,10 @@ pub enum AgentCommand {
     ///
     /// Example: warren version
     Version(JsonArg),
-    /// Print what support needs to know, without secrets and names.
+    /// Write what support needs to know to a file, without secrets, names and addresses. Nothing is sent anywhere.
     ///
-    /// Example: warren bugreport > report.json
-    Bugreport,
+    /// Example: warren bugreport --output report.txt
+    Bugreport(BugreportArgs),
 }
 
 /// How to print.
@@ -114,15 +117,32 @@ pub struct UpArgs {
     output: JsonArg,
 }
 
+/// What to write, and where.
+#[derive(Args, Debug)]
+pub struct BugreportArgs {
+    /// The file; by default a new one in this directory.
+    #[arg(long, short = 'o', value_name = "FILE", conflicts_with = "json")]
+    output: Option<PathBuf>,
+    /// Also names of people, devices, networks and relays, and addresses.
+    #[arg(long)]
+    with_names: bool,
+    /// Print one JSON document, and write no file.
+    #[arg(long)]
+    json: bool,
+}
+
 /// Whom to ping, and how often.
 #[derive(Args, Debug)]
 pub struct PingArgs {
     /// Name, overlay address or id of a peer.
     peer: String,
-    /// How many times.
-    #[arg(short = 'c', long, value_name = "N", default_value = "4",
+    /// How many times [default: 4; with --until-direct 120].
+    #[arg(short = 'c', long, value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_PINGS)))]
-    count: u32,
+    count: Option<u32>,
+    /// Go on, four times a second, until packets take a direct path; exit code 1 if they come not to.
+    #[arg(long)]
+    until_direct: bool,
     /// Print one JSON document per line.
     #[arg(long)]
     json: bool,
@@ -170,7 +190,7 @@ pub fn run(target: &Target, command: AgentCommand) -> ExitCode {
         AgentCommand::Ping(args) => args.json,
         AgentCommand::Whois(args) => args.output.json,
         AgentCommand::Why(args) => args.output.json,
-        AgentCommand::Bugreport => true,
+        AgentCommand::Bugreport(args) => args.json,
     };
     match execute(target, command, json) {
         Ok(code) => ExitCode::from(code),
@@ -192,7 +212,18 @@ fn execute(target: &Target, command: AgentCommand, json: bool) -> Result<u8, Pro
         AgentCommand::Netcheck(_) => (ask(Verb::Netcheck)?, render::netcheck),
         AgentCommand::Whois(args) => (ask(Verb::Whois { ip: args.address })?, render::whois),
         AgentCommand::Why(args) => (ask(why_verb(&args)?)?, render::why),
-        AgentCommand::Bugreport => (ask(Verb::Bugreport)?, |_| Ok(String::new())),
+        AgentCommand::Bugreport(args) => {
+            let report = ask(Verb::Bugreport { names: args.with_names })?;
+            // Measured anew; an agent that is not up has nothing to measure with.
+            let check = ask(Verb::Netcheck).map(|check| report::netcheck(check, args.with_names));
+            let report = report::whole(report, check);
+            if !args.json {
+                let path = report::write(args.output, &report)?;
+                print(&format!("written to {}; look through it before you pass it on\n", path.display()))?;
+                return Ok(0);
+            }
+            (report, |_| Ok(String::new()))
+        }
         AgentCommand::Version(_) => {
             // Also without a daemon there is a version to show.
             let daemon = ask(Verb::Version).ok().map(|v| v["version"].clone());
@@ -256,21 +287,45 @@ fn why_verb(args: &WhyArgs) -> Result<Verb, Problem> {
 
 fn ping(args: &PingArgs, ask: &mut dyn FnMut(Verb) -> Result<Value, Problem>) -> Result<u8, Problem> {
     let mut rtts = Vec::new();
-    for seq in 1..=args.count {
-        if seq > 1 {
-            std::thread::sleep(PING_INTERVAL);
+    let (usual, pause) = if args.until_direct { (120, LOOK_INTERVAL) } else { (4, PING_INTERVAL) };
+    let (count, mut sent, mut direct) = (args.count.unwrap_or(usual), 0, false);
+    while sent < count && !direct {
+        if sent > 0 {
+            std::thread::sleep(pause);
         }
+        sent += 1;
+        let seq = sent;
         let pong: Pong = client::decode(ask(Verb::Ping { peer: args.peer.clone() })?)?;
         rtts.extend(pong.rtt_ms);
+        direct = args.until_direct && pong.rtt_ms.is_some() && pong.path.kind == "direct";
         print(&if args.json {
             format!("{}\n", json!({ "seq": seq, "rtt_ms": pong.rtt_ms, "path": pong.path }))
         } else {
             render::pong(seq, &args.peer, &pong)
         })?;
     }
-    let summary = ping_summary(args.count, &rtts);
+    let summary = ping_summary(sent, &rtts);
     print(&if args.json { format!("{summary}\n") } else { render::ping_summary(&summary) })?;
+    if args.until_direct && !direct {
+        return Err(not_direct(&args.peer, sent, ask));
+    }
     Ok(u8::from(rtts.is_empty()))
+}
+
+/// Why all those pings found no direct path, as the daemon sees it.
+fn not_direct(peer: &str, sent: u32, ask: &mut dyn FnMut(Verb) -> Result<Value, Problem>) -> Problem {
+    let status = ask(Verb::Status).unwrap_or_default();
+    let mut peers = status["peers"].as_array().into_iter().flatten();
+    let named = |p: &&Value| {
+        let is = |value: &Value| value.as_str().is_some_and(|text| text.eq_ignore_ascii_case(peer));
+        is(&p["name"]) || is(&p["id"]) || p["ips"].as_array().is_some_and(|ips| ips.iter().any(is))
+    };
+    let why = peers.find(named).and_then(|p| p["why_not_direct"].as_str()).unwrap_or("it is not known why");
+    Problem::new(
+        "not-direct",
+        format!("no direct path to {peer} after {sent} pings: {why}"),
+        "`warren netcheck`, here and there, shows what lies between; a router that forwards ports (UPnP, NAT-PMP, PCP) or open UDP helps",
+    )
 }
 
 fn ping_summary(sent: u32, rtts: &[f64]) -> Value {

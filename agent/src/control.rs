@@ -26,6 +26,7 @@ use crate::entropy::OsEntropy;
 use crate::problem::Problem;
 use session::Link;
 pub use session::look;
+pub(crate) use transport::connect_marked;
 
 /// First wait after a lost or failed connection.
 pub const MIN_BACKOFF: Duration = Duration::from_millis(250);

@@ -7,6 +7,7 @@
 
 mod check;
 mod keep;
+mod mapping;
 mod packets;
 mod relays;
 mod session;
@@ -28,6 +29,7 @@ use warren_engine::event::PingToken;
 use warren_engine::netmap::PendingUpdate;
 
 use crate::api::{Call, Reply, Server};
+use crate::captive;
 use crate::clock::{self, BootTimer, MAX_SLEEP};
 use crate::control::{ControlClient, ControlConfig, ControlEvent};
 use crate::dataplane::DataPlane;
@@ -36,11 +38,13 @@ use crate::os::journal::Journal;
 use crate::os::tun::{self, Tun};
 use crate::os::udp::{self, Udp};
 use crate::os::{Host, HostPlan, NetworkChanges, Offloads, Surroundings};
+use crate::portmap;
 use crate::problem::{Problem, Severity};
 use crate::relay_client::RelayEvent;
 use crate::state::{DeviceKeys, Identity, Membership, NetworkDir, Settings, StateDir};
 use check::Checked;
 use keep::Keep;
+use mapping::Mapping;
 use relays::Relays;
 use verdicts::Verdicts;
 use why::Whys;
@@ -69,6 +73,8 @@ pub struct Options {
     pub operator: Option<u32>,
     /// What of the kernel's help for many packets at a time to use where there is any.
     pub offloads: Offloads,
+    /// Asks the gateway to forward a port.
+    pub port_mapping: bool,
 }
 
 /// Runs until SIGTERM, SIGINT or SIGHUP, then puts the host back.
@@ -126,11 +132,13 @@ struct Up {
     control: ControlClient,
     events: mpsc::Receiver<ControlEvent>,
     relays: Relays,
+    mapping: Mapping,
     keep: Keep,
     /// When to begin a new session in place of one that could not go on.
     reconnect_at: Option<Instant>,
     /// Why there is no session; absent while one stands or the first attempt is under way.
     away: Option<Problem>,
+    portal: captive::Watch,
     /// The coordinator has welcomed us in this session.
     welcomed: bool,
     /// Our clock less the coordinator's, in microseconds.
@@ -191,6 +199,7 @@ enum Wake {
     Timer,
     Saved(Result<(), Problem>),
     Checked(Box<Checked>),
+    Mapping(portmap::State),
     Stop,
 }
 
@@ -277,6 +286,7 @@ impl Daemon {
                 Wake::Saved(result) => self.on_saved(now, result).await,
                 Wake::Timer => self.on_timer(now).await,
                 Wake::Checked(checked) => self.on_checked(now, *checked),
+                Wake::Mapping(state) => self.on_mapping(now, state),
             }
             self.drain(clock::now());
         }
@@ -285,9 +295,12 @@ impl Daemon {
     /// Waits for the next thing to do. Cancel safe.
     async fn next(&mut self, calls: &mut mpsc::Receiver<Call>) -> Wake {
         let Self { up, plane, changes, timer, checks, .. } = self;
-        let (tun, events, relays, saving) = match up.as_deref_mut() {
-            Some(up) => (up.tun.as_ref(), Some(&mut up.events), Some(&mut up.relays), up.saving.as_mut()),
-            None => (None, None, None, None),
+        let (tun, events, relays, mapping, saving) = match up.as_deref_mut() {
+            Some(up) => {
+                let Up { tun, events, relays, mapping, saving, .. } = up;
+                (tun.as_ref(), Some(events), Some(relays), Some(mapping), saving.as_mut())
+            }
+            None => (None, None, None, None, None),
         };
         let is_saving = saving.is_some();
         let tun_readable = async {
@@ -307,6 +320,12 @@ impl Daemon {
         let relay = async {
             match relays {
                 Some(relays) => relays.next().await,
+                None => std::future::pending().await,
+            }
+        };
+        let mapped = async {
+            match mapping {
+                Some(mapping) => mapping.changed().await,
                 None => std::future::pending().await,
             }
         };
@@ -332,6 +351,7 @@ impl Daemon {
                 Err(Problem::new("save", format!("a save failed: {e}"), "this should not happen; report it"))
             })),
             checked = checked => Wake::Checked(Box::new(checked)),
+            state = mapped => Wake::Mapping(state),
             call = calls.recv() => Wake::Call(call),
             () = changes.changed() => Wake::Network,
         }
@@ -401,9 +421,14 @@ impl Daemon {
         if let Some(up) = &mut self.up {
             up.control.retry_now();
             up.relays.network_changed();
+            up.portal.clear();
             if let Some(engine) = &mut up.engine {
                 engine.handle_interfaces(now, &self.surroundings.sockets(&bound(self.plane.sockets())));
             }
+        }
+        self.follow_gateway();
+        if let Some(up) = &mut self.up {
+            up.tell_mapping(now); // a network that changed elsewhere
         }
     }
 

@@ -3,6 +3,7 @@
 //! One task owns the engine; everything else talks to it over bounded channels.
 
 pub mod api;
+pub mod captive;
 pub mod cli;
 pub mod clock;
 pub mod control;
@@ -12,6 +13,7 @@ pub mod entropy;
 pub mod netcheck;
 pub mod os;
 pub mod policy_cli;
+pub mod portmap;
 pub mod problem;
 pub mod relay_client;
 pub mod state;

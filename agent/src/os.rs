@@ -17,7 +17,7 @@ pub mod udp;
 mod firewall;
 mod netlink;
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use ipnet::IpNet;
 use warren_engine::io::LocalSocket;
@@ -215,6 +215,7 @@ impl Host {
         Ok(Surroundings {
             addrs: self.netlink.addresses(tun).await?,
             defaults: self.netlink.default_routes().await?,
+            gateway: self.netlink.gateway().await?,
         })
     }
 
@@ -239,12 +240,18 @@ pub struct Applied {
 pub struct Surroundings {
     addrs: Vec<IpAddr>,
     defaults: Vec<(Option<IpAddr>, Option<u32>)>,
+    gateway: Option<Ipv4Addr>,
 }
 
 impl Surroundings {
     /// This host's addresses, without the overlay's.
     pub fn addrs(&self) -> &[IpAddr] {
         &self.addrs
+    }
+
+    /// The next hop of the best IPv4 default route.
+    pub const fn gateway(&self) -> Option<Ipv4Addr> {
+        self.gateway
     }
 
     /// Our sockets (number and bound address) with every address they can be reached at.

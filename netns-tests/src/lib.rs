@@ -2,7 +2,9 @@
 
 pub mod demo;
 pub mod fuzz;
+pub mod gateway;
 pub mod lab;
+pub mod mesh;
 pub mod programs;
 pub mod sim;
 pub mod traffic;

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
@@ -36,7 +36,14 @@ pub struct Coordinator {
     /// Where its policy comes from, as arguments of `serve`.
     source: Vec<OsString>,
     embedded_relay: bool,
+    /// The address that it listens on: every one of IPv4, or of both families.
+    any: &'static str,
 }
+
+/// Every address of IPv4.
+const ANY_V4: &str = "0.0.0.0";
+/// Every address of both families.
+const ANY: &str = "[::]";
 
 impl Coordinator {
     /// Starts one with this policy and an embedded relay, and waits until it serves.
@@ -44,7 +51,7 @@ impl Coordinator {
     /// # Errors
     /// It does not come to serve.
     pub fn start(host: Host, policy_text: &str) -> Result<Self> {
-        Self::with_file(host, policy_text, true)
+        Self::with_file(host, policy_text, true, ANY_V4)
     }
 
     /// Starts one whose policy comes from where these arguments of `serve` say, with an embedded relay, and waits until
@@ -53,7 +60,7 @@ impl Coordinator {
     /// # Errors
     /// It does not come to serve.
     pub fn start_from(host: Host, source: Vec<OsString>) -> Result<Self> {
-        Self::new(host, source, true)
+        Self::new(host, source, true, ANY_V4)
     }
 
     /// Starts one with this policy, but without a relay or a STUN server, and waits until it serves.
@@ -61,20 +68,36 @@ impl Coordinator {
     /// # Errors
     /// It does not come to serve.
     pub fn start_without_relay(host: Host, policy_text: &str) -> Result<Self> {
-        Self::with_file(host, policy_text, false)
+        Self::with_file(host, policy_text, false, ANY_V4)
     }
 
-    fn with_file(host: Host, policy_text: &str, embedded_relay: bool) -> Result<Self> {
+    /// The same that can be reached by IPv6 as well, see [`Self::url_v6`].
+    ///
+    /// # Errors
+    /// It does not come to serve.
+    pub fn start_dual_stack(host: Host, policy_text: &str) -> Result<Self> {
+        Self::with_file(host, policy_text, false, ANY)
+    }
+
+    /// What agents without IPv4 are told.
+    ///
+    /// # Errors
+    /// Its host has no IPv6.
+    pub fn url_v6(&self) -> Result<String> {
+        Ok(format!("http://[{}]:{CONTROL}", self.host.v6().context("the host has no IPv6")?))
+    }
+
+    fn with_file(host: Host, policy_text: &str, embedded_relay: bool, any: &'static str) -> Result<Self> {
         let policy = host.dir().join("policy.hujson");
         fs::write(&policy, policy_text)?;
-        Self::new(host, vec!["--policy".into(), policy.into()], embedded_relay)
+        Self::new(host, vec!["--policy".into(), policy.into()], embedded_relay, any)
     }
 
-    fn new(host: Host, source: Vec<OsString>, embedded_relay: bool) -> Result<Self> {
+    fn new(host: Host, source: Vec<OsString>, embedded_relay: bool, any: &'static str) -> Result<Self> {
         let (state_dir, policy) = (host.dir().join("state"), host.dir().join("policy.hujson"));
         let url = format!("http://{}:{CONTROL}", host.v4());
-        let process = Self::spawn(&host, &url, &state_dir, &source, embedded_relay)?;
-        Ok(Self { host, url, state_dir, policy, process, source, embedded_relay })
+        let process = Self::spawn(&host, &url, &state_dir, &source, embedded_relay, any)?;
+        Ok(Self { host, url, state_dir, policy, process, source, embedded_relay, any })
     }
 
     /// Starts it again on the same state, after [`Process::kill`] or [`Process::stop`].
@@ -82,8 +105,8 @@ impl Coordinator {
     /// # Errors
     /// It does not come to serve.
     pub fn start_again(&mut self) -> Result<()> {
-        self.process =
-            Self::spawn(&self.host, &self.url, &self.state_dir, &self.source, self.embedded_relay)?;
+        let Self { host, url, state_dir, source, .. } = self;
+        self.process = Self::spawn(host, url, state_dir, source, self.embedded_relay, self.any)?;
         Ok(())
     }
 
@@ -93,13 +116,14 @@ impl Coordinator {
         state_dir: &Path,
         source: &[OsString],
         embedded_relay: bool,
+        any: &str,
     ) -> Result<Process> {
         let mut command = host.command(workspace_binary("warren-coordinator")?);
         command.arg("serve").arg("--state-dir").arg(state_dir).args(source);
-        command.args(["--listen", &format!("0.0.0.0:{CONTROL}"), "--public-url", url]);
+        command.args(["--listen", &format!("{any}:{CONTROL}"), "--public-url", url]);
         if embedded_relay {
-            command.args(["--relay-listen", &format!("0.0.0.0:{RELAY}")]);
-            command.args(["--stun-listen", &format!("0.0.0.0:{STUN}")]);
+            command.args(["--relay-listen", &format!("{any}:{RELAY}")]);
+            command.args(["--stun-listen", &format!("{any}:{STUN}")]);
         } else {
             command.arg("--no-embedded-relay");
         }
@@ -158,6 +182,7 @@ pub struct Relay {
     pub process: Process,
     coordinator: String,
     join_key: String,
+    any: &'static str,
 }
 
 impl Relay {
@@ -167,7 +192,7 @@ impl Relay {
     /// It does not come to join.
     pub fn start(host: Host, coordinator: &Coordinator, name: &str) -> Result<Self> {
         let join_key = coordinator.admin(&["relay", "create", name])?;
-        let mut relay = Self::with_key(host, &coordinator.url, join_key.trim())?;
+        let mut relay = Self::new(host, &coordinator.url, join_key.trim(), coordinator.any)?;
         relay.process.wait_for_line("joined", LIMIT)?;
         Ok(relay)
     }
@@ -177,14 +202,19 @@ impl Relay {
     /// # Errors
     /// It cannot be started.
     pub fn with_key(host: Host, coordinator: &str, join_key: &str) -> Result<Self> {
+        Self::new(host, coordinator, join_key, ANY_V4)
+    }
+
+    fn new(host: Host, coordinator: &str, join_key: &str, any: &'static str) -> Result<Self> {
         let state_dir = host.dir().join("state");
-        let process = Self::spawn(&host, coordinator, join_key, &state_dir)?;
+        let process = Self::spawn(&host, coordinator, join_key, &state_dir, any)?;
         Ok(Self {
             host,
             state_dir,
             process,
             coordinator: coordinator.to_owned(),
             join_key: join_key.to_owned(),
+            any,
         })
     }
 
@@ -193,18 +223,21 @@ impl Relay {
     /// # Errors
     /// It does not come to join.
     pub fn start_again(&mut self) -> Result<()> {
-        self.process = Self::spawn(&self.host, &self.coordinator, &self.join_key, &self.state_dir)?;
+        self.process = Self::spawn(&self.host, &self.coordinator, &self.join_key, &self.state_dir, self.any)?;
         self.process.wait_for_line("joined", LIMIT)?;
         Ok(())
     }
 
-    fn spawn(host: &Host, coordinator: &str, join_key: &str, state_dir: &Path) -> Result<Process> {
+    fn spawn(host: &Host, coordinator: &str, join_key: &str, state_dir: &Path, any: &str) -> Result<Process> {
         let mut command = host.command(workspace_binary("warren-relay")?);
         command.args(["serve", "--coordinator", coordinator, "--join-key", join_key, "--state-dir"]);
-        command.arg(state_dir).args(["--listen", &format!("0.0.0.0:{RELAY}")]);
-        command.args(["--stun-listen", &format!("0.0.0.0:{STUN}")]);
-        command.args(["--advertise", &format!("{}:{RELAY}", host.v4())]);
-        command.args(["--advertise-stun", &format!("{}:{STUN}", host.v4())]);
+        command.arg(state_dir).args(["--listen", &format!("{any}:{RELAY}")]);
+        command.args(["--stun-listen", &format!("{any}:{STUN}")]);
+        let v6 = host.v6().filter(|_| any == ANY).map(IpAddr::from);
+        for ip in [IpAddr::from(host.v4())].into_iter().chain(v6) {
+            command.args(["--advertise", &SocketAddr::new(ip, RELAY).to_string()]);
+            command.args(["--advertise-stun", &SocketAddr::new(ip, STUN).to_string()]);
+        }
         host.spawn(command)
     }
 }
@@ -289,6 +322,30 @@ impl Agent {
         })
     }
 
+    /// Waits until a relay carries its packets.
+    ///
+    /// # Errors
+    /// None does.
+    pub fn wait_until_relayed(&self) -> Result<()> {
+        eventually(&format!("{} is connected to a relay", self.host.name()), LIMIT, || {
+            Ok(self.process.log()?.contains("relay connected").then_some(()))
+        })
+    }
+
+    /// Has it start anew without knowing where its peers were, once it is stopped.
+    ///
+    /// # Errors
+    /// What it knows can't be removed.
+    pub fn forget_paths(&self) -> Result<()> {
+        for network in fs::read_dir(self.state_dir.join("networks"))? {
+            let file = network?.path().join("resume");
+            if file.exists() {
+                fs::remove_file(file)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Waits until packets to a peer take this kind of path: `direct` or `relay`. Makes some, so that one is looked for.
     ///
     /// # Errors
@@ -360,7 +417,7 @@ impl Agent {
     /// It does not come to listen.
     pub fn serve(&self, verb: &str, ip: IpAddr, port: u16) -> Result<Process> {
         let mut command = self.host.command(workspace_binary("lab-tool")?);
-        command.args([verb, &std::net::SocketAddr::new(ip, port).to_string()]);
+        command.args([verb, &SocketAddr::new(ip, port).to_string()]);
         let mut server = self.host.spawn(command)?;
         server.wait_for_line("listening", LIMIT)?;
         Ok(server)

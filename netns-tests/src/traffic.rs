@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
 use crate::lab::{Host, Process, eventually, workspace_binary};
+use crate::programs::number;
 
 /// Bound for signs of life; only a failing test waits this long.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -87,14 +88,14 @@ impl Transfer {
         })
     }
 
-    /// Has it end, and makes sure that every byte came back.
+    /// Has it end, and makes sure that every byte came back. The longest time without a byte.
     ///
     /// # Errors
     /// It ended in another way.
-    pub fn finish(mut self) -> Result<()> {
+    pub fn finish(mut self) -> Result<Duration> {
         let end = self.0.finish()?;
         ensure!(end["how"] == "complete" && end["bytes"] == end["sent"], "the transfer ended: {end}");
-        Ok(())
+        Ok(Duration::from_millis(number(&end["gap_ms"])?))
     }
 
     /// Waits for its end, which somebody else brings about; what the program told about it.
@@ -103,6 +104,60 @@ impl Transfer {
     /// It goes on.
     pub fn ended(mut self) -> Result<Value> {
         self.0.ended()
+    }
+}
+
+/// UDP datagrams to a `udp-echo`, twenty a second, whatever comes back.
+#[derive(Debug)]
+pub struct Datagrams(Running);
+
+/// What became of a stream of datagrams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Delivered {
+    /// Datagrams that were to be sent.
+    pub turns: u64,
+    /// Datagrams that came back.
+    pub received: u64,
+    /// The longest time without one.
+    pub gap: Duration,
+}
+
+impl Datagrams {
+    /// Starts, and waits until one comes back.
+    ///
+    /// # Errors
+    /// None does.
+    pub fn start(from: &Host, to: SocketAddr) -> Result<Self> {
+        let mut running = Running::start(from, "udp-stream", to, &["--every", "50", "--answer", "1000"])?;
+        running.process.wait_for_line("echoed", LIMIT)?;
+        Ok(Self(running))
+    }
+
+    /// Waits until `count` more have come back.
+    ///
+    /// # Errors
+    /// They don't.
+    pub fn go_on(&self, count: u64) -> Result<()> {
+        let received = || -> Result<u64> {
+            Ok(self.0.events("echoed")?.last().and_then(|l| l["received"].as_u64()).unwrap_or_default())
+        };
+        let goal = received()? + count;
+        eventually(&format!("{count} more datagrams come back"), LIMIT, || {
+            Ok((received()? >= goal).then_some(()))
+        })
+    }
+
+    /// Has it end.
+    ///
+    /// # Errors
+    /// It does not end.
+    pub fn finish(mut self) -> Result<Delivered> {
+        let end = self.0.finish()?;
+        Ok(Delivered {
+            turns: number(&end["turns"])?,
+            received: number(&end["received"])?,
+            gap: Duration::from_millis(number(&end["gap_ms"])?),
+        })
     }
 }
 

@@ -291,7 +291,7 @@ fn a_killed_agent_leaks_no_overlay_packet() -> Result<()> {
             echoes.go_on(1)?;
         }
         only_the_tunnel(&world.ann.host)?;
-        traffic.into_iter().try_for_each(|(transfer, _)| transfer.finish())?;
+        traffic.into_iter().try_for_each(|(transfer, _)| transfer.finish().map(drop))?;
 
         // It is the routes that stay which prevent it.
         world.ann.process.kill()?;

@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: the tunnel against others on this machine, with the comparison script that lies beside the
-//! repository, and the table of it in `docs/performance.md`.
+//! repository, and the table of it in `docs/performance.md`. `cargo xtask bench paths`: how soon machines in different
+//! places meet.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -8,7 +9,9 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 
+use crate::setup;
 use crate::shell::{attached, cargo, root, say};
+use crate::test::in_namespaces;
 
 /// Where the script is, unless `PEERS_SH` says otherwise.
 const SCRIPT: &str = "../shared/bench/peers.sh";
@@ -38,7 +41,7 @@ pub(crate) fn run(repeats: u32) -> Result<bool> {
     if !attached(cargo().args(["build", "--locked", "--release", "-p", "warren-bench"]))? {
         return Ok(false);
     }
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    let target = target();
     let node = target.join("release/warren-bench-node");
     let candidate = format!(
         "exec {} --role {{role}} --tun {{if}} --addr {{ip}} --peer-addr {{pip}} --listen {{lip}}:{{port}} --mtu {{mtu}} --state {{dir}}",
@@ -55,6 +58,20 @@ pub(crate) fn run(repeats: u32) -> Result<bool> {
     write_page(&table(&Values::parse(&values), repeats))?;
     say(&format!("{PAGE} has the table"));
     Ok(true)
+}
+
+/// Prints a table of times to the first byte and to a direct path.
+pub(crate) fn paths() -> Result<bool> {
+    setup::for_demo()?;
+    let mut build = cargo();
+    if !attached(build.args(["build", "--locked", "--workspace", "--bins"]))? {
+        return Ok(false);
+    }
+    attached(&mut in_namespaces(Command::new(target().join("debug/path-bench"))))
+}
+
+fn target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from)
 }
 
 /// Per peer and metric, the value of each repeat.

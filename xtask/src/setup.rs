@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use crate::shell::{cargo, find, is_root, logged, say};
 
 /// Programs and the Debian packages that hold them.
-const PROGRAMS: [(&str, &str); 14] = [
+const PROGRAMS: [(&str, &str); 16] = [
     ("cc", "gcc"),
     ("ip", "iproute2"),
     ("nft", "nftables"),
@@ -22,6 +22,8 @@ const PROGRAMS: [(&str, &str); 14] = [
     ("git", "git"),
     ("ssh-keygen", "openssh-client"),
     ("valgrind", "valgrind"),
+    ("miniupnpd", "miniupnpd-nftables"),
+    ("turnserver", "coturn"),
 ];
 
 /// Cargo subcommands, at the versions that this repository is known to work with.

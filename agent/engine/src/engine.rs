@@ -9,7 +9,7 @@
 //! Without a netmap, and when its lease is over, nothing passes: no packet, no handshake, no probe.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use rand_chacha::ChaCha20Rng;
@@ -260,6 +260,11 @@ impl Engine {
     /// Asks STUN anew, though nothing seems to have changed; [`Engine::net_status`] with the answers then.
     pub fn refresh_net(&mut self, now: Now) {
         self.start_stun(now);
+    }
+
+    /// The NAT in front of us forwards this address of its own to us, or none any more. A network change takes it back.
+    pub fn handle_port_mapping(&mut self, now: Now, external: Option<SocketAddr>) {
+        self.paths.set_mapped(now.boot, external);
     }
 
     /// A relay connection came up, or went down.

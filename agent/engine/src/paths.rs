@@ -38,6 +38,7 @@ mod score;
 mod shared;
 
 use active::Active;
+pub(crate) use active::Obstacle;
 pub use hints::{MAX_HINT_ENDPOINTS, MAX_HINTS, PathHint};
 use shared::Shared;
 pub(crate) use shared::is_endpoint;
@@ -269,6 +270,7 @@ impl Paths {
         }
         self.shared.local = local;
         self.shared.reflexive.clear();
+        self.shared.mapped = None;
         self.shared.observed.clear();
         self.shared.rebuild_own();
         for idx in self.active_peers() {
@@ -284,6 +286,13 @@ impl Paths {
             let former = std::mem::replace(&mut self.shared.reflexive, mapped);
             let moved = self.shared.reflexive.iter().any(|a| !former.iter().any(|f| f.ip() == a.ip()));
             self.own_changed(now, moved);
+        }
+    }
+
+    /// Takes the address that our NAT forwards to us.
+    pub(crate) fn set_mapped(&mut self, now: Instant, mapped: Option<SocketAddr>) {
+        if std::mem::replace(&mut self.shared.mapped, mapped) != mapped {
+            self.own_changed(now, mapped.is_some());
         }
     }
 
@@ -482,6 +491,12 @@ impl Paths {
         entry
             .and_then(|e| Some(e.active.as_ref()?.path(e.home_relay, &self.shared)))
             .unwrap_or((Path::None, None))
+    }
+
+    /// Why the path to a peer is not direct; `None` if it is, or there is no such peer.
+    pub(crate) fn obstacle(&self, idx: PeerIdx) -> Option<Obstacle> {
+        let entry = self.peers.get(idx as usize)?.as_ref()?;
+        entry.active.as_ref().map_or(Some(Obstacle::Idle), |active| active.obstacle(&self.shared))
     }
 
     pub(crate) fn probe_key(&self, idx: PeerIdx) -> Option<ProbePublicKey> {

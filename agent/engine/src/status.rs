@@ -125,6 +125,9 @@ pub struct PeerStatus {
     pub online: bool,
     /// How packets reach it.
     pub path: PathStatus,
+    /// Why they do not reach it directly, for people; absent if they do.
+    #[serde(default)]
+    pub why_not_direct: Option<String>,
     /// Plaintext bytes received from it.
     pub rx_bytes: u64,
     /// Plaintext bytes sent to it.

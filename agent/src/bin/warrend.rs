@@ -37,6 +37,9 @@ struct Args {
     /// udp-receive, all.
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     without_offload: Vec<String>,
+    /// Don't ask the router to forward a port (PCP, NAT-PMP, UPnP).
+    #[arg(long)]
+    no_port_mapping: bool,
 }
 
 fn main() -> ExitCode {
@@ -80,6 +83,7 @@ fn start(args: Args) -> Result<(), Problem> {
         listen_port: args.listen_port,
         operator,
         offloads,
+        port_mapping: !args.no_port_mapping,
     }))
 }
 

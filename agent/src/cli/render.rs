@@ -60,6 +60,12 @@ pub(super) fn status(answer: &Value) -> Result<String, Problem> {
             ]);
         }
         let _ = writeln!(out, "\n{table}");
+        for peer in status.peers.iter().filter(|p| p.path.kind == "relay") {
+            if let Some(why) = &peer.why_not_direct {
+                let name = peer.name.clone().unwrap_or_else(|| peer.id.to_string());
+                let _ = writeln!(out, " {name} is not direct: {why}");
+            }
+        }
     }
     health(&status, &mut out);
     Ok(out)
@@ -77,13 +83,17 @@ pub(super) fn netcheck(answer: &Value) -> Result<String, Problem> {
     let or_unknown = |text: Option<String>| text.unwrap_or_else(|| "unknown".into());
     let mut out = String::new();
     let _ = writeln!(out, "UDP:     {}", if check.udp { "yes" } else { "no answer" });
-    let _ = writeln!(out, "IPv4:    {}", or_unknown(check.ipv4.map(|a| a.to_string())));
-    let _ = writeln!(out, "IPv6:    {}", or_unknown(check.ipv6.map(|a| a.to_string())));
+    let _ =
+        writeln!(out, "IPv4:    {}", check.ipv4.map_or_else(|| "no answer".to_owned(), |a| a.to_string()));
+    let _ =
+        writeln!(out, "IPv6:    {}", check.ipv6.map_or_else(|| "no answer".to_owned(), |a| a.to_string()));
     let nat = &check.nat;
     let hairpin = nat.hairpin.map(|yes| if yes { "yes" } else { "no" }.to_owned());
     for (what, found) in [("mapping", &nat.mapping), ("filtering", &nat.filtering), ("hairpin", &hairpin)] {
         let _ = writeln!(out, "NAT:     {what} {}", or_unknown(found.clone()));
     }
+    let mapped = if check.port_mapping.is_empty() { "none".to_owned() } else { check.port_mapping.join(" ") };
+    let _ = writeln!(out, "mapping: {mapped}");
     for relay in &check.relays {
         let rtt = relay.rtt_ms.map_or_else(|| "no answer".to_owned(), |ms| format!("{ms:.1} ms"));
         let _ = writeln!(out, "relay:   {} {rtt}", relay.name);

@@ -94,7 +94,8 @@ fn in_turn(found: impl Iterator<Item = SocketAddr>) -> Vec<SocketAddr> {
     }
 }
 
-async fn connect_marked(address: SocketAddr, mark: u32) -> io::Result<TcpStream> {
+/// A TCP connection with `mark` on its socket (0 for none).
+pub(crate) async fn connect_marked(address: SocketAddr, mark: u32) -> io::Result<TcpStream> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_nonblocking(true)?;
     if mark != 0 {

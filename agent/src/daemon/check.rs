@@ -10,6 +10,7 @@ use super::verbs::{done, not_up};
 use crate::api::{Nat, Netcheck, RelayRtt, Reply};
 use crate::netcheck;
 use crate::os::MARK;
+use crate::portmap::{self, Protocol};
 use crate::problem::Problem;
 
 /// Checks under way at a time: each holds two sockets for a few seconds.
@@ -22,6 +23,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// The NAT is known; the engine may still be asking.
 pub(super) struct Checked {
     nat: Nat,
+    port_mapping: Vec<Protocol>,
     since: Instant,
     reply: oneshot::Sender<Reply>,
 }
@@ -39,8 +41,16 @@ impl Daemon {
                 let relays = engine.netmap().into_iter().flat_map(|m| m.relays.values());
                 let servers: Vec<_> = relays.flat_map(|relay| relay.stun.iter().copied()).collect();
                 let (own, since) = (self.surroundings.addrs().to_vec(), now.boot);
+                let gateway = self.surroundings.gateway();
                 self.checks.spawn(async move {
-                    Checked { nat: netcheck::nat(&servers, &own, MARK).await, since, reply }
+                    let ask_gateway = async {
+                        match gateway {
+                            Some(gateway) => portmap::probe(gateway, MARK).await,
+                            None => Vec::new(),
+                        }
+                    };
+                    let (nat, port_mapping) = tokio::join!(netcheck::nat(&servers, &own, MARK), ask_gateway);
+                    Checked { nat, port_mapping, since, reply }
                 });
                 return;
             }
@@ -73,7 +83,7 @@ impl Daemon {
             ipv4: net.ipv4,
             ipv6: net.ipv6,
             nat,
-            port_mapping: Vec::new(),
+            port_mapping: checked.port_mapping.into_iter().map(|p| p.word().to_owned()).collect(),
             relays,
         }));
     }

@@ -13,10 +13,12 @@ use warren_engine::engine::{Config, Engine};
 use warren_engine::netmap::{Identity as EngineIdentity, PendingUpdate, RestoreError, UpdateRefused};
 
 use super::keep::Keep;
+use super::mapping::Mapping;
 use super::relays::Relays;
 use super::verdicts::Verdicts;
 use super::why::Whys;
 use super::{CONTROL_QUEUE, Daemon, Enrolment, RETRY, SAVE_INTERVAL, Saving, Then, Up, bound, seed};
+use crate::captive;
 use crate::clock;
 use crate::control::{ControlClient, ControlConfig, ControlEvent};
 use crate::os::tun::Tun;
@@ -79,9 +81,11 @@ impl Daemon {
             control,
             events,
             relays: Relays::default(),
+            mapping: Mapping::default(),
             keep,
             reconnect_at: None,
             away: None,
+            portal: captive::Watch::default(),
             welcomed: false,
             skew_us: 0,
             engine: None,
@@ -138,6 +142,8 @@ impl Daemon {
         }
         up.relays.connected().for_each(|id| engine.handle_relay_state(now, id, true));
         up.engine = Some(engine);
+        up.tell_mapping(now);
+        self.follow_gateway();
         Ok(())
     }
 
@@ -184,6 +190,7 @@ impl Daemon {
                 tracing::info!(code = %problem.code, "no control session: {}", problem.text);
                 up.welcomed = false;
                 up.away = Some(problem.clone());
+                up.portal.look(&up.config.url, MARK);
                 if let Some(engine) = &mut up.engine {
                     engine.handle_control_state(now, false);
                 }
@@ -365,6 +372,7 @@ impl Daemon {
         let Some(up) = &mut self.up else { return Ok(()) };
         up.save_problem = None;
         up.away = None;
+        up.portal.clear();
         up.welcomed = true;
         up.control
             .send(ClientBody::ConfirmGeneration(ConfirmGeneration { generation: membership.generation }));
@@ -454,9 +462,13 @@ impl Daemon {
                 "run `warren up` again when it is down",
             ));
             drop(up.tun.take());
-            if up.welcomed {
-                up.control.close().await;
-            }
+            let (welcomed, mapping) = (up.welcomed, std::mem::take(&mut up.mapping));
+            let goodbye = async {
+                if welcomed {
+                    up.control.close().await;
+                }
+            };
+            tokio::join!(mapping.close(), goodbye);
         }
         self.host.restore(&self.state).await
     }

@@ -14,6 +14,8 @@ use crate::problem::{HealthItem, Severity};
 const MAX_SKEW_US: u64 = 5 * 60 * 1_000_000;
 /// A lease with less than this left is told of: the coordinator renews long before.
 const LEASE_WARNING: Duration = Duration::from_secs(3_600);
+/// A nearest relay farther away than this is told of, in milliseconds: calls over it are no pleasure any more.
+const FAR_MS: f64 = 250.0;
 /// Time that relays and UDP get after coming up before their absence is told of.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -95,18 +97,31 @@ impl Daemon {
         out
     }
 
-    /// Status, host and settings, without keys, auth keys or the addresses of others.
-    pub(super) fn bugreport(&self, now: Now) -> Value {
+    /// Status, host and settings, without keys and auth keys; without names and addresses unless `names`.
+    pub(super) fn bugreport(&self, now: Now, names: bool) -> Value {
         let mut status = self.status(now);
-        for peer in &mut status.peers {
-            peer.path.endpoint = None;
-            peer.name = None;
-            peer.user = None;
+        if !names {
+            redact(&mut status);
         }
-        if let Some(counters) = status.counters.as_object_mut() {
-            counters.remove("disagreements");
-        }
+        let mapping = self.up.as_ref().map(|up| up.mapping.state()).unwrap_or_default();
+        let engine = self.up.as_ref().and_then(|up| up.engine.as_ref());
+        let net = engine.map(|engine| engine.status(now).net);
         json!({
+            "network": net.map(|net| json!({
+                "udp": net.udp,
+                "ipv4": net.ipv4.is_some(),
+                "ipv6": net.ipv6.is_some(),
+                "nat_mapping": net.mapping.map(crate::netcheck::word),
+                "port_mapping": mapping.mapping.map(|(_, protocol)| protocol.word()),
+                "gateway": self.surroundings.gateway().is_some(),
+                "relays": net.relays.iter().map(|relay| json!({
+                    "name": names.then(|| relay.name.clone()),
+                    "id": relay.id,
+                    "connected": relay.connected,
+                    "home": relay.home,
+                    "rtt_ms": relay.rtt_ms,
+                })).collect::<Vec<_>>(),
+            })),
             "version": env!("CARGO_PKG_VERSION"),
             "os": std::env::consts::OS,
             "kernel": rustix::system::uname().release().to_string_lossy(),
@@ -115,6 +130,41 @@ impl Daemon {
             "mtu": self.up.as_ref().map(|up| up.mtu),
             "status": status,
         })
+    }
+}
+
+/// Takes out what says who somebody is, or where.
+fn redact(status: &mut Status) {
+    const HIDDEN: &str = "(hidden)";
+    for peer in &mut status.peers {
+        peer.path.endpoint = None;
+        peer.path.relay = peer.path.relay.take().map(|_| HIDDEN.to_owned());
+        peer.name = None;
+        peer.user = peer.user.take().map(|_| HIDDEN.to_owned());
+        peer.tags.iter_mut().for_each(|tag| HIDDEN.clone_into(tag));
+        peer.ips.clear();
+    }
+    if let Some(device) = &mut status.device {
+        HIDDEN.clone_into(&mut device.name);
+        device.user = device.user.take().map(|_| HIDDEN.to_owned());
+        device.tags.iter_mut().for_each(|tag| HIDDEN.clone_into(tag));
+        device.ips.clear();
+    }
+    if let Some(network) = &mut status.network {
+        HIDDEN.clone_into(&mut network.name);
+    }
+    // Texts of health items may hold the URL; the code says what is wrong.
+    let url = status.coordinator.as_mut().map(|c| std::mem::replace(&mut c.url, HIDDEN.to_owned()));
+    for item in &mut status.health {
+        if let Some(url) = url.as_ref().filter(|url| !url.is_empty()) {
+            item.text = item.text.replace(url.as_str(), HIDDEN);
+            item.fix = item.fix.replace(url.as_str(), HIDDEN);
+        }
+    }
+    if let Some(counters) = status.counters.as_object_mut() {
+        // They name rules, and so people and machines.
+        counters.remove("disagreements");
+        counters.remove("staged");
     }
 }
 
@@ -141,12 +191,29 @@ impl Up {
         if let Some(problem) = self.away.as_ref().filter(|_| !self.welcomed) {
             add(&problem.code, Severity::Warning, problem.text.clone(), &problem.fix);
         }
+        if self.portal.found() && !self.welcomed {
+            add(
+                "captive-portal",
+                Severity::Warning,
+                "this network wants a sign-in before it lets anything out (a captive portal)".into(),
+                "open any http:// page in a browser on this network and sign in there; the agent goes on by itself",
+            );
+        }
         if self.no_ipv6 {
             add(
                 "no-ipv6",
                 Severity::Info,
                 "this host has no IPv6, so overlay addresses of IPv6 don't work on it".into(),
                 "switch IPv6 on (sysctl net.ipv6.conf.all.disable_ipv6=0) if they are needed",
+            );
+        }
+        if self.mapping.state().lost {
+            add(
+                "port-mapping-lost",
+                Severity::Warning,
+                "the router forwarded a port to this device and does so no more: some peers may be reached through relays only"
+                    .into(),
+                "nothing, if the router was just restarted (it is asked again); else switch UPnP, NAT-PMP or PCP on in its settings",
             );
         }
         let Some(status) = engine else { return };
@@ -181,12 +248,23 @@ impl Up {
                 "check that the relay runs and that its port is open for TCP and UDP",
             );
         }
+        let nearest = relays.iter().filter_map(|r| r.rtt_ms).reduce(f64::min);
+        if let Some(ms) = nearest.filter(|ms| *ms > FAR_MS) {
+            add(
+                "relay-far",
+                Severity::Warning,
+                format!(
+                    "the nearest relay is {ms:.0} ms away: peers without a direct path are slow to reach"
+                ),
+                "have the administrator set up a relay nearby (`warren-coordinator relay create NAME`); behind a slow or full link nothing else helps",
+            );
+        }
         if !status.net.udp {
             add(
                 "udp-blocked",
                 Severity::Warning,
                 "no answer comes back by UDP: traffic goes through relays only".into(),
-                "open outgoing UDP in the firewall for better speed",
+                "have outgoing UDP let out by the firewall, at best to any port, and replies let in",
             );
         }
     }

@@ -115,7 +115,7 @@ impl Daemon {
             Verb::Status => Ok(done(&self.status(now))),
             Verb::Whois { ip } => self.verb_whois(now, ip),
             Verb::Version => Ok(done(&json!({ "version": env!("CARGO_PKG_VERSION") }))),
-            Verb::Bugreport => Ok(done(&self.bugreport(now))),
+            Verb::Bugreport { names } => Ok(done(&self.bugreport(now, names))),
         };
         let _ = reply.send(answer.unwrap_or_else(Reply::Problem));
     }

@@ -183,6 +183,26 @@ impl Netlink {
         Ok(out)
     }
 
+    /// The next hop of the best IPv4 default route of the main table.
+    pub(super) async fn gateway(&self) -> Result<Option<Ipv4Addr>, Problem> {
+        let routes = self.routes(false).await?;
+        let defaults = routes.iter().filter(|route| {
+            route.header.destination_prefix_length == 0 && table_of(route) == u32::from(libc::RT_TABLE_MAIN)
+        });
+        let found = defaults.filter_map(|route| {
+            let metric = route.attributes.iter().find_map(|a| match a {
+                RouteAttribute::Priority(metric) => Some(*metric),
+                _ => None,
+            });
+            let gateway = route.attributes.iter().find_map(|a| match a {
+                RouteAttribute::Gateway(RouteAddress::Inet(ip)) => Some(*ip),
+                _ => None,
+            });
+            Some((metric.unwrap_or(0), gateway?))
+        });
+        Ok(found.min().map(|(_, gateway)| gateway))
+    }
+
     /// Blocks the pools in `table`: what no better route takes is unreachable. Without IPv6 there is nothing to block.
     pub(super) async fn block_pools(&self, table: u32, pools: &[IpNet]) -> Result<(), Problem> {
         for pool in pools {

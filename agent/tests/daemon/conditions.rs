@@ -104,6 +104,38 @@ fn a_coordinator_that_is_away_is_told_and_nothing_else_changes() {
     });
 }
 
+/// Sends everybody who asks for a page elsewhere.
+async fn portal(listener: TcpListener) {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    while let Ok((mut stream, _)) = listener.accept().await {
+        let _ = stream.read(&mut [0; 2_048]).await;
+        let answer = "HTTP/1.1 302 Found\r\nLocation: http://portal.hotel/\r\nContent-Length: 0\r\n\r\n";
+        let _ = stream.write_all(answer.as_bytes()).await;
+    }
+}
+
+#[test]
+fn a_captive_portal_is_told_and_over_with_the_sign_in() {
+    in_world(async |mut world| {
+        world.join().await;
+        let address = world.url.trim_start_matches("http://").to_owned();
+        world._server.shutdown().await;
+        let mut server = tokio::task::JoinSet::new();
+        server.spawn(portal(TcpListener::bind(&address).await.unwrap()));
+        told(&world, "captive-portal").await;
+        server.shutdown().await;
+        world._server = world.fake.serve(TcpListener::bind(&address).await.unwrap());
+        loop {
+            let status = world.status().await;
+            if status["coordinator"]["connected"] == true {
+                assert_eq!(status["health"], serde_json::json!([]));
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+}
+
 /// Answers STUN requests: where they came from.
 async fn stun(socket: tokio::net::UdpSocket) {
     let mut buffer = [0; 100];

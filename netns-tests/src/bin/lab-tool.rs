@@ -8,6 +8,8 @@
 //! lab-tool udp-echo ADDR:PORT                       echoes every datagram
 //! lab-tool udp-ping ADDR:PORT [--count N] [--until FILE] [--every MS] [--answer MS] [--from ADDR:PORT]
 //!                                                   sends one datagram after the other, tells which came back
+//! lab-tool udp-stream ADDR:PORT [--count N] [--until FILE] [--every MS] [--answer MS]
+//!                                                   sends at a steady pace, whatever comes back; tells the longest gap between echoes
 //! lab-tool hold                                     makes a lab with one busy host and waits for ever
 //! lab-tool sweep                                    removes labs whose owner is dead, kept ones too
 //! ```
@@ -40,6 +42,7 @@ fn main() -> ExitCode {
         "tcp-stream" => tcp_stream(&options),
         "udp-echo" => udp_echo(options.address()?),
         "udp-ping" => udp_ping(&options),
+        "udp-stream" => udp_stream(&options),
         "hold" => hold(),
         "sweep" => {
             emit(&json!({"event": "swept", "labs": sweep(true)}));
@@ -62,7 +65,11 @@ struct Usage(String);
 
 impl std::fmt::Display for Usage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}; the verbs are tcp-serve, tcp-stream, udp-echo, udp-ping, hold, sweep", self.0)
+        write!(
+            f,
+            "{}; the verbs are tcp-serve, tcp-stream, udp-echo, udp-ping, udp-stream, hold, sweep",
+            self.0
+        )
     }
 }
 
@@ -203,7 +210,7 @@ fn tcp_stream(options: &Options) -> Result<bool> {
         outcome
     });
     emit(&json!({"event": "end", "how": outcome.how, "bytes": outcome.bytes, "sent": sent.into_inner(),
-        "last_byte_ms": outcome.last_byte_ms, "mono_ms": monotonic_ms()}));
+        "gap_ms": outcome.gap_ms, "last_byte_ms": outcome.last_byte_ms, "mono_ms": monotonic_ms()}));
     Ok(outcome.how == "complete")
 }
 
@@ -242,12 +249,15 @@ struct Outcome {
     how: &'static str,
     bytes: u64,
     last_byte_ms: u64,
+    /// Longest time without a byte.
+    gap_ms: u64,
 }
 
 fn check_echo(mut stream: &TcpStream, total: &AtomicU64) -> Outcome {
     let mut buffer = vec![0; CHUNK];
     let mut bytes = 0_u64;
     let mut last_byte_ms = monotonic_ms();
+    let mut gap_ms = 0;
     let mut since_progress = Stopwatch::start();
     let how = loop {
         match stream.read(&mut buffer) {
@@ -259,7 +269,9 @@ fn check_echo(mut stream: &TcpStream, total: &AtomicU64) -> Outcome {
                     break "corrupt";
                 }
                 bytes += n as u64;
-                last_byte_ms = monotonic_ms();
+                let now = monotonic_ms();
+                gap_ms = gap_ms.max(now - last_byte_ms);
+                last_byte_ms = now;
                 if since_progress.elapsed() >= PROGRESS {
                     since_progress = Stopwatch::start();
                     emit(&json!({"event": "echoed", "bytes": bytes, "last_byte_ms": last_byte_ms}));
@@ -270,7 +282,7 @@ fn check_echo(mut stream: &TcpStream, total: &AtomicU64) -> Outcome {
             Err(error) => break how_it_ended(&error),
         }
     };
-    Outcome { how, bytes, last_byte_ms }
+    Outcome { how, bytes, last_byte_ms, gap_ms }
 }
 
 /// The byte at an offset of every stream: any shift, loss or repetition shows.
@@ -328,6 +340,54 @@ fn udp_ping(options: &Options) -> Result<bool> {
     }
     emit(&json!({"event": "end", "sent": sent, "received": received}));
     Ok(received == sent)
+}
+
+/// Sends numbered datagrams at a steady pace, and listens meanwhile.
+fn udp_stream(options: &Options) -> Result<bool> {
+    let to = options.address()?;
+    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0)).with_context(|| format!("binding {any}"))?;
+    // What comes late counts until this long after the last datagram.
+    socket.set_read_timeout(Some(options.answer))?;
+    let most = options.count.unwrap_or(u64::MAX);
+    let every = options.every.max(Duration::from_millis(1));
+    std::thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            let watch = Stopwatch::start();
+            let (mut turn, mut sent) = (0_u32, 0_u64);
+            while u64::from(turn) < most && !options.is_to_end() {
+                std::thread::sleep((every * turn).saturating_sub(watch.elapsed()));
+                // Without a route there is nothing to send it by: lost like any other.
+                sent += u64::from(socket.send_to(&u64::from(turn).to_be_bytes(), to).is_ok());
+                turn += 1;
+            }
+            (u64::from(turn), sent)
+        });
+        let mut buffer = [0; 16];
+        let (mut received, mut gap_ms, mut last_ms) = (0_u64, 0, monotonic_ms());
+        let mut since_progress = Stopwatch::start();
+        loop {
+            match socket.recv_from(&mut buffer) {
+                Ok((8, from)) if from == to => {
+                    let now = monotonic_ms();
+                    (gap_ms, last_ms, received) = (gap_ms.max(now - last_ms), now, received + 1);
+                    if received == 1 || since_progress.elapsed() >= PROGRESS {
+                        since_progress = Stopwatch::start();
+                        emit(&json!({"event": "echoed", "received": received, "gap_ms": gap_ms}));
+                    }
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock && sender.is_finished() => break,
+                // A timeout, or an ICMP error about an earlier one.
+                Ok(_) | Err(_) => {}
+            }
+            if sender.is_finished() && monotonic_ms() - last_ms >= options.answer.as_millis() as u64 {
+                break;
+            }
+        }
+        let (turns, sent) = sender.join().map_err(|_| anyhow::anyhow!("the sender panicked"))?;
+        emit(&json!({"event": "end", "turns": turns, "sent": sent, "received": received, "gap_ms": gap_ms}));
+        Ok(received == turns)
+    })
 }
 
 fn await_echo(socket: &UdpSocket, seq: u64) -> std::io::Result<()> {

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context as _, Result};
 
-use super::{GATEWAY, Process, Segment, Shared, netns};
+use super::{GATEWAY, Link, Process, Segment, Shared, netns};
 
 /// One machine: a namespace, its interfaces and its programs.
 #[derive(Debug)]
@@ -101,6 +101,14 @@ impl Host {
     /// # Errors
     /// When the name is taken or a command fails.
     pub fn attach(&self, segment: &Segment, name: &str) -> Result<Interface> {
+        self.attach_over(segment, name, None)
+    }
+
+    /// The same over a cable with delay, jitter or loss.
+    ///
+    /// # Errors
+    /// When the name is taken or a command fails.
+    pub fn attach_over(&self, segment: &Segment, name: &str, link: Option<Link>) -> Result<Interface> {
         let number = segment.next_host();
         let interface = Interface {
             name: name.to_owned(),
@@ -111,14 +119,14 @@ impl Host {
         };
         let inner = &segment.inner;
         let (port, bridge) = (&interface.port, &inner.bridge);
-        netns::batch(
-            &inner.netns,
-            &format!(
-                "link add {port} type veth peer name {name} netns {}\n\
-                 link set {port} master {bridge} up\n",
-                self.netns
-            ),
-        )?;
+        match link {
+            None => netns::batch(
+                &inner.netns,
+                &format!("link add {port} type veth peer name {name} netns {}\n", self.netns),
+            )?,
+            Some(link) => link.lay([(&inner.netns, port), (&self.netns, name)])?,
+        }
+        netns::batch(&inner.netns, &format!("link set {port} master {bridge} up\n"))?;
         let mut lines =
             format!("addr add {}/{} broadcast + dev {name}\n", interface.v4, inner.v4.prefix_len());
         if let (Some(address), Some(net)) = (interface.v6, inner.v6) {

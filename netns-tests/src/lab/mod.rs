@@ -16,6 +16,7 @@
 //! Where these are missing [`test()`] says so on one line that `cargo xtask test` counts.
 
 mod host;
+mod link;
 mod nat;
 mod netns;
 mod process;
@@ -31,6 +32,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use ipnet::{Ipv4Net, Ipv6Net};
 
 pub use host::{Host, Interface};
+pub use link::Link;
 pub use nat::{Egress, NatKind, Refusal, Router, RouterSpec};
 pub use netns::{list, sweep};
 pub use process::Process;
@@ -87,6 +89,14 @@ impl Lab {
     /// # Errors
     /// When the machine cannot hold a lab (not root, a tool or a kernel feature is missing).
     pub fn new(title: &str) -> Result<Self> {
+        Self::with_internet(title, INTERNET_V4)
+    }
+
+    /// The same with another IPv4 subnet for the internet: some programs refuse documentation addresses.
+    ///
+    /// # Errors
+    /// As [`Lab::new`].
+    pub fn with_internet(title: &str, subnet: Ipv4Net) -> Result<Self> {
         if let Some(why) = missing() {
             bail!("cannot make a lab: {why}");
         }
@@ -98,7 +108,7 @@ impl Lab {
             .with_context(|| format!("creating {}", name.dir().display()))?;
         let shared = Arc::new(Shared { name, title: title.to_owned(), state: Mutex::default() });
         let netns = shared.new_netns("internet")?;
-        let internet = Segment::new(&shared, netns, "br0", INTERNET_V4, Some(INTERNET_V6))?;
+        let internet = Segment::new(&shared, netns, "br0", subnet, Some(INTERNET_V6))?;
         // IPv6 is routed, so that a router can have a public prefix behind it; IPv4 is one flat subnet.
         netns::sysctl(&internet.inner.netns, &["net.ipv6.conf.all.forwarding=1"])?;
         Ok(Self { shared, internet })
@@ -182,11 +192,24 @@ pub fn test_with(
     programs: &[(&str, &str)],
     body: impl FnOnce(&Lab) -> Result<()>,
 ) -> Result<()> {
+    test_in(title, INTERNET_V4, programs, body)
+}
+
+/// The same in a lab whose internet has this subnet, see [`Lab::with_internet`].
+///
+/// # Errors
+/// What making the lab or the body returned.
+pub fn test_in(
+    title: &str,
+    internet: Ipv4Net,
+    programs: &[(&str, &str)],
+    body: impl FnOnce(&Lab) -> Result<()>,
+) -> Result<()> {
     if let Some(why) = missing().or_else(|| missing_program(programs)) {
         say(&format!("skipped: {why}"));
         return Ok(());
     }
-    let lab = Lab::new(title)?;
+    let lab = Lab::with_internet(title, internet)?;
     let result = body(&lab);
     if result.is_err() {
         lab.shared.show_logs();
@@ -321,6 +344,16 @@ impl Segment {
         Ok(host)
     }
 
+    /// A host on a cable with delay, jitter or loss.
+    ///
+    /// # Errors
+    /// When the name is taken or a command fails.
+    pub fn host_over(&self, name: &str, link: Link) -> Result<Host> {
+        let host = Host::new(&self.inner.shared, name)?;
+        host.attach_over(self, "eth0", Some(link))?;
+        Ok(host)
+    }
+
     /// A host without any IPv4 address.
     ///
     /// # Errors
@@ -351,6 +384,11 @@ impl Segment {
     /// Never for a segment that was made.
     pub fn gateway(&self) -> Result<Ipv4Addr> {
         self.v4_of(GATEWAY)
+    }
+
+    /// The gateway's IPv6 address, where the segment has IPv6.
+    pub fn gateway_v6(&self) -> Option<Ipv6Addr> {
+        self.v6_of(GATEWAY)
     }
 
     fn v4_of(&self, host: u32) -> Result<Ipv4Addr> {

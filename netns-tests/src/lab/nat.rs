@@ -20,13 +20,25 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use ipnet::{Ipv4Net, Ipv6Net};
 
-use super::{Host, Segment, netns};
+use super::{Host, Link, Segment, netns};
 
 /// How long a mapping of idle UDP lives unless a test says otherwise: RFC 4787's recommendation.
 const DEFAULT_UDP_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Most mappings that a router remembers; a lab has a handful of hosts.
 const MAX_MAPPINGS: u32 = 4_096;
+
+/// Before the router's own chains: what is mapped on request comes first. What it lets in passes the firewall as
+/// translated traffic.
+const PORT_MAPPING: &str = "table inet upnp {
+ chain forward { }
+ chain prerouting { }
+ chain postrouting { }
+ chain on_forward { type filter hook forward priority -5; jump forward; }
+ chain on_prerouting { type nat hook prerouting priority dstnat - 1; jump prerouting; }
+ chain on_postrouting { type nat hook postrouting priority srcnat - 1; jump postrouting; }
+}
+";
 
 /// The behaviour of a router's NAT: mapping, then filtering.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -73,6 +85,8 @@ pub struct RouterSpec {
     lan: Option<Ipv4Net>,
     ipv6: bool,
     hairpin: bool,
+    port_mapping: bool,
+    link: Option<Link>,
     udp_timeout: Duration,
     egress: Egress,
 }
@@ -86,6 +100,8 @@ impl RouterSpec {
             lan: None,
             ipv6: false,
             hairpin: false,
+            port_mapping: false,
+            link: None,
             udp_timeout: DEFAULT_UDP_TIMEOUT,
             egress: Egress::Open,
         }
@@ -114,6 +130,20 @@ impl RouterSpec {
         self
     }
 
+    /// Has empty chains in a table `inet upnp`, for a miniupnpd to fill: `forward`, `prerouting`, `postrouting`.
+    #[must_use]
+    pub fn port_mapping(mut self) -> Self {
+        self.port_mapping = true;
+        self
+    }
+
+    /// Its outside is a cable with delay, jitter or loss. Fixed once the router is made.
+    #[must_use]
+    pub fn link(mut self, link: Link) -> Self {
+        self.link = Some(link);
+        self
+    }
+
     /// How long an idle UDP mapping lives. Whole seconds, at least 1.
     #[must_use]
     pub fn udp_timeout(mut self, timeout: Duration) -> Self {
@@ -133,6 +163,9 @@ impl RouterSpec {
         let mut rules = String::from("flush ruleset\n");
         self.nat_rules(wan, &mut rules);
         self.firewall_rules(&mut rules);
+        if self.port_mapping {
+            rules += PORT_MAPPING;
+        }
         rules
     }
 
@@ -231,7 +264,7 @@ impl Router {
     pub(super) fn new(outside: &Segment, name: &str, spec: RouterSpec) -> Result<Self> {
         let shared = &outside.inner.shared;
         let host = Host::new(shared, name)?;
-        let wan = host.attach(outside, "wan")?;
+        let wan = host.attach_over(outside, "wan", spec.link)?;
         let number = {
             let mut state = shared.state();
             state.lans = state.lans.checked_add(1).context("a lab has at most 255 LANs")?;

@@ -103,9 +103,12 @@ impl Known {
 
     /// Verbs of both sides, the metrics, and the coordinator's database show no secret.
     fn nothing_secret_is_shown(&self, coordinator: &Coordinator, agent: &Agent) -> Result<()> {
-        for verb in
-            [&["status", "--json"][..], &["bugreport"], &["netcheck", "--json"], &["why", "billingdb:7000"]]
-        {
+        for verb in [
+            &["status", "--json"][..],
+            &["bugreport", "--json"],
+            &["netcheck", "--json"],
+            &["why", "billingdb:7000"],
+        ] {
             let output = agent.warren(verb)?;
             ensure!(!output.stdout.is_empty(), "warren {verb:?} says nothing");
             self.nothing_secret_in(&[output.stdout, output.stderr].concat(), &format!("warren {verb:?}"))?;

@@ -13,8 +13,9 @@ use super::data::WG_REASONS;
 use crate::event::{Path, WakeReason};
 use crate::filter::Outcome;
 use crate::flow::Direction;
+use crate::paths::Obstacle;
 use crate::status::{
-    LeaseStatus, NetStatus, NetworkStatus, PathStatus, PeerStatus, Refused, RelayStatus, SelfStatus,
+    LeaseStatus, Mapping, NetStatus, NetworkStatus, PathStatus, PeerStatus, Refused, RelayStatus, SelfStatus,
     StagedRule, Status, Whois, Why,
 };
 use crate::stun::Stun;
@@ -81,9 +82,33 @@ impl Engine {
             tags: peer.tags.clone(),
             online: self.online.contains(&peer.id),
             path: self.path_status(path, rtt),
+            why_not_direct: idx.and_then(|idx| self.paths.obstacle(idx)).map(|o| self.obstacle_text(o)),
             rx_bytes: state.map_or(0, |s| s.rx_bytes),
             tx_bytes: state.map_or(0, |s| s.tx_bytes),
             last_handshake: state.and_then(|s| self.wg.peer_stats(s.handle)?.last_handshake),
+        }
+    }
+
+    fn obstacle_text(&self, obstacle: Obstacle) -> String {
+        let silent = self.stun.mapped().next().is_none();
+        let symmetric = matches!(
+            self.stun.mapping(self.paths.local()),
+            Some(Mapping::AddressDependent | Mapping::AddressAndPortDependent)
+        );
+        match obstacle {
+            Obstacle::Idle => "nothing was sent to it lately, so no path is kept".to_owned(),
+            Obstacle::NoAddresses => "it has not told its addresses yet".to_owned(),
+            Obstacle::OtherFamily => {
+                "it has no address of a family (IPv4 or IPv6) that this network has".to_owned()
+            }
+            Obstacle::Looking => "a direct path is being looked for".to_owned(),
+            Obstacle::Silence { .. } if silent => "no UDP comes back into this network".to_owned(),
+            Obstacle::Silence { addresses } if symmetric => format!(
+                "nothing comes back from its {addresses} addresses; the NAT of this network has another port for each destination (symmetric)"
+            ),
+            Obstacle::Silence { addresses } => format!(
+                "nothing comes back from its {addresses} addresses: a NAT or firewall, there or here, lets nothing in"
+            ),
         }
     }
 

@@ -19,6 +19,9 @@ use crate::event::{Event, Path, PingToken};
 use crate::io::{Destination, Source};
 
 mod time;
+mod why;
+
+pub(crate) use why::Obstacle;
 
 const MINUTE: Duration = Duration::from_secs(60);
 const SECOND: Duration = Duration::from_secs(1);

@@ -18,6 +18,8 @@ use crate::io::{Destination, LocalSocket};
 pub(super) struct Shared {
     pub(super) local: Vec<LocalSocket>,
     pub(super) reflexive: Vec<SocketAddr>,
+    /// What our NAT forwards to us.
+    pub(super) mapped: Option<SocketAddr>,
     pub(super) observed: ArrayVec<SocketAddr, MAX_OBSERVED>,
     pub(super) own: ArrayVec<Candidate, MAX_CANDIDATES>,
     pub(super) overlay: Option<(Ipv4Net, Ipv6Net)>,
@@ -37,6 +39,7 @@ impl Shared {
         Self {
             local: Vec::new(),
             reflexive: Vec::new(),
+            mapped: None,
             observed: ArrayVec::new(),
             own: ArrayVec::new(),
             overlay: None,
@@ -63,9 +66,10 @@ impl Shared {
         let stunned = |addr: &SocketAddr| self.reflexive.iter().any(|r| r.is_ipv4() == addr.is_ipv4());
         let local = self.local.iter().map(|l| (CandidateKind::Local, l.addr));
         let reflexive = self.reflexive.iter().map(|a| (CandidateKind::Reflexive, *a));
+        let mapped = self.mapped.iter().map(|a| (CandidateKind::Mapped, *a));
         let observed = self.observed.iter().filter(|a| !stunned(a)).map(|a| (CandidateKind::Observed, *a));
         // Those from outside come first: should the list overflow, they are the ones that count.
-        for (kind, addr) in reflexive.chain(observed).chain(local) {
+        for (kind, addr) in mapped.chain(reflexive).chain(observed).chain(local) {
             let known = own.iter().any(|c| c.addr == addr);
             if is_endpoint(self.overlay, addr) && !known && !own.is_full() {
                 own.push(Candidate { kind, addr });

@@ -298,3 +298,28 @@ fn our_addresses_are_bounded_and_what_peers_saw_counts_only_where_stun_is_silent
     paths.set_reflexive(START, mapped);
     assert_eq!((observed(&paths), paths.shared.own.len()), (0, MAX_CANDIDATES));
 }
+
+#[test]
+fn a_mapped_port_is_told_to_peers_until_the_network_changes() {
+    let (mut paths, keys) = pair();
+    paths.ping(START, 0, PingToken(1));
+    sent(&mut paths, &keys);
+    let mapped = |paths: &Paths| -> Vec<SocketAddr> {
+        paths.shared.own.iter().filter(|c| c.kind == CandidateKind::Mapped).map(|c| c.addr).collect()
+    };
+    let outside: SocketAddr = "198.51.100.7:41641".parse().unwrap();
+    paths.set_reflexive(START, (0..100).map(|n| SocketAddr::from(([203, 0, 113, n], 9))));
+    paths.set_mapped(START, Some(outside));
+    assert_eq!((mapped(&paths), paths.shared.own.len()), (vec![outside], MAX_CANDIDATES));
+    let later = START + Duration::from_secs(1);
+    paths.handle_timeout(later);
+    assert!(sent(&mut paths, &keys).2 > 0, "the peer hears of it");
+    // What can be no endpoint is none, whatever a gateway says.
+    for bad in ["100.64.0.9:1", "127.0.0.1:1", "224.0.0.1:1", "198.51.100.7:0", "0.0.0.0:5"] {
+        paths.set_mapped(later, Some(bad.parse().unwrap()));
+        assert_eq!(mapped(&paths), [], "{bad}");
+    }
+    paths.set_mapped(later, Some(outside));
+    paths.set_local(later, &[LocalSocket { id: 0, addr: "192.0.2.2:1000".parse().unwrap() }]);
+    assert_eq!(mapped(&paths), []);
+}
