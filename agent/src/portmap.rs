@@ -376,6 +376,13 @@ impl Epoch {
         let server = u64::from(server);
         client + 2 < server - server / 16 || server + 2 < client - client / 16
     }
+
+    /// True if the gateway's memory began after this one was seen: a restart that lies between two close looks and hides in
+    /// the tolerance of [`has_restarted`](Self::has_restarted) shows here later.
+    fn is_before_memory(self, now: Instant, value: u32) -> bool {
+        let (client, server) = (now.since(self.at).as_secs(), u64::from(value));
+        server + 2 < client - client / 16
+    }
 }
 
 /// What a turn of the task waits for.
@@ -466,8 +473,15 @@ async fn run(config: Config, state: watch::Sender<State>, stopped: oneshot::Rece
                 Ok(granted) => {
                     tracing::info!(protocol = protocol.word(), "the gateway forwards a port to us");
                     tracing::debug!(external = %granted.external, lifetime = ?granted.lifetime, "port mapping");
-                    let held =
-                        Held { config, protocol, client, epoch: None, granted, expires: Instant::ZERO };
+                    let held = Held {
+                        config,
+                        protocol,
+                        client,
+                        epoch: None,
+                        confirmed: None,
+                        granted,
+                        expires: Instant::ZERO,
+                    };
                     match held.keep(&state, &mut senses).await {
                         Kept::Stopped => return,
                         Kept::Lost(external) => former = Some(external),
@@ -496,7 +510,10 @@ struct Held {
     protocol: Protocol,
     client: Client,
     granted: Granted,
+    /// As last seen.
     epoch: Option<Epoch>,
+    /// When the mapping was last confirmed.
+    confirmed: Option<Epoch>,
     expires: Instant,
 }
 
@@ -556,6 +573,7 @@ impl Held {
         let life = self.granted.lifetime.min(self.config.timing.lifetime);
         self.expires = now + life;
         self.epoch = self.granted.epoch.map(|value| Epoch { value, at: now });
+        self.confirmed = self.epoch;
         let mapping = Some((self.granted.external, self.protocol));
         state.send_if_modified(|state| {
             let new = State { mapping, lost: false };
@@ -574,6 +592,7 @@ impl Held {
         let now = clock::now().boot;
         self.epoch = Some(Epoch { value, at: now });
         before.has_restarted(now, value)
+            || self.confirmed.is_some_and(|epoch| epoch.is_before_memory(now, value))
     }
 }
 
@@ -592,6 +611,10 @@ mod tests {
         assert!(!epoch.has_restarted(start, 5_001));
         let extreme = Epoch { value: 0, at: Instant::ZERO };
         assert!(extreme.has_restarted(start, u32::MAX));
+        // Mapped in its first second, restarted in its third, looked at in its fourth and twentieth.
+        let young = Epoch { value: 1, at: start };
+        let later = |seconds: u64, value| young.is_before_memory(start + Duration::from_secs(seconds), value);
+        assert!(!later(2, 0) && later(20, 16) && !later(20, 21) && !later(20, 19));
     }
 
     #[tokio::test]

@@ -71,9 +71,8 @@ impl Gateway {
         let mut command = router.command(MINIUPNPD.0);
         command.arg("-d").arg("-f").arg(&file);
         let mut process = router.spawn(command)?;
-        process.wait_for_line("Listening for NAT-PMP", LIMIT).or_else(|e| {
-            if self.pcp || self.natpmp { Err(e) } else { process.wait_for_line("HTTP listening", LIMIT) }
-        })?;
+        let serves = if self.pcp || self.natpmp { "Listening for NAT-PMP" } else { "HTTP listening" };
+        process.wait_for_line(serves, LIMIT)?;
         Ok(process)
     }
 
