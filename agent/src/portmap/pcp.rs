@@ -126,7 +126,7 @@ mod tests {
         assert_eq!(mapped(&refused, NONCE, 41_641), Some(Answer::Refused { code: 2 }));
         assert_eq!(mapped(&refused, [8; NONCE_LEN], 41_641), None);
         let mut v6 = good;
-        v6[50] = 0; // no IPv4-mapped address any more
+        v6[54] = 0; // no IPv4-mapped address any more
         assert_eq!(mapped(&v6, NONCE, 41_641), None);
         assert_eq!(announced(&[0, 128, 0, 1, 0, 0, 0, 9]), Some(Answer::Refused { code: 1 }));
     }
