@@ -344,3 +344,194 @@ fn older_and_differently_written_files() {
     let c = compile(&policy, &inventory(), NOW, 0).expect("compiles");
     assert!(open(&c, "phone", "db", 22) && c.run_tests().passed());
 }
+
+#[test]
+fn a_bad_condition_is_named_alone() {
+    let posture =
+        |conditions: Value| Policy::parse(&json!({"postures": {"posture:p": conditions}}).to_string());
+    let found = posture(json!(["node:os = 'linux'"])).expect_err("no such operator");
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert_eq!(posture(json!([])).expect("valid").warnings().len(), 1);
+}
+
+/// What users of other control planes find valid or not, by family.
+#[test]
+fn what_is_valid_elsewhere_is_valid_here() {
+    let acl = |src: &str, dst: &str| json!({"acls": [{"action": "accept", "src": [src], "dst": [dst]}]});
+    let proto = |proto: &str, dst: &str| json!({"acls": [{"action": "accept", "src": ["*"], "dst": [dst], "proto": proto}]});
+    let grant = |ip: &str| json!({"grants": [{"src": ["*"], "dst": ["tag:db"], "ip": [ip]}]});
+    let app = |name: &str| json!({"grants": [{"src": ["*"], "dst": ["*"], "app": {name: [{}]}}]});
+    let via =
+        |tag: &str| json!({"grants": [{"src": ["*"], "dst": ["10.0.0.0/8"], "ip": ["*"], "via": [tag]}]});
+    let ssh = |src: &str, dst: &str| json!({"ssh": [{"action": "accept", "src": [src], "dst": [dst], "users": ["root"]}]});
+    let check = |period: &str| {
+        json!({"ssh": [{"action": "check", "src": ["autogroup:member"], "dst": ["tag:db"],
+        "users": ["root"], "checkPeriod": period}]})
+    };
+    let attr = |target: &str| json!({"nodeAttrs": [{"target": [target], "attr": ["x"]}]});
+    let valid = [
+        acl("*", "*:*"),
+        acl("*", "autogroup:self:*"),
+        acl("autogroup:danger-all", "tag:db:22-22"),
+        acl("bob@", "autogroup:internet:443"),
+        acl("*", "[fd7a:115c:a1e0::]/64:22"),
+        acl("nobody@example.com", "fd7a:115c:a1e0::1:22"),
+        acl("0.0.0.0/0", "0.0.0.0/0:*"),
+        proto("ICMP", "tag:db:*"),
+        proto("132", "tag:db:1-9"),
+        proto("99", "tag:db:*"),
+        grant("22,80-90"),
+        grant("icmp:*"),
+        grant("47:*"),
+        app("example.com/cap/x"),
+        app("tailscale.com/cap/drive"),
+        via("tag:router"),
+        ssh("autogroup:member", "autogroup:self"),
+        ssh("bob@example.com", "bob@example.com"),
+        ssh("tag:db", "autogroup:tagged"),
+        check("0s"),
+        check("168h"),
+        check("always"),
+        attr("*"),
+        attr("autogroup:admin"),
+        attr("100.64.0.0/24"),
+        json!({"tagOwners": {"tag:a": ["tag:b"], "tag:b": ["tag:a"], "tag:c": []}}),
+        json!({"acls": [{"action": "accept", "src": [], "dst": ["*:*"]}]}),
+        json!({"hosts": {"a b": "10.1.2.3/8"}}),
+    ];
+    for extra in valid {
+        assert!(policy(extra.clone()).is_ok(), "{extra}: {:?}", policy(extra.clone()).err());
+    }
+    let refused = [
+        acl("autogroup:self", "*:*"),
+        acl("autogroup:internet", "*:*"),
+        acl("tag:db", "autogroup:self:*"),
+        acl("*", "autogroup:danger-all:*"),
+        acl("*", "[10.0.0.1]:22"),
+        acl("*", "tag:db:0"),
+        acl("*", "tag:db:90-80"),
+        acl("*", "tag:db:*,22"),
+        acl("*", "tag:unknown:22"),
+        acl("group:unknown", "*:*"),
+        proto("icmp", "tag:db:22"),
+        proto("*", "tag:db:*"),
+        proto("06", "tag:db:*"),
+        proto("256", "tag:db:*"),
+        grant("*:22"),
+        grant("tcp:22,udp:53"),
+        grant("0"),
+        app("https://example.com/cap/x"),
+        app("tailscale.com/cap/ingress"),
+        via("autogroup:tagged"),
+        via("tag:unknown"),
+        json!({"grants": [{"src": ["*"], "dst": ["autogroup:self"], "ip": ["*"]}]}),
+        json!({"grants": [{"src": ["*"], "dst": ["::/0"], "ip": ["*"]}]}),
+        json!({"grants": [{"src": ["*"], "dst": ["autogroup:internet"], "app": {"example.com/cap/x": []}}]}),
+        ssh("*", "tag:db"),
+        ssh("100.64.0.1", "tag:db"),
+        ssh("autogroup:member", "*"),
+        ssh("autogroup:member", "group:eng"),
+        ssh("autogroup:member", "autogroup:internet"),
+        ssh("tag:db", "autogroup:member"),
+        ssh("tag:db", "autogroup:self"),
+        ssh("autogroup:member", "bob@example.com"),
+        check("-1h"),
+        check("168h1s"),
+        check(""),
+        attr("autogroup:self"),
+        attr("autogroup:internet"),
+        attr("tag:unknown"),
+        json!({"tagOwners": {"tag:1a": []}}),
+        json!({"tagOwners": {"tag:a": ["*"]}}),
+        json!({"groups": {"group:a": ["ann"]}}),
+        json!({"groups": {"group:a": ["group:b"], "group:b": []}}),
+        json!({"hosts": {"a:b": "10.0.0.1"}}),
+        json!({"hosts": {"a": "10.0.0.1/33"}}),
+        json!({"autoApprovers": {"exitNode": ["*"]}}),
+        json!({"autoApprovers": {"routes": {"10.0.0.0/8": ["tag:unknown"]}}}),
+    ];
+    for extra in refused {
+        assert!(policy(extra.clone()).is_err(), "{extra}");
+    }
+}
+
+/// A rule through a device covers the networks it carries, as far as both speak of them, and never its own address.
+#[test]
+fn via_covers_carried_networks_alone() {
+    let to = |dst: &str| {
+        built(
+            json!({"grants": [{"src": ["bob@example.com"], "dst": [dst], "ip": ["*"], "via": ["tag:router"]}]}),
+        )
+    };
+    for (dst, inside, outside) in [
+        ("10.0.0.0/8", Some("10.0.3.4"), "10.9.0.1"),
+        ("10.0.7.0/24", Some("10.0.7.1"), "10.0.8.1"),
+        ("*", None, "10.0.0.1"),
+        ("tag:router", None, "100.64.0.5"),
+        ("tag:db", None, "100.64.0.4"),
+    ] {
+        let c = to(dst);
+        assert!(inside.is_none_or(|addr| open(&c, "desk", addr, 22)), "{dst}");
+        assert!(!open(&c, "desk", outside, 22), "{dst}");
+        assert!(!open(&c, "laptop", inside.unwrap_or(outside), 22), "{dst}");
+        assert!(!open(&c, "desk", "router", 22) && !open(&c, "desk", "db", 22), "{dst}");
+    }
+}
+
+/// An address selects itself and no other address of the device, in either family.
+#[test]
+fn literals_are_exactly_what_they_say() {
+    let mut inventory = inventory();
+    let v6: IpAddr = "fd7a:115c:a1e0::4".parse().expect("an address");
+    inventory.nodes.get_mut("db").expect("exists").ipv6 = Some(v6);
+    let from: IpAddr = "fd7a:115c:a1e0::3".parse().expect("an address");
+    inventory.nodes.get_mut("desk").expect("exists").ipv6 = Some(from);
+    let rules = |dst: &str| {
+        let file = policy(json!({"grants": [{"src": ["bob@example.com"], "dst": [dst], "ip": ["tcp:22"]}]}));
+        compile(&file.expect("valid"), &inventory, NOW, 0).expect("compiles").ingress("db")
+    };
+    let covers = |rules: &[FilterRule], v6: bool| {
+        let (src, dst) =
+            if v6 { ("fd7a:115c:a1e0::3", "fd7a:115c:a1e0::4") } else { ("100.64.0.3", "100.64.0.4") };
+        let addr = |text: &str| text.parse::<IpAddr>().expect("an address");
+        rules.iter().any(|r| r.covers(addr(src), addr(dst), 6, 22))
+    };
+    for (dst, v4, v6) in [
+        ("100.64.0.4", true, false),
+        ("100.64.0.4/32", true, false),
+        ("100.64.0.0-100.64.0.4", true, false),
+        ("fd7a:115c:a1e0::4", false, true),
+        ("fd7a:115c:a1e0:0::0:4/128", false, true),
+        ("fd7a:115c:a1e0::/48", false, true),
+        ("tag:db", true, true),
+        ("100.64.0.5", false, false),
+    ] {
+        let rules = rules(dst);
+        assert_eq!((covers(&rules, false), covers(&rules, true)), (v4, v6), "{dst}");
+    }
+}
+
+/// How the file's own tests count: protocols, networks, what nobody owns.
+#[test]
+fn how_tests_of_the_file_count() {
+    let run = |rule: Value, test: Value| {
+        let c = built(json!({"grants": [rule], "tests": [test]}));
+        c.run_tests().passed()
+    };
+    let to_net =
+        json!({"src": ["bob@example.com"], "dst": ["10.0.0.0/16"], "ip": ["22"], "via": ["tag:router"]});
+    assert!(run(to_net.clone(), json!({"src": "bob@example.com", "accept": ["10.0.1.1:22"]})));
+    assert!(run(to_net, json!({"src": "bob@example.com", "deny": ["10.9.1.1:22"]})));
+    let all = json!({"src": ["*"], "dst": ["*"], "ip": ["*"]});
+    assert!(run(all.clone(), json!({"src": "bob@example.com", "proto": "17", "accept": ["8.8.8.8:53"]})));
+    assert!(run(all.clone(), json!({"src": "bob@example.com", "proto": "sctp", "deny": ["tag:db:22"]})));
+    assert!(run(all.clone(), json!({"src": "8.8.8.8", "deny": ["tag:db:22"]})));
+    assert!(!run(all, json!({"src": "nobody@example.com", "accept": ["tag:db:22"]})));
+    let public = json!({"src": ["bob@example.com"], "dst": ["autogroup:internet"], "ip": ["*"]});
+    assert!(run(
+        public,
+        json!({"src": "bob@example.com", "accept": ["8.8.8.8:443"], "deny": ["10.0.1.1:443"]})
+    ));
+    let own = json!({"src": ["autogroup:member"], "dst": ["autogroup:self"], "ip": ["*"]});
+    assert!(run(own, json!({"src": "ann@example.com", "deny": ["ann@example.com:22"]})));
+}

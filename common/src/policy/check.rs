@@ -13,7 +13,7 @@ pub(crate) fn check(model: &Model, report: &mut Report<'_>) {
     for (tag, owners) in &model.tag_owners {
         c.tag_name(tag, owners.span);
         for owner in &owners.value {
-            c.owner(owner, "tag owner");
+            c.owner(owner, "an owner of a tag");
         }
     }
     c.tag_cycles();
@@ -25,9 +25,9 @@ pub(crate) fn check(model: &Model, report: &mut Report<'_>) {
     }
     c.postures(&model.default_src_posture);
     for (_, who) in &model.route_approvers {
-        who.iter().for_each(|w| c.owner(w, "approver"));
+        who.iter().for_each(|w| c.owner(w, "an approver"));
     }
-    model.exit_approvers.iter().for_each(|w| c.owner(w, "approver"));
+    model.exit_approvers.iter().for_each(|w| c.owner(w, "an approver"));
     for attr in &model.node_attrs {
         for target in &attr.target {
             match &target.value {
@@ -78,20 +78,20 @@ impl Checker<'_, '_, '_> {
             self.report.error(span, format!("\"{tag}\": tag names must start with a letter, after 'tag:'"));
         } else if !name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_')) {
             self.report
-                .error(span, format!("\"{tag}\": tag names may contain only letters, digits, - and ."));
+                .error(span, format!("\"{tag}\": tag names may contain only letters, digits, -, _ and ."));
         }
     }
 
     /// Somebody who owns tags or approves routes.
     fn owner(&mut self, who: &At<Selector>, what: &str) {
         match &who.value {
-            Selector::Group(_) | Selector::Tag(_) => self.name(who, what),
+            Selector::Group(_) | Selector::Tag(_) => self.name(who, what.trim_start_matches("an ")),
             Selector::User(_)
             | Selector::Domain(_)
             | Selector::Auto(Autogroup::Member | Autogroup::Tagged | Autogroup::Role(_)) => {}
             other => self.report.error_help(
                 who.span,
-                format!("\"{other}\" cannot be a {what}"),
+                format!("\"{other}\" cannot be {what}"),
                 "expected a user, a group or a tag",
             ),
         }

@@ -360,7 +360,7 @@ impl Reader<'_, '_> {
                     }
                 }
             }
-            if conditions.is_empty() {
+            if is_empty(node) {
                 self.report.warning(key_span, format!("\"{name}\" has no conditions: every device meets it"));
             }
             model.postures.insert(name.to_owned(), At { value: conditions, span: key_span });
