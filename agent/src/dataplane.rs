@@ -80,10 +80,10 @@ impl DataPlane {
 
     /// What of the kernel's help is in use now: with a TUN, if there is one.
     pub fn offloads(&self, tun: Option<&Tun>) -> Offloads {
-        let offload = tun.map(Tun::offload).unwrap_or_default();
+        let offload = tun.map_or_else(TunOffload::default, |tun| tun_in_use(tun.offload(), self.refused));
         Offloads {
-            tun: offload.tcp && !self.refused,
-            tun_udp: offload.udp && !self.refused,
+            tun: offload.tcp,
+            tun_udp: offload.udp,
             udp_send: self.sockets.iter().all(Udp::joins_sends),
             udp_receive: self.sockets.iter().all(Udp::joins_receives),
         }
@@ -268,12 +268,28 @@ impl DataPlane {
     }
 }
 
+/// What takes frames for the host: a TUN.
+trait FrameSink {
+    fn put<'a>(&self, pieces: impl Iterator<Item = &'a [u8]>) -> io::Result<()>;
+    fn has_virtio_headers(&self) -> bool;
+}
+
+impl FrameSink for Tun {
+    fn put<'a>(&self, pieces: impl Iterator<Item = &'a [u8]>) -> io::Result<()> {
+        self.send(pieces)
+    }
+
+    fn has_virtio_headers(&self) -> bool {
+        self.has_virtio_headers()
+    }
+}
+
 /// Hands plaintext packets to the host; without a TUN they are dropped.
-fn deliver(packets: &mut TunOut, tun: Option<&Tun>, refused: &mut bool) {
+fn deliver(packets: &mut TunOut, tun: Option<&impl FrameSink>, refused: &mut bool) {
     let Some(tun) = tun else { return packets.clear() };
     let mut refuses = false;
     for frame in packets.frames() {
-        if let Err(e) = tun.send(frame) {
+        if let Err(e) = tun.put(frame) {
             refuses |= tun::is_refusal(&e);
             tracing::trace!("the TUN does not take a frame: {e}");
         }
@@ -286,7 +302,97 @@ fn deliver(packets: &mut TunOut, tun: Option<&Tun>, refused: &mut bool) {
     packets.clear();
 }
 
+/// Of what the TUN said it takes, what goes to it: nothing joined, once it has refused such a frame.
+fn tun_in_use(said: TunOffload, refused: bool) -> TunOffload {
+    if refused { TunOffload::default() } else { said }
+}
+
 /// Memory for packets that go to `tun`.
-fn arena(tun: &Tun, offload: TunOffload) -> TunOut {
+fn arena(tun: &impl FrameSink, offload: TunOffload) -> TunOut {
     if tun.has_virtio_headers() { TunOut::vectored(offload) } else { TunOut::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use warren_engine::io::Added;
+    use warren_engine::packet::{Addrs, build};
+
+    use super::*;
+
+    const BOTH: TunOffload = TunOffload { tcp: true, udp: true };
+
+    /// A kernel that takes single packets only, whatever it said.
+    #[derive(Default)]
+    struct Old {
+        taken: RefCell<Vec<Vec<u8>>>,
+        refusals: RefCell<usize>,
+    }
+
+    impl FrameSink for Old {
+        fn put<'a>(&self, pieces: impl Iterator<Item = &'a [u8]>) -> io::Result<()> {
+            let frame = pieces.flatten().copied().collect::<Vec<u8>>();
+            // The second byte of a virtio header says how to cut; 0 is not at all.
+            if frame[1] != 0 {
+                *self.refusals.borrow_mut() += 1;
+                return Err(io::Error::from_raw_os_error(libc::EINVAL));
+            }
+            self.taken.borrow_mut().push(frame[HEADER_LEN..].to_vec());
+            Ok(())
+        }
+
+        fn has_virtio_headers(&self) -> bool {
+            true
+        }
+    }
+
+    fn datagram(number: u8) -> Vec<u8> {
+        let mut udp = [&[0x1f, 0x40, 0x1f, 0x41, 0, 108, 0, 0][..], &[number; 100]].concat();
+        let addrs = Addrs::new([10, 0, 0, 2].into(), [10, 0, 0, 1].into()).unwrap();
+        let sum = build::transport_checksum(addrs, 17, &udp);
+        udp[6..8].copy_from_slice(&sum.to_be_bytes());
+        let mut packet = vec![0x45, 0, 0, 128, 0, 0, 0x40, 0, 64, 17, 0, 0, 10, 0, 0, 2, 10, 0, 0, 1];
+        let sum = build::checksum(&[&packet]);
+        packet[10..12].copy_from_slice(&sum.to_be_bytes());
+        [packet, udp].concat()
+    }
+
+    #[test]
+    fn after_a_refusal_packets_go_one_by_one_and_nothing_is_in_use() {
+        let kernel = Old::default();
+        let (mut packets, mut refused) = (arena(&kernel, BOTH), false);
+        for batch in 0..3u8 {
+            assert_eq!((tun_in_use(BOTH, refused) == BOTH, packets.joins()), (batch == 0, batch == 0));
+            for n in 0..4 {
+                assert_eq!(packets.add(0, &datagram(batch * 4 + n)), Added::Yes);
+            }
+            packets.settle(|_, _, _| true);
+            deliver(&mut packets, Some(&kernel), &mut refused);
+            assert!(refused && packets.is_empty());
+        }
+        // The batch that was refused is lost, as on any link; it was one frame.
+        assert_eq!(*kernel.refusals.borrow(), 1);
+        let taken = kernel.taken.into_inner();
+        assert_eq!(taken, (4..12).map(datagram).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_full_queue_is_no_refusal() {
+        struct Full;
+        impl FrameSink for Full {
+            fn put<'a>(&self, _: impl Iterator<Item = &'a [u8]>) -> io::Result<()> {
+                Err(ErrorKind::WouldBlock.into())
+            }
+
+            fn has_virtio_headers(&self) -> bool {
+                true
+            }
+        }
+        let (mut packets, mut refused) = (arena(&Full, BOTH), false);
+        assert_eq!(packets.add(0, &datagram(0)), Added::Yes);
+        packets.settle(|_, _, _| true);
+        deliver(&mut packets, Some(&Full), &mut refused);
+        assert!(!refused && packets.joins() && packets.is_empty());
+    }
 }

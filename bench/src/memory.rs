@@ -147,7 +147,7 @@ const fn underlay(role: Role) -> SocketAddr {
 }
 
 /// What one read of a TUN brings: a virtio header and `count` TCP segments of `size` bytes, with time stamps.
-fn super_frame(count: usize, size: usize) -> Vec<u8> {
+pub fn super_frame(count: usize, size: usize) -> Vec<u8> {
     let mut tcp = Vec::new();
     tcp.extend(40_000u16.to_be_bytes());
     tcp.extend(5_201u16.to_be_bytes());

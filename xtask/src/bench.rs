@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -19,14 +19,17 @@ const SCRIPT: &str = "../shared/bench/peers.sh";
 const PAGE: &str = "docs/performance.md";
 const BEGIN: &str = "<!-- table: written by cargo xtask bench -->";
 const END: &str = "<!-- end of table -->";
-/// Our name in the script.
+/// Our name in the script, and whom it compares with.
 const OURS: &str = "cand";
+const PEERS: &str = "wggo wggo2 boring gota nebaes cand";
 
 /// What is shown of what the script measures: its name there, ours, digits.
-const METRICS: [(&str, &str, usize); 9] = [
+const METRICS: [(&str, &str, usize); 11] = [
     ("tcp1", "TCP 1 stream, Gbit/s", 2),
     ("tcp4", "4 streams, Gbit/s", 2),
     ("tcpr", "reverse, Gbit/s", 2),
+    ("udpmtu", "UDP 1 372 B, packets/s", 0),
+    ("udp64", "UDP 64 B, packets/s", 0),
     ("ping50", "RTT idle, ms", 2),
     ("pingl50", "RTT under TCP, ms", 2),
     ("cpu_gb", "CPU s/GB, both daemons", 2),
@@ -50,12 +53,20 @@ pub(crate) fn run(repeats: u32) -> Result<bool> {
     let values = target.join("xtask/bench.tsv");
     std::fs::create_dir_all(target.join("xtask"))?;
     let mut compare = Command::new("bash");
-    compare.arg(&script).args(["-q", "-c", "-r", &repeats.to_string(), "-o"]).arg(&values);
+    compare.arg(&script).args(["-c", "-p", PEERS, "-r", &repeats.to_string(), "-o"]).arg(&values);
     if !attached(compare.env("CANDIDATE", candidate))? {
         return Ok(false);
     }
     let values = std::fs::read_to_string(&values)?;
-    write_page(&table(&Values::parse(&values), repeats))?;
+    let mut page = table(&Values::parse(&values), repeats);
+    let batched = Command::new(target.join("release/warren-bench-udp"))
+        .args(["compare", &repeats.to_string()])
+        .stderr(Stdio::inherit())
+        .output()?;
+    ensure!(batched.status.success(), "warren-bench-udp failed");
+    page += "\n";
+    page += &String::from_utf8(batched.stdout)?;
+    write_page(&page)?;
     say(&format!("{PAGE} has the table"));
     Ok(true)
 }

@@ -13,8 +13,7 @@ use crate::offload::Ecn;
 
 mod tun;
 
-pub(crate) use tun::Added;
-pub use tun::{Burst, MAX_OPEN_FRAMES, MAX_TUN_PACKETS, TunOffload, TunOut};
+pub use tun::{Added, Burst, MAX_OPEN_FRAMES, MAX_TUN_PACKETS, TunOffload, TunOut};
 
 /// Largest UDP payload over IPv4 (RFC 768), and so the largest batch one send can carry, in bytes.
 pub const MAX_BATCH_BYTES: usize = 65_507;

@@ -117,7 +117,7 @@ fn open(name: &str, wanted: Offloads) -> io::Result<Tun> {
     let offload = if virtio { choose_offload(&fd, wanted) } else { TunOffload::default() };
     #[expect(unsafe_code, reason = "registering a raw descriptor with the runtime")]
     // SAFETY: `fd` is an open descriptor that nothing else owns; the `AsyncFd` keeps it and never hands it out.
-    let fd = unsafe { AsyncFd::register(fd) }.map_err(io::Error::from)?;
+    let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.map_err(io::Error::from)?;
     Ok(Tun { fd, virtio, offload })
 }
 

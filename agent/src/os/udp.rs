@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd as _;
 use quinn_udp::{BATCH_SIZE, EcnCodepoint, RecvMeta, Transmit, UdpSockRef, UdpSocketState};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::Interest;
-use tokio::net::UdpSocket;
+use tokio::io::unix::AsyncFd;
 use warren_common::time::Now;
 use warren_engine::io::Arrival;
 use warren_engine::offload::Ecn;
@@ -32,7 +32,9 @@ const TELLING: usize = 8;
 #[derive(Debug)]
 pub struct Udp {
     id: u8,
-    socket: UdpSocket,
+    /// Only heard of when there is something to receive: a send never waits, and being told of each datagram that left the
+    /// socket would be a wake-up per send.
+    socket: AsyncFd<Socket>,
     state: UdpSocketState,
     bound: SocketAddr,
     wanted: Offloads,
@@ -145,8 +147,11 @@ impl Udp {
         // Smaller buffers than asked for only cost throughput.
         let _ = state.set_send_buffer_size(UdpSockRef::from(&socket), BUFFER);
         let _ = state.set_recv_buffer_size(UdpSockRef::from(&socket), BUFFER);
-        let socket = UdpSocket::from_std(socket.into())?;
-        let bound = socket.local_addr()?;
+        let bound = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::InvalidInput)?;
+        #[expect(unsafe_code, reason = "registering a raw descriptor with the runtime")]
+        // SAFETY: `socket` is an open descriptor that nothing else owns; the `AsyncFd` keeps it and never hands it out.
+        let socket = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }
+            .map_err(io::Error::from)?;
         Ok(Self { id, socket, state, bound, wanted })
     }
 
@@ -175,7 +180,8 @@ impl Udp {
     /// # Errors
     /// The runtime is shutting down.
     pub async fn readable(&self) -> io::Result<()> {
-        self.socket.readable().await
+        // Readiness is kept until a receive call finds nothing.
+        self.socket.readable().await.map(|mut guard| guard.retain_ready())
     }
 
     /// Receives what is there and calls `each` with sender, bytes and how the datagrams lie in them. True if there may be
@@ -195,8 +201,8 @@ impl Udp {
             let mut chunks = bytes.chunks_exact_mut(SLOT);
             let mut slots: [IoSliceMut<'_>; SLOTS] =
                 std::array::from_fn(|_| IoSliceMut::new(chunks.next().unwrap_or_default()));
-            self.socket.try_io(Interest::READABLE, || {
-                count = self.state.recv(UdpSockRef::from(&self.socket), &mut slots, meta)?;
+            self.socket.try_io(Interest::READABLE, |socket| {
+                count = self.state.recv(UdpSockRef::from(socket), &mut slots, meta)?;
                 // Fewer than there was room for: the runtime may wait for the next ones without another call.
                 if count < SLOTS { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
             })
@@ -275,7 +281,7 @@ impl Udp {
         let ecn = EcnCodepoint::from_bits(ecn.bits());
         let transmit = Transmit { destination: to, ecn, contents, segment_size, src_ip: None };
         // Straight to the kernel: there is nothing to wait for, since what has no room is dropped.
-        self.state.try_send(UdpSockRef::from(&self.socket), &transmit)
+        self.state.try_send(UdpSockRef::from(self.socket.get_ref()), &transmit)
     }
 }
 

@@ -8,6 +8,7 @@ mod conditions;
 mod fake;
 mod first_contact;
 mod hostile;
+mod idle;
 mod revocation;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -103,14 +103,20 @@ async fn run(args: Args) -> Result<()> {
                 other => tracing::debug!(?other, "event"),
             }
         }
-        timer.set(engine.poll_timeout(now).map_or(now.boot + MAX_SLEEP, |(at, _)| at))?;
+        let deadline = engine.poll_timeout(now).map_or(now.boot + MAX_SLEEP, |(at, _)| at);
+        if deadline <= now.boot {
+            engine.handle_timeout(now);
+            continue;
+        }
+        timer.set(deadline)?;
         tokio::select! {
+            biased;
+            index = plane.readable() => {
+                plane.from_udp(clock::now(), index, Some(&mut engine), Some(&tun), &mut NoRelays);
+            }
             ready = async { if plane.has_waiting() { Ok(()) } else { tun.readable().await } } => {
                 ready?;
                 plane.from_tun(clock::now(), &tun, &mut engine, &mut NoRelays)?;
-            }
-            index = plane.readable() => {
-                plane.from_udp(clock::now(), index, Some(&mut engine), Some(&tun), &mut NoRelays);
             }
             () = timer.fired() => engine.handle_timeout(clock::now()),
             received = signals.recv(&mut buffer) => {

@@ -63,7 +63,7 @@ struct Piece {
 
 /// What became of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Added {
+pub enum Added {
     /// It is in.
     Yes,
     /// It is in, alone, since its checksum is wrong.
@@ -180,7 +180,8 @@ impl TunOut {
     }
 
     /// Copies a packet of `peer` in, joined with the ones before if it may be; [`settle`](Self::settle) must follow.
-    pub(crate) fn add(&mut self, peer: u32, packet: &[u8]) -> Added {
+    #[must_use]
+    pub fn add(&mut self, peer: u32, packet: &[u8]) -> Added {
         if !self.joins() {
             return if self.add_frame(peer, packet, None) { Added::Yes } else { Added::Full };
         }
@@ -226,7 +227,7 @@ impl TunOut {
 
     /// Ends the joining: `admit` says of each frame whether it passes, from its peer, its first packet and what is
     /// behind that.
-    pub(crate) fn settle(&mut self, mut admit: impl FnMut(u32, &[u8], Burst) -> bool) {
+    pub fn settle(&mut self, mut admit: impl FnMut(u32, &[u8], Burst) -> bool) {
         self.open.clear();
         let Self { frames, pieces, buffer, headroom, .. } = self;
         for frame in frames.iter_mut().skip(self.unsettled) {

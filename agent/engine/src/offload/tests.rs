@@ -404,7 +404,7 @@ proptest! {
         }
         let _ = classify(&packet);
         let mut tun = vectored();
-        tun.add(0, &packet);
+        let _ = tun.add(0, &packet);
         tun.settle(|_, _, _| true);
     }
 
@@ -479,7 +479,7 @@ fn flows_that_take_turns_are_joined_each_by_itself() {
 fn frames_of_two_peers_are_never_joined() {
     let mut tun = vectored();
     for (n, packet) in stream(4, true).iter().enumerate() {
-        tun.add(n as u32 % 2, packet);
+        assert_eq!(tun.add(n as u32 % 2, packet), Added::Yes);
     }
     tun.settle(|_, _, _| true);
     assert_eq!(frames(&tun), 4);

@@ -78,3 +78,22 @@ fn events_that_nobody_fetches_are_bounded() {
     assert_eq!(a.counters().events_dropped, 3);
     assert_eq!(std::iter::from_fn(|| a.poll_event()).count(), MAX_EVENTS);
 }
+
+#[test]
+fn a_session_is_renewed_before_its_numbers_run_out() {
+    let [(mut a, to_b), (mut b, to_a)] = pair();
+    let now = start();
+    a.initiate(to_b, now);
+    settle(&mut a, &mut b, now);
+    let later = now + Duration::from_secs(10);
+    let (packet, mut out) = ([0x45; 20], [0; 2048]);
+    for (sent, renews) in [(REKEY_AFTER_MESSAGES - 2, false), (REKEY_AFTER_MESSAGES - 1, true)] {
+        let (peer, _) = a.peer_and_indices(to_b.slot()).unwrap();
+        peer.activate().current.as_mut().unwrap().sent = sent;
+        let len = a.seal(to_b, later, &packet, &mut out).unwrap();
+        assert!(b.handle(later, SOURCE, &mut out[..len]).is_ok());
+        let next = a.poll_transmit(later, &mut out).map(|transmit| transmit.kind);
+        assert_eq!(next, renews.then_some(TransmitKind::Initiation), "after {sent}");
+    }
+    assert!(b.has_session(to_a, later));
+}

@@ -1,6 +1,7 @@
 //! Engines against each other in virtual time, over a small internet with NATs, a relay and a signal channel.
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a failed test panics")]
 
+mod day;
 mod net;
 mod offload;
 mod paths;

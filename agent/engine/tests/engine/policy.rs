@@ -26,7 +26,7 @@ fn pair() -> Net {
 }
 
 /// A TCP connection from node 0 to node 1 with data both ways.
-fn connect(net: &mut Net) -> impl Fn(usize, u32, u32, u8) -> Vec<u8> + use<> {
+pub(crate) fn connect(net: &mut Net) -> impl Fn(usize, u32, u32, u8) -> Vec<u8> + use<> {
     let segment = |from: usize, seq: u32, ack: u32, flags: u8| {
         let (src_port, dst_port) = if from == 0 { (4_000, 443) } else { (443, 4_000) };
         let addrs = Addrs::new(overlay(from).into(), overlay(1 - from).into()).unwrap();

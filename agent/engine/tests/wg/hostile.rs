@@ -7,12 +7,12 @@ use rand_core::{RngCore as _, SeedableRng as _};
 use warren_common::keys::{WgPublicKey, WgSecretKey};
 use warren_engine::io::Source;
 use warren_engine::wg::{
-    AddPeerError, DATA_OVERHEAD, Device, DropReason, INITIATION_INTERVAL, MAX_FREE_BURST, MAX_PACKET,
+    AddPeerError, DATA_OVERHEAD, Destination, Device, DropReason, INITIATION_INTERVAL, MAX_FREE_BURST, MAX_PACKET,
     MAX_PROVED_BURST, MAX_QUEUED_BYTES, MAX_QUEUED_PACKETS, MAX_REPLIES, MAX_SOURCE_BURST,
     MIN_TRANSMIT_BUFFER, Received, SealError, TransmitKind,
 };
 
-use crate::net::{Net, ip_packet, ms, secs, source, start};
+use crate::net::{Net, ip_packet, ms, packet_id, secs, source, start};
 
 /// One genuine datagram of each kind from host 0 to host 1 that host 1 would accept now.
 fn genuine(net: &mut Net) -> Vec<Vec<u8>> {
@@ -342,4 +342,60 @@ fn bad_responses_are_tried_a_bounded_number_of_times() {
         (0..10).map(|_| a.device.handle(now, source(1), &mut out[..len].to_vec()).unwrap_err()).collect();
     assert_eq!(reasons[..8], [DropReason::BadHandshake; 8]);
     assert_eq!(reasons[8..], [DropReason::TooManyResponses; 2]);
+}
+
+#[test]
+fn a_thousand_peers_at_once_all_get_a_session() {
+    const PEERS: u32 = 1_000;
+    let own = WgSecretKey::from_bytes([1; 32]);
+    let mut us = Device::new(own.clone(), [1; 32], 0);
+    let from = |n: u32| Source::Direct { socket: 0, remote: ((0x0a00_0000 + n).to_be_bytes(), 9).into() };
+    let mut now = start();
+    let mut clients = Vec::new();
+    let mut by_slot = std::collections::BTreeMap::new();
+    for n in 0..PEERS {
+        let mut secret = [7; 32];
+        secret[..4].copy_from_slice(&n.to_be_bytes());
+        let secret = WgSecretKey::from_bytes(secret);
+        let handle = us.add_peer(secret.public(), None, None).unwrap();
+        by_slot.insert(handle.slot(), n);
+        let mut client = Device::new(secret.clone(), [n as u8; 32], 0);
+        let to_us = client.add_peer(own.public(), None, None).unwrap();
+        client.queue(to_us, now, &ip_packet(n.into(), 60)).unwrap();
+        clients.push((client, handle));
+    }
+    let mut out = [0; 2048];
+    let (mut arrived, mut agreements, mut cookies) = (std::collections::BTreeSet::new(), 0, 0);
+    let end = now + secs(60);
+    while arrived.len() < PEERS as usize && now.boot < end.boot {
+        for n in 0..PEERS {
+            let client = &mut clients[n as usize].0;
+            client.handle_timeout(now);
+            while let Some(transmit) = client.poll_transmit(now, &mut out) {
+                match us.handle(now, from(n), &mut out[..transmit.len]) {
+                    Ok(Received::Data { packet, .. }) => {
+                        arrived.insert(packet_id(&out[packet]));
+                    }
+                    Ok(Received::Initiation { .. }) => agreements += 1,
+                    Ok(_) => {}
+                    Err(DropReason::CookieSent) => cookies += 1,
+                    Err(reason) => assert_eq!(reason, DropReason::RateLimited),
+                }
+            }
+            us.handle_timeout(now);
+            while let Some(transmit) = us.poll_transmit(now, &mut out) {
+                let to = match transmit.to {
+                    Destination::Reply { source, .. } => (0..PEERS).find(|n| from(*n) == source).unwrap(),
+                    Destination::Peer(peer) => by_slot[&peer.slot()],
+                };
+                let _ = clients[to as usize].0.handle(now, from(to), &mut out[..transmit.len]);
+            }
+        }
+        now = now + ms(10);
+    }
+    let took = now.boot.since(start().boot);
+    assert_eq!(arrived.len(), PEERS as usize, "in {took:?}: {agreements} handshakes, {cookies} cookies");
+    assert!(clients.iter().all(|(_, handle)| us.has_session(*handle, now)));
+    // One for each, and few that were made twice.
+    assert!(agreements <= PEERS + PEERS / 10, "{agreements} handshakes");
 }
