@@ -45,6 +45,7 @@ enum Event {
     Relay,
 }
 
+#[expect(clippy::expect_used, reason = "a failed test panics")]
 fn happen(pair: &mut Pair, event: Event) {
     let no = pair.devices[0];
     match event {

@@ -24,7 +24,7 @@ const WG_ROOM: usize = 16 + wg::DATA_OVERHEAD;
 /// What every IPv6 link carries (RFC 8200 section 5), in bytes.
 const MIN_IPV6_MTU: usize = 1_280;
 /// Senders told per second that their packets are too long for a path: each needs it once.
-pub const MAX_TOO_BIG_PER_SECOND: u32 = 100;
+pub(super) const MAX_TOO_BIG_PER_SECOND: u32 = 100;
 
 /// What the engine itself dropped. The filter, WireGuard and paths count their own.
 #[derive(Clone, Debug, Default)]

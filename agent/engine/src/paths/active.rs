@@ -27,7 +27,6 @@ use crate::io::{Destination, Source};
 mod remotes;
 mod time;
 
-
 /// Rounds that follow each other within seconds.
 const EAGER_ROUNDS: usize = 5;
 const MINUTE: Duration = Duration::from_secs(60);

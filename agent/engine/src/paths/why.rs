@@ -47,7 +47,9 @@ impl WhyNotDirect {
             Self::HardNat => {
                 "one NAT has another port for each destination (symmetric), and the other lets in only whom it knows"
             }
-            Self::NoAnswer => "nothing comes back from its addresses: a NAT or firewall, there or here, lets nothing in",
+            Self::NoAnswer => {
+                "nothing comes back from its addresses: a NAT or firewall, there or here, lets nothing in"
+            }
         }
     }
 
