@@ -196,11 +196,11 @@ mod tests {
         assert_eq!(play(&mut mtu, &mut now, 1_420, || false), 1, "a false alarm costs one ping");
         mtu.suspect(now);
         assert_eq!(mtu.phase, Phase::Rest, "and they are rare");
-        now = now + SUSPECT_AGAIN;
+        now += SUSPECT_AGAIN;
         mtu.suspect(now);
         play(&mut mtu, &mut now, 1_216, || false);
         assert_eq!(mtu.usable(), 1_216);
-        now = now + MTU_FRESH;
+        now += MTU_FRESH;
         mtu.poll(now, PATIENCE);
         assert_ne!(mtu.phase, Phase::Rest);
         mtu.on_answer(now, 1_216);

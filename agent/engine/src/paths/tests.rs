@@ -313,7 +313,7 @@ fn a_mapped_port_is_told_to_peers_until_the_network_changes() {
         paths.shared.own.iter().filter(|c| c.kind == CandidateKind::Mapped).map(|c| c.addr).collect()
     };
     let outside: SocketAddr = "198.51.100.7:41641".parse().unwrap();
-    paths.set_reflexive(START, (0..100).map(|n| SocketAddr::from(([203, 0, 113, n], 9))));
+    paths.set_reflexive(START, (0..100).map(|n| SocketAddr::from(([203, 0, 113, n], 9))), None);
     paths.set_mapped(START, Some(outside));
     assert_eq!((mapped(&paths), paths.shared.own.len()), (vec![outside], MAX_CANDIDATES));
     let later = START + Duration::from_secs(1);
