@@ -30,6 +30,7 @@ use crate::tls::{Identity, IdentityError};
 mod quic;
 mod stun;
 mod tcp;
+mod udp;
 
 /// Most connections in their TLS handshake, per transport; more are refused. Each costs some 20 KiB and a signature.
 pub const MAX_HANDSHAKES: usize = 256;
@@ -47,7 +48,7 @@ const PORT_TRIES: usize = 16;
 /// What a relay server needs to know.
 #[derive(Clone, Debug)]
 pub struct RelayServerConfig {
-    /// Where to listen: QUIC on UDP and TLS on TCP. Port 0 takes any port that is free for both.
+    /// Where to listen: QUIC and plain UDP on UDP, TLS on TCP. Port 0 takes any port that is free for both.
     pub listen: SocketAddr,
     /// Where to answer STUN (UDP), if at all.
     pub stun_listen: Option<SocketAddr>,
@@ -103,6 +104,10 @@ pub struct ServerStats {
     pub handshakes_refused: u64,
     /// Handshakes that failed or took too long.
     pub handshakes_failed: u64,
+    /// QUIC datagrams dropped since too many waited.
+    pub quic_dropped: u64,
+    /// Plain UDP datagrams that the socket had no room for or did not take.
+    pub udp_unsent: u64,
 }
 
 /// A running relay. Dropping it stops it at once.
@@ -134,7 +139,9 @@ impl RelayServer {
             .map(|addr| stun::Sockets::bind(addr, config.stun_second).map_err(listen_error("STUN", addr)))
             .transpose()?;
         let stun_addr = stun.as_ref().and_then(stun::Sockets::local_addr);
-        let endpoint = quic::endpoint(&identity, quic_tls, udp).map_err(listen_error("QUIC", local_addr))?;
+        let socket = Arc::new(udp::Socket::new(udp).map_err(listen_error("UDP", local_addr))?);
+        let endpoint =
+            quic::endpoint(&identity, quic_tls, socket.clone()).map_err(listen_error("QUIC", local_addr))?;
         let listener = tokio::net::TcpListener::from_std(tcp).map_err(listen_error("TLS", local_addr))?;
 
         let shared = Arc::new(Shared::new(Relay::new(Config {
@@ -143,10 +150,12 @@ impl RelayServer {
             cert_sha256,
             netmap_key: config.netmap_key,
             floor: config.floor,
+            plain_udp: true,
             limits: config.limits,
-        })));
+        }), socket.clone()));
         let (stop, mut tasks) = (CancellationToken::new(), JoinSet::new());
         tasks.spawn(keep_time(shared.clone()));
+        tasks.spawn(udp::serve(shared.clone(), socket));
         tasks.spawn(quic::accept(shared.clone(), endpoint, stop.clone()));
         tasks.spawn(tcp::accept(shared.clone(), listener, Arc::new(tls), stop.clone()));
         if let Some(sockets) = stun {
@@ -193,7 +202,10 @@ impl RelayServer {
 
     /// What it holds and has done.
     pub fn stats(&self) -> ServerStats {
+        let (quic_dropped, udp_unsent) = self.shared.socket.lost();
         ServerStats {
+            quic_dropped,
+            udp_unsent,
             core: self.shared.lock().relay.stats(),
             stun_answered: self.shared.stun_answered.load(Ordering::Relaxed),
             stun_ignored: self.shared.stun_ignored.load(Ordering::Relaxed),
@@ -206,9 +218,9 @@ impl RelayServer {
     pub async fn shutdown(mut self) {
         self.stop.cancel();
         self.shared.with(|relay, _| relay.close_all(RefusalCode::ShuttingDown));
-        // The time keeper and STUN have no end of their own; the acceptors end when their connections have.
+        // The time keeper, UDP and STUN have no end of their own; the acceptors end when their connections have.
         let acceptors = async {
-            while self.tasks.len() > 1 + usize::from(self.stun_addr.is_some())
+            while self.tasks.len() > 2 + usize::from(self.stun_addr.is_some())
                 && self.tasks.join_next().await.is_some()
             {}
         };
@@ -259,6 +271,7 @@ async fn keep_time(shared: Arc<Shared>) {
 /// What the tasks share.
 #[derive(Debug)]
 struct Shared {
+    socket: Arc<udp::Socket>,
     inner: Mutex<Inner>,
     /// The next timeout may be earlier than it was.
     timer: Notify,
@@ -283,8 +296,9 @@ struct Signal {
 }
 
 impl Shared {
-    fn new(relay: Relay) -> Self {
+    fn new(relay: Relay, socket: Arc<udp::Socket>) -> Self {
         Self {
+            socket,
             inner: Mutex::new(Inner { relay, conns: BTreeMap::new() }),
             timer: Notify::new(),
             stun_answered: AtomicU64::new(0),
@@ -322,6 +336,9 @@ impl Shared {
                     }
                 }
             }
+        }
+        while let Some((to, datagram)) = inner.relay.poll_datagram() {
+            self.socket.send(to, &datagram, datagram.len());
         }
         if inner.relay.poll_timeout() != due {
             self.timer.notify_one();
