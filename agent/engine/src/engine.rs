@@ -27,6 +27,7 @@ use crate::filter::{EndedFlow, Filter};
 use crate::io::{LocalSocket, Outbox, TunOut};
 use crate::netmap::{self, Held, Identity, PendingUpdate, RestoreError, SavedNetmap, UpdateRefused};
 use crate::paths::{MAX_HINTS, PathHint, Paths, PeerIdx};
+use crate::home::Home;
 use crate::routes::Routes;
 use crate::stun::Stun;
 use crate::wg;
@@ -42,8 +43,6 @@ pub const MAX_EVENTS: usize = 8_192;
 pub const MAX_NOTICES: usize = 16_384;
 /// Age at which what STUN said is asked again before it is relied on: common NATs forget after 30 s.
 const STUN_FRESH: Duration = Duration::from_secs(25);
-/// How long the choice of a home relay waits for STUN answers when there are several relays.
-const HOME_RELAY_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What an engine is made of.
 #[derive(Debug, Clone)]
@@ -84,9 +83,7 @@ pub struct Engine {
     stun: Stun,
     /// All relays of the netmap, so that a number names one.
     relays: Vec<RelayId>,
-    home: Option<RelayId>,
-    /// When to choose a home relay even without an answer.
-    home_due: Option<Instant>,
+    home: Home,
     online: BTreeSet<DeviceId>,
     events: VecDeque<Event>,
     notices: VecDeque<Vec<u8>>,
@@ -142,8 +139,7 @@ impl Engine {
             paths: Paths::new(config.probe, paths_seed),
             stun: Stun::default(),
             relays: Vec::new(),
-            home: None,
-            home_due: None,
+            home: Home::default(),
             online: BTreeSet::new(),
             events: VecDeque::new(),
             notices: VecDeque::new(),
@@ -269,10 +265,24 @@ impl Engine {
 
     /// A relay connection came up, or went down.
     pub fn handle_relay_state(&mut self, now: Now, relay: RelayId, connected: bool) {
-        if self.paths.set_relay(now.boot, relay, connected) && !connected && self.home == Some(relay) {
-            self.start_stun(now); // is another one nearer now?
+        let news = self.paths.set_relay(now.boot, relay, connected);
+        if connected {
+            self.home.on_connected(relay);
+        } else {
+            self.home.on_failed(now.boot, relay, &self.relays);
+            let left = self.home.current() == Some(relay);
+            self.choose_home(now, !self.stun.is_asking());
+            if news && left {
+                self.start_stun(now); // which one is nearest now?
+            }
         }
         self.resend_handshakes(now);
+    }
+
+    /// A relay says that it will close: packets still flow through it, but another one had better be home.
+    pub fn handle_relay_draining(&mut self, now: Now, relay: RelayId) {
+        self.home.on_failed(now.boot, relay, &self.relays);
+        self.choose_home(now, !self.stun.is_asking());
     }
 
     /// The control session came up, or went down: whether [`Event::Signal`] gets anywhere.
@@ -312,7 +322,7 @@ impl Engine {
     /// When to call [`Engine::handle_timeout`], and why.
     pub fn poll_timeout(&mut self, now: Now) -> Option<(Instant, WakeReason)> {
         let lease = self.enforced.and(self.held.as_ref()).map(|held| held.lease_ends);
-        let stun = self.stun.poll_timeout().into_iter().chain(self.home_due).min();
+        let stun = self.stun.poll_timeout().into_iter().chain(self.home.poll_timeout()).min();
         let all = [
             (self.wg.poll_timeout().map(|(at, _)| at), WakeReason::WireGuard),
             (self.paths.poll_timeout(), WakeReason::Path),
@@ -339,9 +349,12 @@ impl Engine {
         if self.stun.handle_timeout(now.boot) {
             self.on_stun_news(now);
         }
-        if self.home_due.is_some_and(|at| at <= now.boot) {
-            self.home_due = None;
+        let (choose, measure) = self.home.handle_timeout(now.boot);
+        if choose {
             self.choose_home(now, true);
+        }
+        if measure {
+            self.start_stun(now);
         }
         let ended = self.filter.handle_timeout(now);
         self.on_ended(ended);

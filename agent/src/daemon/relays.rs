@@ -217,6 +217,9 @@ impl Up {
                 engine.handle_relay_state(now, relay, true);
                 self.relays.trouble = None;
             }
+            RelayEventKind::Moved { transport } => {
+                tracing::info!(%relay, ?transport, "relay packets take another transport");
+            }
             RelayEventKind::Disconnected { why, refused } => {
                 tracing::info!(%relay, ?refused, "relay disconnected: {why}");
                 engine.handle_relay_state(now, relay, false);

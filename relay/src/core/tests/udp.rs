@@ -87,10 +87,6 @@ impl World {
         sent.into_iter().map(|(to, _, bytes)| (to, bytes)).collect()
     }
 
-    fn dropped(&self, reason: DropReason) -> u64 {
-        self.relay.stats().counters.dropped(reason)
-    }
-
     fn queued(&mut self, conn: ConnId) -> Vec<Vec<u8>> {
         let frames = std::iter::from_fn(|| self.relay.next_frame(conn));
         frames.filter(|f| f.class != Class::Control).map(|f| f.bytes.to_vec()).collect()
