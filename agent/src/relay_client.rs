@@ -7,7 +7,7 @@
 //! over when it is there.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -474,6 +474,9 @@ impl Task {
     async fn watch(&mut self, signs: &Signs) {
         loop {
             let now = clock::now().boot;
+            if signs.stalled.load(Ordering::Relaxed) > 0 {
+                signs.liveness().on_heard(); // it is us who don't listen
+            }
             match signs.liveness().check(now) {
                 Check::Fine => {}
                 Check::Ping => {
@@ -522,6 +525,8 @@ struct Signs {
     /// The number of our UDP session, once the relay has named it.
     offer: watch::Sender<Option<u64>>,
     udp: OnceLock<UdpLink>,
+    /// Readers that wait until the daemon takes what they have.
+    stalled: AtomicUsize,
 }
 
 impl Signs {
@@ -534,11 +539,19 @@ impl Signs {
             try_quic: Notify::new(),
             offer: watch::Sender::new(None),
             udp: OnceLock::new(),
+            stalled: AtomicUsize::new(0),
         }
     }
 
     fn liveness(&self) -> MutexGuard<'_, Liveness> {
         self.liveness.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hands a packet to the daemon, however long it takes. Meanwhile nothing is read, which says nothing about the relay.
+    async fn pass_on(&self, events: &Events, kind: RelayEventKind) {
+        self.stalled.fetch_add(1, Ordering::Relaxed);
+        events.send(kind).await;
+        self.stalled.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// The UDP side, while packets go there.
@@ -591,7 +604,7 @@ async fn read(reader: &mut Reader, shared: &Shared, events: &Events, signs: &Sig
         match Frame::decode(&frame) {
             Ok(Some(Frame::Recv { src, payload })) => {
                 let payload = frame.slice_ref(payload);
-                events.send(RelayEventKind::Received { src, payload }).await;
+                signs.pass_on(events, RelayEventKind::Received { src, payload }).await;
             }
             Ok(Some(Frame::Pong { nonce })) => {
                 let rtt = micros().saturating_sub(nonce);

@@ -135,7 +135,10 @@ impl Agent {
             while self.client.transport() != Some(transport) {
                 self.client.send(device(to), b"now");
                 tokio::select! {
-                    event = self.event() => assert!(matches!(event, RelayEventKind::Received { .. }), "{event:?}"),
+                    event = self.event() => assert!(
+                        matches!(event, RelayEventKind::Received { .. } | RelayEventKind::PeerGone { .. }),
+                        "{event:?}"
+                    ),
                     () = tokio::time::sleep(Duration::from_millis(10)) => {}
                 }
             }
@@ -308,10 +311,10 @@ async fn plain_udp_carries_packets_while_it_passes_and_the_connection_does_when_
         let over_udp = after.forwarded_udp_packets - before.forwarded_udp_packets;
         assert!(over_udp >= 6, "all but the longest, each way: {over_udp}");
         // A burst goes out in batches and arrives whole and in order.
-        for i in 0..200u8 {
+        for i in 0..40u8 {
             a.client.send(device(n + 1), &[i; 1_000]);
         }
-        for i in 0..200u8 {
+        for i in 0..40u8 {
             assert_eq!(b.received_other().await.1, [i; 1_000]);
         }
         gate.plain.store(false, Ordering::Relaxed);

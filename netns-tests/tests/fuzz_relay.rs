@@ -180,7 +180,9 @@ fn relay_udp() {
             };
             let ping = Ping { nonce: 1, settle: true }.to_bytes();
             let other = device(3 - n).to_bytes();
-            for (counter, kind, what) in [(0, Kind::Ping, ping), (1, Kind::Send, other), (2, Kind::Ping, ping)] {
+            for (counter, kind, what) in
+                [(0, Kind::Ping, ping), (1, Kind::Send, other), (2, Kind::Ping, ping)]
+            {
                 let mut datagram = vec![0; UDP_HEADER + 40];
                 assert!(keys.sealer().seal(Head { kind, session, counter }, what, &mut datagram));
                 seeds.push((n, datagram));

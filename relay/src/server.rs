@@ -11,7 +11,7 @@ use std::io;
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use quinn::crypto::rustls::QuicServerConfig;
@@ -144,15 +144,18 @@ impl RelayServer {
             quic::endpoint(&identity, quic_tls, socket.clone()).map_err(listen_error("QUIC", local_addr))?;
         let listener = tokio::net::TcpListener::from_std(tcp).map_err(listen_error("TLS", local_addr))?;
 
-        let shared = Arc::new(Shared::new(Relay::new(Config {
-            network: config.network,
-            relay: config.relay,
-            cert_sha256,
-            netmap_key: config.netmap_key,
-            floor: config.floor,
-            plain_udp: true,
-            limits: config.limits,
-        }), socket.clone()));
+        let shared = Arc::new(Shared::new(
+            Relay::new(Config {
+                network: config.network,
+                relay: config.relay,
+                cert_sha256,
+                netmap_key: config.netmap_key,
+                floor: config.floor,
+                plain_udp: true,
+                limits: config.limits,
+            }),
+            Arc::downgrade(&socket),
+        ));
         let (stop, mut tasks) = (CancellationToken::new(), JoinSet::new());
         tasks.spawn(keep_time(shared.clone()));
         tasks.spawn(udp::serve(shared.clone(), socket));
@@ -202,7 +205,7 @@ impl RelayServer {
 
     /// What it holds and has done.
     pub fn stats(&self) -> ServerStats {
-        let (quic_dropped, udp_unsent) = self.shared.socket.lost();
+        let (quic_dropped, udp_unsent) = self.shared.socket.upgrade().map_or((0, 0), |socket| socket.lost());
         ServerStats {
             quic_dropped,
             udp_unsent,
@@ -271,7 +274,8 @@ async fn keep_time(shared: Arc<Shared>) {
 /// What the tasks share.
 #[derive(Debug)]
 struct Shared {
-    socket: Arc<udp::Socket>,
+    /// Those who read it own it: a task that is slow to end must not keep the port.
+    socket: Weak<udp::Socket>,
     inner: Mutex<Inner>,
     /// The next timeout may be earlier than it was.
     timer: Notify,
@@ -296,7 +300,7 @@ struct Signal {
 }
 
 impl Shared {
-    fn new(relay: Relay, socket: Arc<udp::Socket>) -> Self {
+    fn new(relay: Relay, socket: Weak<udp::Socket>) -> Self {
         Self {
             socket,
             inner: Mutex::new(Inner { relay, conns: BTreeMap::new() }),
@@ -338,7 +342,9 @@ impl Shared {
             }
         }
         while let Some((to, datagram)) = inner.relay.poll_datagram() {
-            self.socket.send(to, &datagram, datagram.len());
+            if let Some(socket) = self.socket.upgrade() {
+                socket.send(to, &datagram, datagram.len());
+            }
         }
         if inner.relay.poll_timeout() != due {
             self.timer.notify_one();

@@ -24,10 +24,10 @@ use zeroize::Zeroize as _;
 
 use crate::event::{Event, PingToken, WakeReason};
 use crate::filter::{EndedFlow, Filter};
+use crate::home::Home;
 use crate::io::{LocalSocket, Outbox, TunOut};
 use crate::netmap::{self, Held, Identity, PendingUpdate, RestoreError, SavedNetmap, UpdateRefused};
 use crate::paths::{MAX_HINTS, PathHint, Paths, PeerIdx};
-use crate::home::Home;
 use crate::routes::Routes;
 use crate::stun::Stun;
 use crate::wg;

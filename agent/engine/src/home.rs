@@ -198,6 +198,7 @@ mod tests {
             assert!(!choose(&mut home, now, rtts, &[1], true), "{rtts:?}");
         }
         // Once is chance.
+        assert_eq!(home.handle_timeout(now), (false, true));
         assert!(!choose(&mut home, now, [60, 20, 60], &[1], true));
         assert_eq!(home.poll_timeout(), Some(now + BETTER_FOR), "it is measured again soon");
         assert!(!choose(&mut home, now + ms(1), [60, 0, 60], &[1], true));
@@ -233,12 +234,7 @@ mod tests {
     fn a_relay_that_leaves_the_netmap_is_no_home() {
         let mut home = Home::default();
         choose(&mut home, START, [10, 30, 20], &[1], true);
-        let view = View {
-            relays: &[relay(2)],
-            rtt: &|_| None,
-            connected: &|_| false,
-            settled: false,
-        };
+        let view = View { relays: &[relay(2)], rtt: &|_| None, connected: &|_| false, settled: false };
         assert!(home.choose(START, &view));
         assert_eq!((home.current(), home.poll_timeout()), (Some(relay(2)), None));
         assert!(home.choose(START, &View { relays: &[], ..view }));

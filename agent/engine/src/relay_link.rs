@@ -285,7 +285,9 @@ mod tests {
                 if send && self.way.is_up() {
                     self.way.on_sent(self.now);
                 }
-                while let Some((_, full)) = pongs.pop_front_if(|(at, _): &mut (Instant, bool)| *at <= self.now) {
+                while let Some((_, full)) =
+                    pongs.pop_front_if(|(at, _): &mut (Instant, bool)| *at <= self.now)
+                {
                     self.way.on_pong(self.now, full, self.rtt);
                 }
                 self.way.handle_timeout(self.now);

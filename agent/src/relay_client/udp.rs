@@ -133,11 +133,13 @@ impl UdpLink {
             self.act(shared, events, signs).await;
             let due = self.way().deadline();
             tokio::select! {
+                biased;
                 ready = self.socket.readable() => {
                     if ready.is_err() {
                         return std::future::pending().await; // the runtime shuts down
                     }
-                    self.receive(&mut memory, shared, events).await;
+                    self.receive(&mut memory, shared, events, signs).await;
+                    self.way().handle_timeout(clock::now().boot);
                 }
                 () = sleep(due.since(clock::now().boot)) => self.way().handle_timeout(clock::now().boot),
                 () = self.wake.notified() => {}
@@ -184,7 +186,7 @@ impl UdpLink {
         }
     }
 
-    async fn receive(&self, memory: &mut [u8], shared: &Shared, events: &super::Events) {
+    async fn receive(&self, memory: &mut [u8], shared: &Shared, events: &super::Events, signs: &Signs) {
         let mut meta = [RecvMeta::default(); SLOTS];
         let received = {
             let mut chunks = memory.chunks_exact_mut(SLOT);
@@ -205,12 +207,13 @@ impl UdpLink {
                         self.way().on_heard();
                         let (src, payload) = (DeviceId::from_bytes(what), &datagram[UDP_HEADER..]);
                         let payload = Bytes::copy_from_slice(payload);
-                        events.send(RelayEventKind::Received { src, payload }).await;
+                        signs.pass_on(events, RelayEventKind::Received { src, payload }).await;
                     }
                     Kind::Pong => {
                         let micros = micros().saturating_sub(Ping::from_bytes(&what).nonce);
                         shared.rtt.store(micros, Ordering::Relaxed);
-                        let (full, rtt) = (datagram.len() == FULL_UDP_DATAGRAM, Duration::from_micros(micros));
+                        let (full, rtt) =
+                            (datagram.len() == FULL_UDP_DATAGRAM, Duration::from_micros(micros));
                         self.way().on_pong(clock::now().boot, full, rtt);
                     }
                     Kind::Send | Kind::Ping => {} // ours, reflected: it does not even open

@@ -55,15 +55,7 @@ pub(super) struct UdpSession {
 
 impl UdpSession {
     pub(super) fn new(id: u64, keys: UdpKeys) -> Self {
-        Self {
-            id,
-            keys,
-            next: 0,
-            window: Window::new(),
-            at: None,
-            heard: Instant::ZERO,
-            lost: None,
-        }
+        Self { id, keys, next: 0, window: Window::new(), at: None, heard: Instant::ZERO, lost: None }
     }
 
     /// Where the device takes datagrams, if it does.
@@ -198,7 +190,8 @@ impl Relay {
             self.counters.drop(DropReason::Suspended, 1);
             return None;
         }
-        let Some((udp, path)) = session.udp.as_mut().and_then(|udp| udp.path(now.boot).map(|at| (udp, at))) else {
+        let Some((udp, path)) = session.udp.as_mut().and_then(|udp| udp.path(now.boot).map(|at| (udp, at)))
+        else {
             self.deliver(to, src, &datagram[UDP_HEADER..]);
             return None;
         };
@@ -212,7 +205,13 @@ impl Relay {
     }
 
     /// Sends a packet as a datagram if `to` takes them; `None` if it doesn't.
-    pub(super) fn deliver_udp(&mut self, now: Instant, to: ConnId, src: DeviceId, payload: &[u8]) -> Option<()> {
+    pub(super) fn deliver_udp(
+        &mut self,
+        now: Instant,
+        to: ConnId,
+        src: DeviceId,
+        payload: &[u8],
+    ) -> Option<()> {
         let udp = self.session_mut(to)?.udp.as_mut()?;
         let path = udp.path(now)?;
         if UDP_HEADER + payload.len() > FULL_UDP_DATAGRAM {

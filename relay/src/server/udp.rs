@@ -194,16 +194,15 @@ fn receive(shared: &Shared, socket: &Socket, memory: &mut [u8], sends: &mut Vec<
         let mut chunks = memory.chunks_exact_mut(SLOT);
         let mut slots: [IoSliceMut<'_>; SLOTS] =
             std::array::from_fn(|_| IoSliceMut::new(chunks.next().unwrap_or_default()));
-        socket
-            .io
-            .try_io(Interest::READABLE, || socket.state.recv((&socket.io).into(), &mut slots, &mut meta))
+        socket.io.try_io(Interest::READABLE, || socket.state.recv((&socket.io).into(), &mut slots, &mut meta))
     };
     let count = match received {
         Ok(count) => count,
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
         Err(_) => return true, // an ICMP error about something sent earlier
     };
-    let parts = || memory.chunks_exact(SLOT).zip(&meta[..count]).map(|(slot, meta)| (&slot[..meta.len], meta));
+    let parts =
+        || memory.chunks_exact(SLOT).zip(&meta[..count]).map(|(slot, meta)| (&slot[..meta.len], meta));
     for (bytes, meta) in parts().filter(|(bytes, _)| !is_plain(bytes)) {
         socket.give_quic(*meta, bytes);
     }

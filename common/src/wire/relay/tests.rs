@@ -246,7 +246,10 @@ fn a_proof_is_good_for_its_key_channel_challenge_and_token_only() {
     let mut datagram = [0; udp::UDP_HEADER + 1];
     assert!(udp.sealer().seal(head, [9; 16], &mut datagram));
     assert_eq!(theirs.opener().open(&datagram), Some([9; 16]));
-    assert_eq!(hex(&datagram[17..udp::UDP_HEADER]), "GOLDEN");
+    assert_eq!(
+        hex(&datagram[17..udp::UDP_HEADER]),
+        "bb2892a2724d1d15e7e1ef53689edfbf089be7471fbdc6711ff31e6a21c5ae7c"
+    );
     assert!(theirs.sealer().seal(head, [8; 16], &mut datagram));
     assert_eq!(udp.opener().open(&datagram), Some([8; 16]));
     let stolen = challenge.prove(&thief, &binding, token).unwrap();

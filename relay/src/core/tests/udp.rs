@@ -266,7 +266,7 @@ fn the_rate_of_a_device_is_one_for_all_transports() {
         through += world.udp(a.at, &packet).len();
     }
     assert_eq!((through, world.dropped(DropReason::RateLimited)), (9, 11));
-    world.send(a.conn, 2, b"over the connection");
+    world.send(a.conn, 2, &[0; 936]);
     assert_eq!(world.dropped(DropReason::RateLimited), 12);
 }
 
