@@ -47,6 +47,12 @@ const REPLACED_BACKOFF: Duration = Duration::from_secs(20);
 pub const QUIC_HEAD_START: Duration = Duration::from_secs(2);
 /// The same where QUIC did not pass last time.
 const SHORT_HEAD_START: Duration = Duration::from_millis(300);
+/// A relay that said it would close is expected back for so long: it is restarted, mostly.
+const RESTART_TIME: Duration = Duration::from_secs(10);
+/// Pause between attempts meanwhile, and longest time that one of them takes: what is sent before it listens is lost, and
+/// QUIC repeats itself only after a second.
+const RESTART_PAUSE: Duration = Duration::from_millis(100);
+const RESTART_DIAL_TIMEOUT: Duration = Duration::from_millis(400);
 /// Longest time from the first packet to a TLS or QUIC connection.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long the relay may take to authenticate us; it waits for 10 s itself.
@@ -202,6 +208,12 @@ impl Shared {
         self.connected.load(Ordering::Acquire).then_some(over)
     }
 
+    /// The round trip as last measured, if ever.
+    fn last_rtt(&self) -> Duration {
+        let micros = self.rtt.load(Ordering::Relaxed);
+        if micros == u64::MAX { Duration::ZERO } else { Duration::from_micros(micros) }
+    }
+
     fn take(&self, batch: &mut Vec<QueuedFrame>) {
         let (mut queue, mut bytes) = (self.queue(), 0);
         while bytes < BATCH_BYTES
@@ -233,6 +245,7 @@ impl RelayClient {
             token: None,
             asked: None,
             quic_failed: false,
+            restarting: None,
         };
         #[expect(clippy::disallowed_methods, reason = "owned by the handle: dropping it aborts the task")]
         let task = tokio::task::spawn(task.run());
@@ -305,6 +318,8 @@ struct Task {
     /// When the daemon was last asked for a token that has not come.
     asked: Option<Instant>,
     quic_failed: bool,
+    /// Until when the relay is expected back at any moment.
+    restarting: Option<Instant>,
 }
 
 /// How a session ends.
@@ -346,9 +361,16 @@ impl Task {
             if refused.is_some_and(is_about_token) {
                 self.token = None;
             }
+            if refused == Some(RefusalCode::ShuttingDown) {
+                self.restarting = Some(Instant::now() + RESTART_TIME);
+            }
             let why = end.to_string();
             self.events.send(RelayEventKind::Disconnected { why, refused }).await;
-            let wait = if refused == Some(RefusalCode::Replaced) { REPLACED_BACKOFF } else { backoff };
+            let wait = match refused {
+                Some(RefusalCode::Replaced) => REPLACED_BACKOFF,
+                _ if self.is_restarting() => RESTART_PAUSE,
+                _ => backoff,
+            };
             if self.pause(jittered(wait)).await {
                 backoff = MIN_BACKOFF;
             } else {
@@ -370,6 +392,10 @@ impl Task {
                 },
             }
         }
+    }
+
+    fn is_restarting(&self) -> bool {
+        self.restarting.is_some_and(|until| Instant::now() < until)
     }
 
     fn keep(&mut self, token: Signed) {
@@ -399,7 +425,12 @@ impl Task {
             Some(link) => *link,
             None => {
                 let head_start = if self.quic_failed { SHORT_HEAD_START } else { QUIC_HEAD_START };
-                timeout(DIAL_TIMEOUT, link::dial(&self.config, Some(head_start)))
+                let longest = if self.is_restarting() {
+                    RESTART_DIAL_TIMEOUT.max(2 * self.shared.last_rtt())
+                } else {
+                    DIAL_TIMEOUT
+                };
+                timeout(longest, link::dial(&self.config, Some(head_start.min(longest / 2))))
                     .await
                     .map_err(|_| End::Lost("it does not answer".to_owned()))??
             }
@@ -411,6 +442,7 @@ impl Task {
         // What waited for an earlier connection is of no use any more.
         *self.shared.queue() = FrameQueue::new(DATA_QUEUE_BYTES);
         self.shared.rtt.store(u64::MAX, Ordering::Relaxed);
+        self.restarting = None;
         Ok((link, keys))
     }
 

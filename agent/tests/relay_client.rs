@@ -2,6 +2,7 @@
 #![cfg(test)]
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -420,19 +421,22 @@ async fn datagrams(inside: Arc<UdpSocket>, to: SocketAddr, quic: Arc<AtomicBool>
         if !passes(&there[..len]) {
             continue;
         }
-        if !outsides.contains_key(&from) {
-            let outside = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
-            outsides.insert(from, outside.clone());
-            let (inside, passes) = (inside.clone(), passes.clone());
-            tasks.spawn(async move {
-                let mut back = [0; 2_048];
-                while let Ok((len, _)) = outside.recv_from(&mut back).await {
-                    if passes(&back[..len]) {
-                        let _ = inside.send_to(&back[..len], from).await;
+        let outside = match outsides.entry(from) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let outside = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+                let (back_from, inside, passes) = (outside.clone(), inside.clone(), passes.clone());
+                tasks.spawn(async move {
+                    let mut back = [0; 2_048];
+                    while let Ok((len, _)) = back_from.recv_from(&mut back).await {
+                        if passes(&back[..len]) {
+                            let _ = inside.send_to(&back[..len], from).await;
+                        }
                     }
-                }
-            });
-        }
-        let _ = outsides[&from].send_to(&there[..len], to).await;
+                });
+                entry.insert(outside)
+            }
+        };
+        let _ = outside.send_to(&there[..len], to).await;
     }
 }

@@ -40,6 +40,8 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the last words of a connection may take.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often a draining relay looks whether everybody has left.
+const DRAIN_LOOK: Duration = Duration::from_millis(50);
 /// Most bytes that a connection takes from the core at once: what a revocation can't call back.
 const BATCH_BYTES: usize = 32 * 1024;
 /// Tries to find a port that is free for TCP and for UDP, if any port will do.
@@ -205,16 +207,24 @@ impl RelayServer {
 
     /// What it holds and has done.
     pub fn stats(&self) -> ServerStats {
-        let (quic_dropped, udp_unsent) = self.shared.socket.upgrade().map_or((0, 0), |socket| socket.lost());
-        ServerStats {
-            quic_dropped,
-            udp_unsent,
-            core: self.shared.lock().relay.stats(),
-            stun_answered: self.shared.stun_answered.load(Ordering::Relaxed),
-            stun_ignored: self.shared.stun_ignored.load(Ordering::Relaxed),
-            handshakes_refused: self.shared.handshakes_refused.load(Ordering::Relaxed),
-            handshakes_failed: self.shared.handshakes_failed.load(Ordering::Relaxed),
-        }
+        self.shared.stats()
+    }
+
+    /// The same for somebody else, also when the server is gone.
+    pub fn stats_handle(&self) -> StatsHandle {
+        StatsHandle(self.shared.clone())
+    }
+
+    /// Tells every device to go elsewhere, and waits until they have, at most for `longest`. Serves as before meanwhile:
+    /// who has nowhere to go loses nothing.
+    pub async fn drained(&self, longest: Duration) {
+        self.drain(longest);
+        let gone = async {
+            while self.shared.lock().relay.stats().clients > 0 {
+                tokio::time::sleep(DRAIN_LOOK).await;
+            }
+        };
+        let _ = tokio::time::timeout(longest, gone).await; // whichever comes first
     }
 
     /// Tells every device why, then stops: takes at most some two seconds.
@@ -299,7 +309,31 @@ struct Signal {
     reason: std::sync::OnceLock<RefusalCode>,
 }
 
+/// Reads a server's counters.
+#[derive(Clone, Debug)]
+pub struct StatsHandle(Arc<Shared>);
+
+impl StatsHandle {
+    /// What the server holds and has done.
+    pub fn stats(&self) -> ServerStats {
+        self.0.stats()
+    }
+}
+
 impl Shared {
+    fn stats(&self) -> ServerStats {
+        let (quic_dropped, udp_unsent) = self.socket.upgrade().map_or((0, 0), |socket| socket.lost());
+        ServerStats {
+            core: self.lock().relay.stats(),
+            stun_answered: self.stun_answered.load(Ordering::Relaxed),
+            stun_ignored: self.stun_ignored.load(Ordering::Relaxed),
+            handshakes_refused: self.handshakes_refused.load(Ordering::Relaxed),
+            handshakes_failed: self.handshakes_failed.load(Ordering::Relaxed),
+            quic_dropped,
+            udp_unsent,
+        }
+    }
+
     fn new(relay: Relay, socket: Weak<udp::Socket>) -> Self {
         Self {
             socket,

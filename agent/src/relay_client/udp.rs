@@ -89,7 +89,7 @@ impl UdpLink {
             let full = buffer.len() + len > MAX_BATCH
                 || buffer.len() >= segment * self.state.max_gso_segments().max(1);
             // Only the last of a batch may be shorter.
-            if !buffer.is_empty() && (full || len > segment || buffer.len() % segment != 0) {
+            if !buffer.is_empty() && (full || len > segment || !buffer.len().is_multiple_of(segment)) {
                 self.flush(buffer, segment);
             }
             if buffer.is_empty() {
