@@ -71,7 +71,8 @@ impl Home {
         // Where there is nothing to choose from there is nothing to measure either.
         let several = view.relays.len() > 1 && choice.is_some();
         self.measure_at = several.then(|| self.measure_at.unwrap_or(now + MEASURE_EVERY));
-        if let (Some((_, since)), Some(at)) = (self.better, &mut self.measure_at) {
+        // While answers are still under way there is no sense in asking anew.
+        if let (true, Some((_, since)), Some(at)) = (view.settled, self.better, &mut self.measure_at) {
             *at = (*at).min(since + BETTER_FOR).max(now);
         }
         let changed = choice != self.current;
@@ -239,6 +240,21 @@ mod tests {
         assert_eq!((home.current(), home.poll_timeout()), (Some(relay(2)), None));
         assert!(home.choose(START, &View { relays: &[], ..view }));
         assert_eq!(home.current(), None);
+    }
+
+    #[test]
+    fn answers_that_trickle_in_start_no_new_round() {
+        let mut home = Home::default();
+        choose(&mut home, START, [60, 20, 70], &[1], true);
+        home.on_failed(START, relay(2), &[relay(1), relay(2), relay(3)]);
+        choose(&mut home, START, [60, 0, 70], &[1], true);
+        home.on_connected(relay(2));
+        let mut now = START + FAILED_FOR;
+        choose(&mut home, now, [60, 20, 70], &[1], true);
+        now += BETTER_FOR * 2;
+        assert_eq!(home.handle_timeout(now), (false, true));
+        assert!(!choose(&mut home, now, [60, 20, 0], &[1], false));
+        assert_eq!(home.poll_timeout(), Some(now + MEASURE_EVERY));
     }
 
     proptest! {
