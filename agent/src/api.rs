@@ -129,6 +129,9 @@ pub struct Status {
     pub coordinator: Option<Coordinator>,
     /// Peers, by name.
     pub peers: Vec<PeerStatus>,
+    /// Relays of the network.
+    #[serde(default)]
+    pub relays: Vec<RelayLink>,
     /// What is not as it should be.
     pub health: Vec<HealthItem>,
     /// Packets dropped by reason and timer wake-ups by reason, counted since the agent came up.
@@ -136,6 +139,19 @@ pub struct Status {
     /// What of the kernel's help for many packets at a time is in use: see [`crate::os::Offloads`].
     #[serde(default)]
     pub offloads: std::collections::BTreeMap<String, bool>,
+}
+
+/// One relay.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RelayLink {
+    /// Its name.
+    pub name: String,
+    /// True if it is the one that peers find us at.
+    pub home: bool,
+    /// What packets run over, best first: `udp`, `quic`, `tls`; absent while not connected.
+    pub transport: Option<String>,
+    /// Round-trip time of the connection, or to its STUN service, in milliseconds.
+    pub rtt_ms: Option<f64>,
 }
 
 /// The coordinator.
@@ -258,6 +274,12 @@ mod tests {
                 tx_bytes: 2,
                 last_handshake: UnixTime::from_rfc3339("2026-11-24T00:00:00Z"),
             }],
+            relays: vec![RelayLink {
+                name: "fra".into(),
+                home: true,
+                transport: Some("udp".into()),
+                rtt_ms: Some(12.5),
+            }],
             health: vec![HealthItem {
                 code: "clock-skew".into(),
                 severity: Severity::Warning,
@@ -273,6 +295,7 @@ mod tests {
             device: None,
             coordinator: None,
             peers: vec![],
+            relays: vec![],
             health: vec![],
             counters: json!({}),
             offloads: [("tun".to_owned(), true)].into(),
@@ -296,6 +319,7 @@ mod tests {
                     r#""peers":[{"id":"dev_00000000000000000000000000","name":"b","ips":["100.64.0.2"],"user":null,"#,
                     r#""tags":["tag:b"],"online":true,"path":{"kind":"direct","endpoint":"192.0.2.1:5","relay":null,"#,
                     r#""rtt_ms":1.235},"why_not_direct":null,"rx_bytes":1,"tx_bytes":2,"last_handshake":"2026-11-24T00:00:00Z"}],"#,
+                    r#""relays":[{"name":"fra","home":true,"transport":"udp","rtt_ms":12.5}],"#,
                     r#""health":[{"code":"clock-skew","severity":"warning","text":"t","fix":"f"}],"counters":{},"offloads":{"tun":true}}"#
                 ),
             ),
@@ -303,7 +327,7 @@ mod tests {
                 serde_json::to_string(&out),
                 concat!(
                     r#"{"state":"needs-login","network":null,"self":null,"coordinator":null,"peers":[],"#,
-                    r#""health":[],"counters":{},"offloads":{"tun":true}}"#
+                    r#""relays":[],"health":[],"counters":{},"offloads":{"tun":true}}"#
                 ),
             ),
             (

@@ -1,4 +1,5 @@
-//! The client of one relay: keeps one authenticated connection to it, over QUIC or, where UDP does not pass, TLS over TCP.
+//! The client of one relay: keeps one authenticated connection to it, over QUIC or, where UDP does not pass, TLS over TCP,
+//! and beside it plain UDP for the packets, where that passes.
 //!
 //! A task of its own does the I/O. It asks for tokens by event and is given them by [`RelayClient::provide_token`]; packets
 //! go in by [`RelayClient::send`], which never waits, and come out as events. A lost connection is tried again after a
@@ -6,30 +7,35 @@
 //! over when it is there.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use rand_core::RngCore as _;
-use tokio::sync::{Notify, mpsc};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use warren_common::ids::{DeviceId, NetworkId, RelayId};
 use warren_common::keys::ProbeSecretKey;
 use warren_common::netmap::Relay;
 use warren_common::wire::control::Signed;
+use warren_common::wire::relay::udp::UdpKeys;
 use warren_common::wire::relay::{
-    Binding, Class, DATA_QUEUE_BYTES, Frame, FrameQueue, GoneReason, MAX_PAYLOAD, Pushed, QueuedFrame,
-    RefusalCode, TokenRef, is_handshake,
+    Binding, Class, DATA_QUEUE_BYTES, Frame, FrameQueue, GoneReason, MAX_PAYLOAD, Proven, Pushed,
+    QueuedFrame, RefusalCode, TokenRef, is_handshake,
 };
+use warren_engine::relay_link::{Check, Liveness};
 
+use crate::clock;
 use crate::entropy::OsEntropy;
 
 mod link;
+mod udp;
 
 pub use link::Transport;
 use link::{End, Link, Reader, Writer};
+use udp::UdpLink;
 
 /// First wait after a lost or failed connection.
 pub const MIN_BACKOFF: Duration = Duration::from_millis(250);
@@ -41,18 +47,20 @@ const REPLACED_BACKOFF: Duration = Duration::from_secs(20);
 pub const QUIC_HEAD_START: Duration = Duration::from_secs(2);
 /// The same where QUIC did not pass last time.
 const SHORT_HEAD_START: Duration = Duration::from_millis(300);
+/// A relay that said it would close is expected back for so long: it is restarted, mostly.
+const RESTART_TIME: Duration = Duration::from_secs(10);
+/// Pause between attempts meanwhile, and longest time that one of them takes: what is sent before it listens is lost, and
+/// QUIC repeats itself only after a second.
+const RESTART_PAUSE: Duration = Duration::from_millis(100);
+const RESTART_DIAL_TIMEOUT: Duration = Duration::from_millis(400);
 /// Longest time from the first packet to a TLS or QUIC connection.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long the relay may take to authenticate us; it waits for 10 s itself.
 const STEP_TIMEOUT: Duration = Duration::from_secs(9);
 /// How long the daemon may take to get a token.
 const TOKEN_TIMEOUT: Duration = Duration::from_secs(7);
-/// How often the relay is asked whether it is there: below the 30 s after which many NATs forget UDP.
-pub const PING_INTERVAL: Duration = Duration::from_secs(15);
-/// A relay that says nothing within a window of this length is gone: it was pinged twice in it.
-pub const SILENCE_TIMEOUT: Duration = Duration::from_secs(35);
-/// The same after the network changed and the relay was asked.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
+/// An answer over a connection may take so long where the round trip is short: it waits its turn behind packets.
+const MIN_PING_PAUSE: Duration = Duration::from_millis(500);
 /// How often a connection over TLS tries QUIC.
 pub const UPGRADE_INTERVAL: Duration = Duration::from_secs(300);
 /// A token is asked for again after so long without one.
@@ -97,6 +105,11 @@ pub enum RelayEventKind {
         transport: Transport,
         /// The relay's address.
         addr: SocketAddr,
+    },
+    /// They take another way now; the connection stands as it did.
+    Moved {
+        /// Over what.
+        transport: Transport,
     },
     /// They don't (any more); the client tries again by itself.
     Disconnected {
@@ -163,6 +176,10 @@ struct Shared {
     queue: Mutex<FrameQueue>,
     wake: Notify,
     connected: AtomicBool,
+    /// The connection is over QUIC, not TLS.
+    quic: AtomicBool,
+    /// Packets go over plain UDP.
+    udp: AtomicBool,
     /// In microseconds; `u64::MAX` before the first measurement of a connection.
     rtt: AtomicU64,
 }
@@ -176,6 +193,25 @@ impl Shared {
         let pushed = self.queue().push(class, frame.to_vec());
         self.wake.notify_one();
         pushed
+    }
+
+    fn set_udp(&self, up: bool) {
+        self.udp.store(up, Ordering::Release);
+    }
+
+    fn transport(&self) -> Option<Transport> {
+        let over = match (self.udp.load(Ordering::Acquire), self.quic.load(Ordering::Acquire)) {
+            (true, _) => Transport::Udp,
+            (false, true) => Transport::Quic,
+            (false, false) => Transport::Tls,
+        };
+        self.connected.load(Ordering::Acquire).then_some(over)
+    }
+
+    /// The round trip as last measured, if ever.
+    fn last_rtt(&self) -> Duration {
+        let micros = self.rtt.load(Ordering::Relaxed);
+        if micros == u64::MAX { Duration::ZERO } else { Duration::from_micros(micros) }
     }
 
     fn take(&self, batch: &mut Vec<QueuedFrame>) {
@@ -197,6 +233,8 @@ impl RelayClient {
             queue: Mutex::new(FrameQueue::new(DATA_QUEUE_BYTES)),
             wake: Notify::new(),
             connected: AtomicBool::new(false),
+            quic: AtomicBool::new(false),
+            udp: AtomicBool::new(false),
             rtt: AtomicU64::new(u64::MAX),
         });
         let task = Task {
@@ -207,6 +245,7 @@ impl RelayClient {
             token: None,
             asked: None,
             quic_failed: false,
+            restarting: None,
         };
         #[expect(clippy::disallowed_methods, reason = "owned by the handle: dropping it aborts the task")]
         let task = tokio::task::spawn(task.run());
@@ -245,6 +284,11 @@ impl RelayClient {
         self.shared.connected.load(Ordering::Acquire)
     }
 
+    /// What packets run over now.
+    pub fn transport(&self) -> Option<Transport> {
+        self.shared.transport()
+    }
+
     /// The round trip to the relay, measured by the last ping of this connection.
     pub fn rtt(&self) -> Option<Duration> {
         let micros = self.shared.rtt.load(Ordering::Relaxed);
@@ -274,6 +318,8 @@ struct Task {
     /// When the daemon was last asked for a token that has not come.
     asked: Option<Instant>,
     quic_failed: bool,
+    /// Until when the relay is expected back at any moment.
+    restarting: Option<Instant>,
 }
 
 /// How a session ends.
@@ -289,12 +335,15 @@ impl Task {
         let mut upgrade = None;
         loop {
             let end = match self.connect(upgrade.take()).await {
-                Ok((reader, writer, transport, addr)) => {
+                Ok((link, keys)) => {
                     let since = Instant::now();
+                    let (transport, addr) = (link.transport, link.addr);
+                    self.shared.quic.store(transport == Transport::Quic, Ordering::Release);
                     self.shared.connected.store(true, Ordering::Release);
                     self.events.send(RelayEventKind::Connected { transport, addr }).await;
-                    let outcome = self.session(reader, writer, transport).await;
+                    let outcome = self.session(link, keys).await;
                     self.shared.connected.store(false, Ordering::Release);
+                    self.shared.set_udp(false);
                     if since.elapsed() >= STABLE {
                         backoff = MIN_BACKOFF;
                     }
@@ -312,9 +361,16 @@ impl Task {
             if refused.is_some_and(is_about_token) {
                 self.token = None;
             }
+            if refused == Some(RefusalCode::ShuttingDown) {
+                self.restarting = Some(Instant::now() + RESTART_TIME);
+            }
             let why = end.to_string();
             self.events.send(RelayEventKind::Disconnected { why, refused }).await;
-            let wait = if refused == Some(RefusalCode::Replaced) { REPLACED_BACKOFF } else { backoff };
+            let wait = match refused {
+                Some(RefusalCode::Replaced) => REPLACED_BACKOFF,
+                _ if self.is_restarting() => RESTART_PAUSE,
+                _ => backoff,
+            };
             if self.pause(jittered(wait)).await {
                 backoff = MIN_BACKOFF;
             } else {
@@ -338,6 +394,10 @@ impl Task {
         }
     }
 
+    fn is_restarting(&self) -> bool {
+        self.restarting.is_some_and(|until| Instant::now() < until)
+    }
+
     fn keep(&mut self, token: Signed) {
         self.asked = None;
         self.token = Some((token, Instant::now()));
@@ -355,36 +415,38 @@ impl Task {
     }
 
     /// Connects (unless there is a link already) and authenticates.
-    async fn connect(
-        &mut self,
-        link: Option<Box<Link>>,
-    ) -> Result<(Reader, Writer, Transport, SocketAddr), End> {
+    async fn connect(&mut self, link: Option<Box<Link>>) -> Result<(Link, UdpKeys), End> {
         if self.fresh_token().is_none() {
             self.token = None;
             self.asked = None;
             self.ask().await; // it can come while we dial
         }
-        let link = match link {
+        let mut link = match link {
             Some(link) => *link,
             None => {
                 let head_start = if self.quic_failed { SHORT_HEAD_START } else { QUIC_HEAD_START };
-                timeout(DIAL_TIMEOUT, link::dial(&self.config, Some(head_start)))
+                let longest = if self.is_restarting() {
+                    RESTART_DIAL_TIMEOUT.max(2 * self.shared.last_rtt())
+                } else {
+                    DIAL_TIMEOUT
+                };
+                timeout(longest, link::dial(&self.config, Some(head_start.min(longest / 2))))
                     .await
                     .map_err(|_| End::Lost("it does not answer".to_owned()))??
             }
         };
-        let Link { mut reader, mut writer, transport, addr } = link;
-        self.quic_failed = transport == Transport::Tls;
-        timeout(STEP_TIMEOUT, self.authenticate(&mut reader, &mut writer))
+        self.quic_failed = link.transport == Transport::Tls;
+        let keys = timeout(STEP_TIMEOUT, self.authenticate(&mut link.reader, &mut link.writer))
             .await
             .map_err(|_| End::Lost("it does not go on after connecting".to_owned()))??;
         // What waited for an earlier connection is of no use any more.
         *self.shared.queue() = FrameQueue::new(DATA_QUEUE_BYTES);
         self.shared.rtt.store(u64::MAX, Ordering::Relaxed);
-        Ok((reader, writer, transport, addr))
+        self.restarting = None;
+        Ok((link, keys))
     }
 
-    async fn authenticate(&mut self, reader: &mut Reader, writer: &mut Writer) -> Result<(), End> {
+    async fn authenticate(&mut self, reader: &mut Reader, writer: &mut Writer) -> Result<UdpKeys, End> {
         let challenge = reader.frame().await?;
         let Ok(Some(Frame::Challenge(challenge))) = Frame::decode(&challenge) else {
             return Err(End::Lost("it does not speak the relay protocol".to_owned()));
@@ -405,14 +467,14 @@ impl Task {
             relay: self.config.relay.id,
             cert_sha256: self.config.relay.cert_sha256,
         };
-        let proof = challenge
+        let Proven { proof, udp } = challenge
             .prove(&self.config.probe, &binding, token)
             .ok_or_else(|| End::Lost("its challenge is invalid".to_owned()))?;
         writer.control(&Frame::Auth { proof, token }.to_vec()).await?;
         loop {
             let frame = reader.frame().await?;
             if matches!(Frame::decode(&frame), Ok(Some(Frame::Ready { .. }))) {
-                return Ok(());
+                return Ok(udp);
             }
         }
     }
@@ -425,36 +487,43 @@ impl Task {
         }
     }
 
-    async fn session(&mut self, mut reader: Reader, mut writer: Writer, transport: Transport) -> Outcome {
+    async fn session(&mut self, link: Link, keys: UdpKeys) -> Outcome {
+        let Link { mut reader, mut writer, transport, addr } = link;
         let (shared, config, events) = (self.shared.clone(), self.config.clone(), self.events.clone());
-        let signs = Signs::default();
+        let signs = Signs::new(clock::now().boot);
         tokio::select! {
             end = read(&mut reader, &shared, &events, &signs) => Outcome::End(end),
-            end = write(&mut writer, &shared) => Outcome::End(end),
+            end = write(&mut writer, &shared, &signs) => Outcome::End(end),
             () = self.watch(&signs) => Outcome::End(End::Lost("it stopped answering".to_owned())),
             link = upgrade(&config, &signs), if transport == Transport::Tls => Outcome::Upgrade(Box::new(link)),
+            () = over_udp(addr, config.mark, keys, &shared, &events, &signs) => {
+                Outcome::End(End::Lost("the host is shutting down".to_owned()))
+            }
         }
     }
 
     /// Pings and passes tokens on, until the relay is silent.
     async fn watch(&mut self, signs: &Signs) {
-        let mut silent_at = Instant::now() + SILENCE_TIMEOUT;
-        let mut ping_at = Instant::now();
         loop {
-            let ask_at = self.asked.map(|at| at + ASK_INTERVAL);
-            tokio::select! {
-                () = sleep_until(silent_at) => {
-                    if !signs.heard.swap(false, Ordering::Relaxed) {
-                        return;
-                    }
-                    silent_at = Instant::now() + SILENCE_TIMEOUT;
-                }
-                () = sleep_until(ping_at) => {
-                    ping_at = Instant::now() + PING_INTERVAL;
+            let now = clock::now().boot;
+            if signs.stalled.load(Ordering::Relaxed) > 0 {
+                signs.liveness().on_heard(); // it is us who don't listen
+            }
+            match signs.liveness().check(now) {
+                Check::Fine => {}
+                Check::Ping => {
                     self.shared.push(Class::Control, &Frame::Ping { nonce: micros() });
                 }
+                Check::Dead => return,
+            }
+            let due = signs.liveness().deadline();
+            let ask_at = self.asked.map(|at| at + ASK_INTERVAL);
+            tokio::select! {
+                () = sleep(due.since(now)) => {}
+                () = signs.sent.notified() => {}
+                () = signs.suspect.notified() => signs.liveness().suspect(now),
                 () = signs.token_wanted.notified() => self.ask().await,
-                () = sleep_until(ask_at.unwrap_or(silent_at)), if ask_at.is_some() => self.ask().await,
+                () = sleep_until(ask_at.unwrap_or_else(Instant::now)), if ask_at.is_some() => self.ask().await,
                 command = self.commands.recv() => match command {
                     Some(Command::Token(token)) => {
                         if let Some(token) = TokenRef::new(&token) {
@@ -463,9 +532,10 @@ impl Task {
                         self.keep(token);
                     }
                     Some(Command::NetworkChanged) => {
-                        signs.heard.store(false, Ordering::Relaxed);
-                        silent_at = silent_at.min(Instant::now() + PROBE_TIMEOUT);
-                        ping_at = Instant::now();
+                        signs.liveness().suspect(clock::now().boot);
+                        if let Some(udp) = signs.udp.get() {
+                            udp.network_changed();
+                        }
                         signs.try_quic.notify_one();
                     }
                     None => std::future::pending().await,
@@ -476,12 +546,70 @@ impl Task {
 }
 
 /// What the parts of a session tell each other.
-#[derive(Default)]
 struct Signs {
-    /// Something came from the relay since this was last looked at.
-    heard: AtomicBool,
+    liveness: Mutex<Liveness>,
+    /// Something was sent after a silence.
+    sent: Notify,
+    /// The relay may be dead.
+    suspect: Notify,
     token_wanted: Notify,
     try_quic: Notify,
+    /// The number of our UDP session, once the relay has named it.
+    offer: watch::Sender<Option<u64>>,
+    udp: OnceLock<UdpLink>,
+    /// Readers that wait until the daemon takes what they have.
+    stalled: AtomicUsize,
+}
+
+impl Signs {
+    fn new(now: warren_common::time::Instant) -> Self {
+        Self {
+            liveness: Mutex::new(Liveness::new(now, MIN_PING_PAUSE)),
+            sent: Notify::new(),
+            suspect: Notify::new(),
+            token_wanted: Notify::new(),
+            try_quic: Notify::new(),
+            offer: watch::Sender::new(None),
+            udp: OnceLock::new(),
+            stalled: AtomicUsize::new(0),
+        }
+    }
+
+    fn liveness(&self) -> MutexGuard<'_, Liveness> {
+        self.liveness.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hands a packet to the daemon, however long it takes. Meanwhile nothing is read, which says nothing about the relay.
+    async fn pass_on(&self, events: &Events, kind: RelayEventKind) {
+        self.stalled.fetch_add(1, Ordering::Relaxed);
+        events.send(kind).await;
+        self.stalled.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// The UDP side, while packets go there.
+    fn udp(&self) -> Option<&UdpLink> {
+        self.udp.get().filter(|udp| udp.is_up())
+    }
+}
+
+/// Carries packets over plain UDP once the relay offers it.
+async fn over_udp(
+    addr: SocketAddr,
+    mark: u32,
+    keys: UdpKeys,
+    shared: &Shared,
+    events: &Events,
+    signs: &Signs,
+) {
+    let mut offer = signs.offer.subscribe();
+    let Ok(session) = offer.wait_for(Option::is_some).await.map(|session| *session) else { return };
+    match UdpLink::open(addr, mark, keys, session.unwrap_or_default()) {
+        Ok(link) => signs.udp.get_or_init(|| link).run(shared, events, signs).await,
+        Err(error) => {
+            tracing::debug!("no socket for plain UDP to the relay: {error}");
+            std::future::pending().await
+        }
+    }
 }
 
 /// True if another token may change the answer.
@@ -504,14 +632,16 @@ async fn read(reader: &mut Reader, shared: &Shared, events: &Events, signs: &Sig
             Ok(frame) => frame,
             Err(end) => return end,
         };
-        signs.heard.store(true, Ordering::Relaxed);
+        signs.liveness().on_heard();
         match Frame::decode(&frame) {
             Ok(Some(Frame::Recv { src, payload })) => {
                 let payload = frame.slice_ref(payload);
-                events.send(RelayEventKind::Received { src, payload }).await;
+                signs.pass_on(events, RelayEventKind::Received { src, payload }).await;
             }
             Ok(Some(Frame::Pong { nonce })) => {
-                shared.rtt.store(micros().saturating_sub(nonce), Ordering::Relaxed);
+                let rtt = micros().saturating_sub(nonce);
+                shared.rtt.store(rtt, Ordering::Relaxed);
+                signs.liveness().on_pong(Duration::from_micros(rtt));
             }
             Ok(Some(Frame::Ping { nonce })) => {
                 shared.push(Class::Control, &Frame::Pong { nonce });
@@ -523,6 +653,9 @@ async fn read(reader: &mut Reader, shared: &Shared, events: &Events, signs: &Sig
                 }
             }
             Ok(Some(Frame::TokenWanted { .. })) => signs.token_wanted.notify_one(),
+            Ok(Some(Frame::UdpOffer { session })) => {
+                signs.offer.send_replace(Some(session));
+            }
             Ok(Some(Frame::Drain { after_ms })) => {
                 let after = Duration::from_millis(u64::from(after_ms));
                 events.send(RelayEventKind::Draining { after }).await;
@@ -533,14 +666,21 @@ async fn read(reader: &mut Reader, shared: &Shared, events: &Events, signs: &Sig
     }
 }
 
-async fn write(writer: &mut Writer, shared: &Shared) -> End {
-    let mut batch = Vec::new();
+async fn write(writer: &mut Writer, shared: &Shared, signs: &Signs) -> End {
+    let (mut batch, mut buffer) = (Vec::new(), Vec::new());
     loop {
         shared.wake.notified().await;
         loop {
             shared.take(&mut batch);
             if batch.is_empty() {
                 break;
+            }
+            if let Some(udp) = signs.udp() {
+                udp.send(&mut batch, &mut buffer);
+            }
+            let data = batch.iter().any(|frame| frame.class != Class::Control);
+            if data && signs.liveness().on_sent(clock::now().boot) {
+                signs.sent.notify_one();
             }
             if let Err(end) = writer.batch(&mut batch).await {
                 return end;
@@ -553,6 +693,9 @@ async fn write(writer: &mut Writer, shared: &Shared) -> End {
 async fn upgrade(config: &RelayClientConfig, signs: &Signs) -> Link {
     loop {
         let _ = timeout(jittered(UPGRADE_INTERVAL), signs.try_quic.notified()).await; // whichever comes first
+        if signs.udp().is_some() {
+            continue; // better than QUIC already
+        }
         if let Ok(Ok(link)) = timeout(DIAL_TIMEOUT, link::dial(config, None)).await {
             return link;
         }
@@ -566,7 +709,7 @@ fn jittered(wait: Duration) -> Duration {
 
 /// A clock for round trips.
 fn micros() -> u64 {
-    crate::clock::now().boot.as_nanos() / 1_000
+    clock::now().boot.as_nanos() / 1_000
 }
 
 #[cfg(test)]

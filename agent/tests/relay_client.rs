@@ -1,6 +1,8 @@
 //! The relay client against a real relay on loopback. No assertion is about time.
 #![cfg(test)]
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,6 +20,7 @@ use warren_common::ids::{DeviceId, NetworkId, RelayId};
 use warren_common::keys::{NetmapSecretKey, ProbeSecretKey};
 use warren_common::netmap::Relay;
 use warren_common::wire::control::Signed;
+use warren_common::wire::relay::udp::is_plain;
 use warren_common::wire::relay::{GoneReason, MAX_PAYLOAD, RefusalCode};
 use warren_common::wire::token::RelayToken;
 use warren_relay::core::Limits;
@@ -70,6 +73,8 @@ struct Agent {
     revision: u64,
     peers: Vec<u8>,
     tokens: usize,
+    /// What the client said last about the transport of packets.
+    moved: Option<Transport>,
 }
 
 impl Agent {
@@ -82,7 +87,7 @@ impl Agent {
         let (sender, events) = mpsc::channel(64);
         let config = RelayClientConfig { relay, network: network(), probe: key, mark: 0 };
         let client = RelayClient::spawn(config, sender);
-        Self { n, client, events, revision: 1, peers: peers.to_vec(), tokens: 0 }
+        Self { n, client, events, revision: 1, peers: peers.to_vec(), tokens: 0, moved: None }
     }
 
     fn of(n: u8, server: &RelayServer, peers: &[u8]) -> Self {
@@ -102,7 +107,7 @@ impl Agent {
         .sign(&NetmapSecretKey::from_bytes([77; 32]))
     }
 
-    /// The next event that is not a call for a token.
+    /// The next event that is not a call for a token or news about the transport.
     async fn event(&mut self) -> RelayEventKind {
         loop {
             let event = tokio::time::timeout(PATIENCE, self.events.recv()).await.expect("nothing happened");
@@ -111,6 +116,7 @@ impl Agent {
                     self.tokens += 1;
                     self.client.provide_token(self.token());
                 }
+                RelayEventKind::Moved { transport } => self.moved = Some(transport),
                 kind => return kind,
             }
         }
@@ -122,6 +128,39 @@ impl Agent {
                 return transport;
             }
         }
+    }
+
+    /// Sends to `to` until packets take `transport`.
+    async fn moves_to(&mut self, transport: Transport, to: u8) {
+        let wait = async {
+            while self.client.transport() != Some(transport) {
+                self.client.send(device(to), b"now");
+                tokio::select! {
+                    _ = self.event() => {}
+                    () = tokio::time::sleep(Duration::from_millis(10)) => {}
+                }
+            }
+        };
+        tokio::time::timeout(PATIENCE, wait).await.expect("the transport stays");
+    }
+
+    /// Sends `payload` to `to` until it arrives: no transport promises that the first one does.
+    async fn reaches(&mut self, to: &mut Self, payload: &[u8]) {
+        let wait = async {
+            loop {
+                self.client.send(device(to.n), payload);
+                let pause = tokio::time::sleep(Duration::from_millis(200));
+                tokio::pin!(pause);
+                loop {
+                    tokio::select! {
+                        got = to.received() => if got == (device(self.n), payload.to_vec()) { return },
+                        _ = self.event() => {}
+                        () = &mut pause => break,
+                    }
+                }
+            }
+        };
+        tokio::time::timeout(PATIENCE, wait).await.expect("it does not arrive");
     }
 
     async fn refused(&mut self) -> Option<RefusalCode> {
@@ -239,7 +278,7 @@ async fn a_relay_that_comes_back_is_found_again() {
 #[tokio::test]
 async fn tls_where_udp_does_not_pass_and_quic_when_it_does() {
     let (_dir, server) = start();
-    let gate = Gate::open_for_tcp(server.local_addr()).await;
+    let gate = Gate::open(server.local_addr(), false, false).await;
     let mut a = Agent::new(1, server.cert_sha256(), gate.addr, &[2]);
     let mut b = Agent::of(2, &server, &[1]);
     assert_eq!((a.connected().await, b.connected().await), (Transport::Tls, Transport::Quic));
@@ -249,11 +288,71 @@ async fn tls_where_udp_does_not_pass_and_quic_when_it_does() {
         b.client.send(device(1), b"back");
         assert_eq!(a.received().await, (device(2), b"back".to_vec()));
     }
-    gate.udp.store(true, Ordering::Relaxed);
+    gate.quic.store(true, Ordering::Relaxed);
     a.client.network_changed();
     assert_eq!(a.connected().await, Transport::Quic);
     b.client.send(device(1), b"over QUIC");
     assert_eq!(a.received().await, (device(2), b"over QUIC".to_vec()));
+}
+
+#[tokio::test]
+async fn plain_udp_carries_packets_while_it_passes_and_the_connection_does_when_it_does_not() {
+    let (_dir, server) = start();
+    for (n, quic) in [(1, true), (3, false)] {
+        let gate = Gate::open(server.local_addr(), quic, true).await;
+        let over = if quic { Transport::Quic } else { Transport::Tls };
+        let mut a = Agent::new(n, server.cert_sha256(), gate.addr, &[n + 1]);
+        let mut b = Agent::of(n + 1, &server, &[n]);
+        assert_eq!((a.connected().await, b.connected().await), (over, Transport::Quic));
+        a.moves_to(Transport::Udp, n + 1).await;
+        b.moves_to(Transport::Udp, n).await;
+        let before = server.stats().core.counters;
+        for len in [2, 148, 1_300, MAX_PAYLOAD] {
+            a.reaches(&mut b, &vec![7; len]).await;
+            b.reaches(&mut a, &vec![8; len]).await;
+        }
+        let after = server.stats().core.counters;
+        assert!(after.forwarded_udp_packets > before.forwarded_udp_packets);
+        // A burst goes out in batches and arrives cut as it was.
+        for i in 0..40u8 {
+            a.client.send(device(n + 1), &[i; 1_000]);
+        }
+        a.reaches(&mut b, &[40; 1_000]).await;
+        gate.plain.store(false, Ordering::Relaxed);
+        a.moves_to(over, n + 1).await;
+        assert_eq!(a.moved, Some(over));
+        a.reaches(&mut b, b"over the connection").await;
+        b.reaches(&mut a, b"back").await;
+        gate.plain.store(true, Ordering::Relaxed);
+        a.client.network_changed();
+        a.moves_to(Transport::Udp, n + 1).await;
+        b.reaches(&mut a, b"and again").await;
+    }
+}
+
+#[tokio::test]
+async fn a_silent_relay_is_noticed_by_who_uses_it() {
+    let (_dir, server) = start();
+    let gate = Gate::open(server.local_addr(), true, true).await;
+    let mut a = Agent::new(1, server.cert_sha256(), gate.addr, &[2]);
+    a.connected().await;
+    a.moves_to(Transport::Udp, 2).await;
+    // It dies without a word: no TLS alert, no QUIC close, no ICMP.
+    gate.quic.store(false, Ordering::Relaxed);
+    gate.plain.store(false, Ordering::Relaxed);
+    let lost = async {
+        loop {
+            tokio::select! {
+                event = a.event() => if matches!(event, RelayEventKind::Disconnected { refused: None, .. }) {
+                    return;
+                },
+                () = tokio::time::sleep(Duration::from_millis(20)) => {
+                    a.client.send(device(2), b"anybody there?");
+                }
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, lost).await.expect("not noticed");
 }
 
 #[tokio::test]
@@ -277,19 +376,23 @@ async fn until(mut condition: impl FnMut() -> bool) {
 /// A firewall in front of a relay that lets TCP through, and UDP when told to.
 struct Gate {
     addr: SocketAddr,
-    udp: Arc<AtomicBool>,
+    /// QUIC passes.
+    quic: Arc<AtomicBool>,
+    /// Plain UDP passes.
+    plain: Arc<AtomicBool>,
     _tasks: JoinSet<()>,
 }
 
 impl Gate {
-    async fn open_for_tcp(to: SocketAddr) -> Self {
+    async fn open(to: SocketAddr, quic: bool, plain: bool) -> Self {
         let (listener, socket) = loop {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             if let Ok(socket) = UdpSocket::bind(listener.local_addr().unwrap()).await {
                 break (listener, socket);
             }
         };
-        let (addr, udp) = (listener.local_addr().unwrap(), Arc::new(AtomicBool::new(false)));
+        let addr = listener.local_addr().unwrap();
+        let (quic, plain) = (Arc::new(AtomicBool::new(quic)), Arc::new(AtomicBool::new(plain)));
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {
             let mut streams = JoinSet::new();
@@ -300,24 +403,37 @@ impl Gate {
                 });
             }
         });
-        tasks.spawn(datagrams(socket, to, udp.clone()));
-        Self { addr, udp, _tasks: tasks }
+        tasks.spawn(datagrams(Arc::new(socket), to, quic.clone(), plain.clone()));
+        Self { addr, quic, plain, _tasks: tasks }
     }
 }
 
-/// Passes datagrams between the last who asked and the relay.
-async fn datagrams(inside: UdpSocket, to: SocketAddr, open: Arc<AtomicBool>) {
-    let outside = UdpSocket::bind("127.0.0.1:0").await.unwrap();
-    let (mut client, mut there, mut back) = (None, [0; 2_048], [0; 2_048]);
-    loop {
-        tokio::select! {
-            got = inside.recv_from(&mut there) => if let Ok((len, from)) = got && open.load(Ordering::Relaxed) {
-                client = Some(from);
-                let _ = outside.send_to(&there[..len], to).await;
-            },
-            got = outside.recv_from(&mut back) => if let (Ok((len, _)), Some(client)) = (got, client) {
-                let _ = inside.send_to(&back[..len], client).await;
-            },
+/// Passes datagrams between each who asks and the relay.
+async fn datagrams(inside: Arc<UdpSocket>, to: SocketAddr, quic: Arc<AtomicBool>, plain: Arc<AtomicBool>) {
+    let (mut there, mut outsides, mut tasks) = ([0; 2_048], BTreeMap::new(), JoinSet::new());
+    let passes = move |datagram: &[u8]| {
+        if is_plain(datagram) { plain.load(Ordering::Relaxed) } else { quic.load(Ordering::Relaxed) }
+    };
+    while let Ok((len, from)) = inside.recv_from(&mut there).await {
+        if !passes(&there[..len]) {
+            continue;
         }
+        let outside = match outsides.entry(from) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let outside = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+                let (back_from, inside, passes) = (outside.clone(), inside.clone(), passes.clone());
+                tasks.spawn(async move {
+                    let mut back = [0; 2_048];
+                    while let Ok((len, _)) = back_from.recv_from(&mut back).await {
+                        if passes(&back[..len]) {
+                            let _ = inside.send_to(&back[..len], from).await;
+                        }
+                    }
+                });
+                entry.insert(outside)
+            }
+        };
+        let _ = outside.send_to(&there[..len], to).await;
     }
 }

@@ -20,7 +20,7 @@ const MAY_USE: [(&str, &[&str]); 8] = [
         "warren-netns-tests",
         &["warren-common", "warren-engine", "warren-agent", "warren-relay", "warren-coordinator"],
     ),
-    ("warren-bench", &["warren-common", "warren-engine", "warren-agent"]),
+    ("warren-bench", &["warren-common", "warren-engine", "warren-agent", "warren-relay"]),
     ("xtask", &[]),
 ];
 

@@ -1,6 +1,7 @@
 //! What strangers and devices can send to a relay, and a relay to a device: see `fuzz.rs` for the method.
 #![cfg(test)]
 
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use bolero::check;
@@ -11,6 +12,7 @@ use warren_common::ids::{DeviceId, NetworkId, RelayId};
 use warren_common::keys::{NetmapSecretKey, ProbeSecretKey};
 use warren_common::time::{Instant, Now, UnixTime};
 use warren_common::wire::control::Signed;
+use warren_common::wire::relay::udp::{Head, Kind, Ping, UDP_HEADER, UdpKeys};
 use warren_common::wire::relay::{
     Binding, Deframer, Frame, GoneReason, RefusalCode, TokenRef, WantedReason, put_on_stream,
 };
@@ -20,7 +22,7 @@ use warren_common::wire::relay_control::{
 };
 use warren_common::wire::token::RelayToken;
 use warren_netns_tests::fuzz::{corpus, each, inputs, tamper};
-use warren_relay::core::{Config, ConnId, Limits, Relay};
+use warren_relay::core::{Config, ConnId, Limits, Relay, UdpPath};
 use warren_relay::stun;
 
 fn device(n: u8) -> DeviceId {
@@ -61,6 +63,8 @@ fn frames() -> Vec<Vec<u8>> {
         Frame::TokenWanted { why: WantedReason::Stale },
         Frame::TokenRefresh { token },
         Frame::Drain { after_ms: 1 },
+        Frame::UdpOffer { session: 1 },
+        Frame::UdpLost { counter: 1 },
     ]
     .map(|frame| frame.to_vec())
     .to_vec()
@@ -82,6 +86,8 @@ fn relay_frames() {
         "wanted",
         "refresh",
         "drain",
+        "udp_offer",
+        "udp_lost",
     ];
     corpus("relay_frames", names.into_iter().zip(seeds.clone()).collect());
     check!().with_iterations(inputs(1)).for_each(|input: &[u8]| {
@@ -125,6 +131,7 @@ fn relay_core() {
             cert_sha256: [4; 32],
             netmap_key: NetmapSecretKey::from_bytes([3; 32]).public(),
             floor: 0,
+            plain_udp: true,
             limits: Limits::default(),
         });
         let mut rng = ChaCha20Rng::seed_from_u64(1);
@@ -146,7 +153,62 @@ fn relay_core() {
     });
 }
 
+/// Whatever comes over UDP, nothing longer goes out, and to no address but those of the two devices.
+#[test]
+fn relay_udp() {
+    let now = Now { boot: Instant::from_nanos(1), unix: UnixTime::from_secs(1_000) };
+    let path = |n: u8| UdpPath { remote: (Ipv4Addr::new(192, 0, 2, n), 9).into(), local: None };
+    check!().with_iterations(inputs(10)).for_each(|input: &[u8]| {
+        let mut relay = Relay::new(Config {
+            network: NetworkId::from_bytes([1; 16]),
+            relay: RelayId::from_bytes([2; 16]),
+            cert_sha256: [4; 32],
+            netmap_key: NetmapSecretKey::from_bytes([3; 32]).public(),
+            floor: 0,
+            plain_udp: true,
+            limits: Limits::default(),
+        });
+        let mut rng = ChaCha20Rng::seed_from_u64(1);
+        let mut seeds = Vec::new();
+        for n in [1, 2] {
+            let (conn, keys) = join_udp(&mut relay, &mut rng, now, n);
+            let session = loop {
+                let frame = relay.next_frame(conn).unwrap();
+                if let Ok(Some(Frame::UdpOffer { session })) = Frame::decode(&frame.bytes) {
+                    break session;
+                }
+            };
+            let ping = Ping { nonce: 1, settle: true }.to_bytes();
+            let other = device(3 - n).to_bytes();
+            for (counter, kind, what) in
+                [(0, Kind::Ping, ping), (1, Kind::Send, other), (2, Kind::Ping, ping)]
+            {
+                let mut datagram = vec![0; UDP_HEADER + 40];
+                assert!(keys.sealer().seal(Head { kind, session, counter }, what, &mut datagram));
+                seeds.push((n, datagram));
+            }
+        }
+        for (i, edit) in input.chunks(16).take(32).enumerate() {
+            let (n, seed) = &seeds[usize::from(edit[0]) % seeds.len()];
+            // Unchanged as well: a good datagram at any time, and again.
+            let mut buffer = if edit[0] & 0x80 == 0 { seed.clone() } else { tamper(seed, edit) };
+            let (len, mut sends) = (buffer.len(), Vec::new());
+            let stride = if edit[0] & 0x40 == 0 { len } else { usize::from(edit[edit.len() - 1]) };
+            let now = now + Duration::from_millis(i as u64);
+            relay.handle_udp(now, path(*n), &mut buffer, stride, &mut sends);
+            assert!(sends.iter().map(|s| s.range.len()).sum::<usize>() <= len);
+            assert!(sends.iter().all(|s| s.range.end <= len && (s.to == path(1) || s.to == path(2))));
+            assert!(relay.poll_datagram().is_none());
+        }
+        assert_eq!(relay.stats().clients, 2);
+    });
+}
+
 fn join(relay: &mut Relay, rng: &mut ChaCha20Rng, now: Now, n: u8) -> ConnId {
+    join_udp(relay, rng, now, n).0
+}
+
+fn join_udp(relay: &mut Relay, rng: &mut ChaCha20Rng, now: Now, n: u8) -> (ConnId, UdpKeys) {
     let conn = relay.handle_connected(now, rng);
     let challenge = relay.next_frame(conn).unwrap();
     let Ok(Some(Frame::Challenge(challenge))) = Frame::decode(&challenge.bytes) else {
@@ -159,9 +221,9 @@ fn join(relay: &mut Relay, rng: &mut ChaCha20Rng, now: Now, n: u8) -> ConnId {
     };
     let signed = token(n);
     let token = TokenRef::new(&signed).unwrap();
-    let proof = challenge.prove(&ProbeSecretKey::from_bytes([n; 32]), &binding, token).unwrap();
-    relay.handle_frame(conn, now, &Frame::Auth { proof, token }.to_vec());
-    conn
+    let proven = challenge.prove(&ProbeSecretKey::from_bytes([n; 32]), &binding, token).unwrap();
+    relay.handle_frame(conn, now, &Frame::Auth { proof: proven.proof, token }.to_vec());
+    (conn, proven.udp)
 }
 
 #[test]

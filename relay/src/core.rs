@@ -17,6 +17,7 @@ use rand_core::{CryptoRng, RngCore};
 use warren_common::ids::{DeviceId, NetworkId, RelayId};
 use warren_common::keys::{NetmapPublicKey, ProbePublicKey, ProbeSecretKey};
 use warren_common::time::{Instant, Now};
+use warren_common::wire::relay::udp::FULL_UDP_DATAGRAM;
 use warren_common::wire::relay::{
     Binding, Challenge, Class, DATA_QUEUE_BYTES, Frame, FrameQueue, GoneReason, Pushed, QueuedFrame,
     RefusalCode, TokenRef, WantedReason, is_handshake,
@@ -25,9 +26,15 @@ use warren_common::wire::token::{MAX_TOKEN_LIFE_S, RelayToken};
 
 mod counters;
 mod gcra;
+mod udp;
+mod window;
+
+use udp::UdpSession;
 
 pub use counters::{Counters, DropReason, Stats};
 pub(crate) use gcra::Gcra;
+pub use udp::{UdpPath, UdpSend};
+pub use window::MAX_UDP_REORDER;
 
 /// Default for [`Limits::max_clients`]: 20 000 × 64 KiB is 1.2 GiB, what a small relay has.
 pub const MAX_CLIENTS: usize = 20_000;
@@ -70,6 +77,8 @@ pub struct Config {
     pub netmap_key: NetmapPublicKey,
     /// The revision that every token must have: what happened before this process started.
     pub floor: u64,
+    /// Whether the shell carries plain UDP.
+    pub plain_udp: bool,
     /// Bounds.
     pub limits: Limits,
 }
@@ -128,6 +137,8 @@ pub struct Relay {
     conns: BTreeMap<ConnId, Conn>,
     half_open: BTreeSet<ConnId>,
     sessions: BTreeMap<DeviceId, ConnId>,
+    /// By the number that their datagrams carry.
+    udp_ids: BTreeMap<u64, ConnId>,
     timers: BTreeSet<(Instant, ConnId)>,
     /// Connections with a `Wake` out for which `next_frame` has not returned `None` since: all that have frames waiting.
     woken: BTreeSet<ConnId>,
@@ -135,6 +146,8 @@ pub struct Relay {
     floor: u64,
     queued_bytes: usize,
     outputs: VecDeque<Output>,
+    /// At most one for each input, if drained after each.
+    datagrams: VecDeque<(UdpPath, Vec<u8>)>,
     counters: Counters,
 }
 
@@ -148,7 +161,7 @@ struct Conn {
 
 #[derive(Debug)]
 enum State {
-    HalfOpen { challenge: Challenge, ephemeral: ProbeSecretKey, until: Instant },
+    HalfOpen { challenge: Challenge, ephemeral: ProbeSecretKey, udp_id: u64, until: Instant },
     Session(Box<Session>),
 }
 
@@ -165,6 +178,8 @@ struct Session {
     rate: Gcra,
     notices: Gcra,
     refreshes: Gcra,
+    /// `None` if the shell carries no plain UDP.
+    udp: Option<Box<UdpSession>>,
 }
 
 impl Session {
@@ -190,11 +205,13 @@ impl Relay {
             conns: BTreeMap::new(),
             half_open: BTreeSet::new(),
             sessions: BTreeMap::new(),
+            udp_ids: BTreeMap::new(),
             timers: BTreeSet::new(),
             woken: BTreeSet::new(),
             minimums: BTreeMap::new(),
             queued_bytes: 0,
             outputs: VecDeque::new(),
+            datagrams: VecDeque::new(),
             counters: Counters::default(),
         }
     }
@@ -211,6 +228,7 @@ impl Relay {
         let ephemeral = ProbeSecretKey::generate(rng);
         let mut nonce = [0; 32];
         rng.fill_bytes(&mut nonce);
+        let udp_id = rng.next_u64();
         let challenge = Challenge { ephemeral: ephemeral.public(), nonce };
         let until = now.boot + self.config.limits.auth_timeout;
         self.conns.insert(
@@ -219,7 +237,7 @@ impl Relay {
                 queue: FrameQueue::new(self.config.limits.queue_bytes),
                 heard: now.boot,
                 timer: until,
-                state: State::HalfOpen { challenge, ephemeral, until },
+                state: State::HalfOpen { challenge, ephemeral, udp_id, until },
             },
         );
         self.half_open.insert(id);
@@ -235,9 +253,7 @@ impl Relay {
 
     /// A frame came in. Whatever it is, it can't panic; one that makes no sense closes the connection.
     pub fn handle_frame(&mut self, conn: ConnId, now: Now, frame: &[u8]) {
-        let Limits { rate, burst, .. } = self.config.limits;
-        let cost = transmit_time(frame.len() + PACKET_OVERHEAD, rate);
-        let burst = transmit_time(usize::try_from(burst).unwrap_or(usize::MAX), rate);
+        let (cost, burst) = self.cost(frame.len());
         let Some(entry) = self.conns.get_mut(&conn) else { return };
         entry.heard = now.boot;
         let half_open = matches!(entry.state, State::HalfOpen { .. });
@@ -260,6 +276,11 @@ impl Relay {
             Ok(Some(Frame::Ping { nonce })) if !half_open => self.control(conn, &Frame::Pong { nonce }),
             Ok(Some(Frame::Pong { .. })) if !half_open => {}
             Ok(Some(Frame::TokenRefresh { token })) if !half_open => self.refresh(conn, now, token),
+            Ok(Some(Frame::UdpLost { counter })) if !half_open => {
+                if let Some(udp) = self.session_mut(conn).and_then(|s| s.udp.as_mut()) {
+                    udp.lose(counter);
+                }
+            }
             Ok(Some(_)) => self.close(conn, RefusalCode::Protocol),
         }
     }
@@ -368,13 +389,15 @@ impl Relay {
             relay: self.config.relay,
             cert_sha256: self.config.cert_sha256,
         };
-        let Some(Conn { state: State::HalfOpen { challenge, ephemeral, .. }, .. }) = self.conns.get(&conn)
+        let Some(Conn { state: State::HalfOpen { challenge, ephemeral, udp_id, .. }, .. }) =
+            self.conns.get(&conn)
         else {
             return;
         };
-        if !challenge.check(ephemeral, &token.probe, &binding, token_ref, proof) {
+        let udp_id = *udp_id;
+        let Some(keys) = challenge.check(ephemeral, &token.probe, &binding, token_ref, proof) else {
             return self.close(conn, RefusalCode::Possession);
-        }
+        };
         let older = self.sessions.get(&token.device).copied();
         if older.is_none() && self.sessions.len() >= self.config.limits.max_clients {
             return self.close(conn, RefusalCode::Busy);
@@ -397,6 +420,7 @@ impl Relay {
             rate,
             notices: Gcra::default(),
             refreshes: Gcra::default(),
+            udp: self.config.plain_udp.then(|| Box::new(UdpSession::new(udp_id, keys))),
         };
         if let Some(entry) = self.conns.get_mut(&conn) {
             entry.state = State::Session(Box::new(session));
@@ -405,6 +429,10 @@ impl Relay {
         self.sessions.insert(device, conn);
         self.check_deadlines(conn, now.boot);
         self.control(conn, &Frame::Ready { revision });
+        if self.config.plain_udp {
+            self.udp_ids.insert(udp_id, conn);
+            self.control(conn, &Frame::UdpOffer { session: udp_id });
+        }
     }
 
     fn refresh(&mut self, conn: ConnId, now: Now, token: TokenRef<'_>) {
@@ -455,23 +483,35 @@ impl Relay {
     }
 
     fn forward(&mut self, conn: ConnId, now: Instant, dst: DeviceId, payload: &[u8]) {
-        let Some(session) = self.session_mut(conn) else { return };
-        if now >= session.ends {
-            return self.close(conn, RefusalCode::TokenExpired);
-        }
-        if session.suspended.is_some() {
-            return self.counters.drop(DropReason::Suspended, 1);
-        }
-        let src = session.device;
-        if session.peers.binary_search(&dst).is_err() || dst == src {
-            return self.undeliverable(conn, now, dst, GoneReason::NotPermitted, DropReason::NotPermitted);
-        }
-        let Some(to) = self.sessions.get(&dst).copied() else {
-            return self.undeliverable(conn, now, dst, GoneReason::NotConnected, DropReason::NotConnected);
+        let (Some(to), Some(src)) = (self.route(conn, now, dst), self.session(conn).map(|s| s.device)) else {
+            return;
         };
         if !self.session(to).is_some_and(|s| s.carries(now)) {
-            return self.counters.drop(DropReason::Suspended, 1);
+            self.counters.drop(DropReason::Suspended, 1);
+        } else if self.deliver_udp(now, to, src, payload).is_none() {
+            self.deliver(to, src, payload);
         }
+    }
+
+    /// The connection of `dst`, if the session behind `conn` may send to it now. Otherwise what follows from that is done.
+    fn route(&mut self, conn: ConnId, now: Instant, dst: DeviceId) -> Option<ConnId> {
+        let session = self.session(conn)?;
+        if now >= session.ends {
+            self.close(conn, RefusalCode::TokenExpired);
+        } else if session.suspended.is_some() {
+            self.counters.drop(DropReason::Suspended, 1);
+        } else if session.peers.binary_search(&dst).is_err() || dst == session.device {
+            self.undeliverable(conn, now, dst, GoneReason::NotPermitted, DropReason::NotPermitted);
+        } else if let Some(to) = self.sessions.get(&dst) {
+            return Some(*to);
+        } else {
+            self.undeliverable(conn, now, dst, GoneReason::NotConnected, DropReason::NotConnected);
+        }
+        None
+    }
+
+    /// Lets a packet wait for the connection of its destination.
+    fn deliver(&mut self, to: ConnId, src: DeviceId, payload: &[u8]) {
         let class = if is_handshake(payload) { Class::Handshake } else { Class::Data };
         if class == Class::Data
             && self.queued_bytes + payload.len() + PACKET_OVERHEAD > self.config.limits.total_queue_bytes
@@ -480,9 +520,15 @@ impl Relay {
         }
         let frame: Arc<[u8]> = Frame::Recv { src, payload }.to_vec().into();
         if self.enqueue(to, class, frame) {
-            self.counters.forwarded_packets += 1;
-            self.counters.forwarded_bytes += payload.len() as u64;
+            self.counters.forward(payload.len(), false);
         }
+    }
+
+    /// What bytes from a device cost of its rate, and its burst.
+    fn cost(&self, bytes: usize) -> (Duration, Duration) {
+        let Limits { rate, burst, .. } = self.config.limits;
+        let burst = usize::try_from(burst).unwrap_or(usize::MAX);
+        (transmit_time(bytes + PACKET_OVERHEAD, rate), transmit_time(burst, rate))
     }
 
     fn undeliverable(
@@ -616,6 +662,9 @@ impl Relay {
             }
             State::Session(session) => {
                 self.sessions.remove(&session.device);
+                if let Some(udp) = &session.udp {
+                    self.udp_ids.remove(&udp.id);
+                }
             }
         }
         true

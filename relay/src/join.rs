@@ -22,6 +22,7 @@ use warren_common::wire::relay_control::{
 };
 
 use crate::core::{Limits, MAX_CLOCK_SKEW};
+use crate::observe::Observed;
 use crate::os;
 use crate::server::{RelayServer, RelayServerConfig, StartError};
 
@@ -63,6 +64,8 @@ pub struct JoinConfig {
     pub advertise: Vec<SocketAddr>,
     /// Where devices reach its STUN service, if that differs from `stun_listen`.
     pub advertise_stun: Vec<SocketAddr>,
+    /// How long devices may take to go elsewhere when the relay is told to stop.
+    pub drain: Duration,
     /// Bounds.
     pub limits: Limits,
 }
@@ -120,15 +123,20 @@ impl JoinError {
     }
 }
 
-/// Joins and serves until `stop`.
+/// Joins and serves until `stop`, then lets devices leave; what it does is told to `observed`.
 ///
 /// # Errors
 /// What trying again can't help: state, sockets, a refusal, another coordinator.
-pub async fn run(config: JoinConfig, stop: CancellationToken) -> Result<(), JoinError> {
+pub async fn run(config: JoinConfig, stop: CancellationToken, observed: Observed) -> Result<(), JoinError> {
     let state = State::open(&config.state_dir, config.join_key.as_ref())?;
-    let mut relay = Joined { config, state, server: None, revision: 0 };
+    let mut relay = Joined { config, state, server: None, revision: 0, observed };
     let ended = relay.stay_joined(&stop).await;
     if let Some((server, _)) = relay.server.take() {
+        if ended.is_ok() {
+            tracing::info!("the relay stops; devices are told to go elsewhere");
+            relay.observed.drains();
+            server.drained(relay.config.drain).await;
+        }
         server.shutdown().await;
     }
     ended
@@ -141,6 +149,7 @@ struct Joined {
     server: Option<(RelayServer, NetmapPublicKey)>,
     /// The newest command obeyed, or floor taken, since this process started.
     revision: u64,
+    observed: Observed,
 }
 
 impl Joined {
@@ -152,6 +161,7 @@ impl Joined {
                 () = stop.cancelled() => return Ok(()),
                 ended = self.session() => ended,
             };
+            self.observed.joined(false);
             // Once it serves, a strange answer (a proxy's, mostly) is no reason to stop.
             let strange = matches!(ended, JoinError::WrongCoordinator { .. }) && self.server.is_some();
             if ended.is_permanent() && !strange {
@@ -185,6 +195,7 @@ impl Joined {
             timeout(CONNECT_TIMEOUT, self.hello()).await.map_err(|_| away("it does not answer"))??;
         self.welcomed(netmap_key, &welcome).await?;
         link.send(RelayBody::Report(self.report())).await?;
+        self.observed.joined(true);
         let (mut ping_at, mut silent_at) = (Instant::now() + PING_INTERVAL, Instant::now() + SILENCE_TIMEOUT);
         loop {
             tokio::select! {
@@ -267,6 +278,7 @@ impl Joined {
             floor: welcome.floor,
             limits: self.config.limits.clone(),
         })?;
+        self.observed.serves(&server);
         self.server = Some((server, netmap_key));
         Ok(())
     }

@@ -6,6 +6,8 @@
 
 pub mod core;
 pub mod join;
+pub mod metrics;
+pub mod observe;
 pub mod server;
 pub mod stun;
 pub mod tls;

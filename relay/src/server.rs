@@ -11,7 +11,7 @@ use std::io;
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use quinn::crypto::rustls::QuicServerConfig;
@@ -30,6 +30,7 @@ use crate::tls::{Identity, IdentityError};
 mod quic;
 mod stun;
 mod tcp;
+mod udp;
 
 /// Most connections in their TLS handshake, per transport; more are refused. Each costs some 20 KiB and a signature.
 pub const MAX_HANDSHAKES: usize = 256;
@@ -39,6 +40,8 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long the last words of a connection may take.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often a draining relay looks whether everybody has left.
+const DRAIN_LOOK: Duration = Duration::from_millis(50);
 /// Most bytes that a connection takes from the core at once: what a revocation can't call back.
 const BATCH_BYTES: usize = 32 * 1024;
 /// Tries to find a port that is free for TCP and for UDP, if any port will do.
@@ -47,7 +50,7 @@ const PORT_TRIES: usize = 16;
 /// What a relay server needs to know.
 #[derive(Clone, Debug)]
 pub struct RelayServerConfig {
-    /// Where to listen: QUIC on UDP and TLS on TCP. Port 0 takes any port that is free for both.
+    /// Where to listen: QUIC and plain UDP on UDP, TLS on TCP. Port 0 takes any port that is free for both.
     pub listen: SocketAddr,
     /// Where to answer STUN (UDP), if at all.
     pub stun_listen: Option<SocketAddr>,
@@ -103,6 +106,10 @@ pub struct ServerStats {
     pub handshakes_refused: u64,
     /// Handshakes that failed or took too long.
     pub handshakes_failed: u64,
+    /// QUIC datagrams dropped since too many waited.
+    pub quic_dropped: u64,
+    /// Plain UDP datagrams that the socket had no room for or did not take.
+    pub udp_unsent: u64,
 }
 
 /// A running relay. Dropping it stops it at once.
@@ -134,19 +141,26 @@ impl RelayServer {
             .map(|addr| stun::Sockets::bind(addr, config.stun_second).map_err(listen_error("STUN", addr)))
             .transpose()?;
         let stun_addr = stun.as_ref().and_then(stun::Sockets::local_addr);
-        let endpoint = quic::endpoint(&identity, quic_tls, udp).map_err(listen_error("QUIC", local_addr))?;
+        let socket = Arc::new(udp::Socket::new(udp).map_err(listen_error("UDP", local_addr))?);
+        let endpoint =
+            quic::endpoint(&identity, quic_tls, socket.clone()).map_err(listen_error("QUIC", local_addr))?;
         let listener = tokio::net::TcpListener::from_std(tcp).map_err(listen_error("TLS", local_addr))?;
 
-        let shared = Arc::new(Shared::new(Relay::new(Config {
-            network: config.network,
-            relay: config.relay,
-            cert_sha256,
-            netmap_key: config.netmap_key,
-            floor: config.floor,
-            limits: config.limits,
-        })));
+        let shared = Arc::new(Shared::new(
+            Relay::new(Config {
+                network: config.network,
+                relay: config.relay,
+                cert_sha256,
+                netmap_key: config.netmap_key,
+                floor: config.floor,
+                plain_udp: true,
+                limits: config.limits,
+            }),
+            Arc::downgrade(&socket),
+        ));
         let (stop, mut tasks) = (CancellationToken::new(), JoinSet::new());
         tasks.spawn(keep_time(shared.clone()));
+        tasks.spawn(udp::serve(shared.clone(), socket));
         tasks.spawn(quic::accept(shared.clone(), endpoint, stop.clone()));
         tasks.spawn(tcp::accept(shared.clone(), listener, Arc::new(tls), stop.clone()));
         if let Some(sockets) = stun {
@@ -193,22 +207,33 @@ impl RelayServer {
 
     /// What it holds and has done.
     pub fn stats(&self) -> ServerStats {
-        ServerStats {
-            core: self.shared.lock().relay.stats(),
-            stun_answered: self.shared.stun_answered.load(Ordering::Relaxed),
-            stun_ignored: self.shared.stun_ignored.load(Ordering::Relaxed),
-            handshakes_refused: self.shared.handshakes_refused.load(Ordering::Relaxed),
-            handshakes_failed: self.shared.handshakes_failed.load(Ordering::Relaxed),
-        }
+        self.shared.stats()
+    }
+
+    /// The same for somebody else, also when the server is gone.
+    pub fn stats_handle(&self) -> StatsHandle {
+        StatsHandle(self.shared.clone())
+    }
+
+    /// Tells every device to go elsewhere, and waits until they have, at most for `longest`. Serves as before meanwhile:
+    /// who has nowhere to go loses nothing.
+    pub async fn drained(&self, longest: Duration) {
+        self.drain(longest);
+        let gone = async {
+            while self.shared.lock().relay.stats().clients > 0 {
+                tokio::time::sleep(DRAIN_LOOK).await;
+            }
+        };
+        let _ = tokio::time::timeout(longest, gone).await; // whichever comes first
     }
 
     /// Tells every device why, then stops: takes at most some two seconds.
     pub async fn shutdown(mut self) {
         self.stop.cancel();
         self.shared.with(|relay, _| relay.close_all(RefusalCode::ShuttingDown));
-        // The time keeper and STUN have no end of their own; the acceptors end when their connections have.
+        // The time keeper, UDP and STUN have no end of their own; the acceptors end when their connections have.
         let acceptors = async {
-            while self.tasks.len() > 1 + usize::from(self.stun_addr.is_some())
+            while self.tasks.len() > 2 + usize::from(self.stun_addr.is_some())
                 && self.tasks.join_next().await.is_some()
             {}
         };
@@ -259,6 +284,8 @@ async fn keep_time(shared: Arc<Shared>) {
 /// What the tasks share.
 #[derive(Debug)]
 struct Shared {
+    /// Those who read it own it: a task that is slow to end must not keep the port.
+    socket: Weak<udp::Socket>,
     inner: Mutex<Inner>,
     /// The next timeout may be earlier than it was.
     timer: Notify,
@@ -282,9 +309,34 @@ struct Signal {
     reason: std::sync::OnceLock<RefusalCode>,
 }
 
+/// Reads a server's counters.
+#[derive(Clone, Debug)]
+pub struct StatsHandle(Arc<Shared>);
+
+impl StatsHandle {
+    /// What the server holds and has done.
+    pub fn stats(&self) -> ServerStats {
+        self.0.stats()
+    }
+}
+
 impl Shared {
-    fn new(relay: Relay) -> Self {
+    fn stats(&self) -> ServerStats {
+        let (quic_dropped, udp_unsent) = self.socket.upgrade().map_or((0, 0), |socket| socket.lost());
+        ServerStats {
+            core: self.lock().relay.stats(),
+            stun_answered: self.stun_answered.load(Ordering::Relaxed),
+            stun_ignored: self.stun_ignored.load(Ordering::Relaxed),
+            handshakes_refused: self.handshakes_refused.load(Ordering::Relaxed),
+            handshakes_failed: self.handshakes_failed.load(Ordering::Relaxed),
+            quic_dropped,
+            udp_unsent,
+        }
+    }
+
+    fn new(relay: Relay, socket: Weak<udp::Socket>) -> Self {
         Self {
+            socket,
             inner: Mutex::new(Inner { relay, conns: BTreeMap::new() }),
             timer: Notify::new(),
             stun_answered: AtomicU64::new(0),
@@ -321,6 +373,11 @@ impl Shared {
                         signal.closing.notify_one();
                     }
                 }
+            }
+        }
+        while let Some((to, datagram)) = inner.relay.poll_datagram() {
+            if let Some(socket) = self.socket.upgrade() {
+                socket.send(to, &datagram, datagram.len());
             }
         }
         if inner.relay.poll_timeout() != due {

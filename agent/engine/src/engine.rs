@@ -24,6 +24,7 @@ use zeroize::Zeroize as _;
 
 use crate::event::{Event, PingToken, WakeReason};
 use crate::filter::{EndedFlow, Filter};
+use crate::home::Home;
 use crate::io::{LocalSocket, Outbox, TunOut};
 use crate::netmap::{self, Held, Identity, PendingUpdate, RestoreError, SavedNetmap, UpdateRefused};
 use crate::paths::{MAX_HINTS, PathHint, Paths, PeerIdx, Rate};
@@ -45,8 +46,6 @@ pub const MAX_NOTICES: usize = 16_384;
 const STUN_FRESH: Duration = Duration::from_secs(25);
 /// How much later than asked for a wake-up may come before the machine must have slept: a busy one is late by less.
 const JUMP: Duration = Duration::from_secs(5);
-/// How long the choice of a home relay waits for STUN answers when there are several relays.
-const HOME_RELAY_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What an engine is made of.
 #[derive(Debug, Clone)]
@@ -95,9 +94,7 @@ pub struct Engine {
     promised: Option<Instant>,
     /// All relays of the netmap, so that a number names one.
     relays: Vec<RelayId>,
-    home: Option<RelayId>,
-    /// When to choose a home relay even without an answer.
-    home_due: Option<Instant>,
+    home: Home,
     online: BTreeSet<DeviceId>,
     events: VecDeque<Event>,
     notices: VecDeque<Vec<u8>>,
@@ -158,8 +155,7 @@ impl Engine {
             told_sockets: Vec::new(),
             promised: None,
             relays: Vec::new(),
-            home: None,
-            home_due: None,
+            home: Home::default(),
             online: BTreeSet::new(),
             events: VecDeque::new(),
             notices: VecDeque::new(),
@@ -292,10 +288,24 @@ impl Engine {
 
     /// A relay connection came up, or went down.
     pub fn handle_relay_state(&mut self, now: Now, relay: RelayId, connected: bool) {
-        if self.paths.set_relay(now.boot, relay, connected) && !connected && self.home == Some(relay) {
-            self.start_stun(now); // is another one nearer now?
+        let news = self.paths.set_relay(now.boot, relay, connected);
+        if connected {
+            self.home.on_connected(relay);
+        } else {
+            self.home.on_failed(now.boot, relay, &self.relays);
+            let left = self.home.current() == Some(relay);
+            self.choose_home(now, !self.stun.is_asking());
+            if news && left {
+                self.start_stun(now); // which one is nearest now?
+            }
         }
         self.resend_handshakes(now);
+    }
+
+    /// A relay says that it will close: packets still flow through it, but another one had better be home.
+    pub fn handle_relay_draining(&mut self, now: Now, relay: RelayId) {
+        self.home.on_failed(now.boot, relay, &self.relays);
+        self.choose_home(now, !self.stun.is_asking());
     }
 
     /// The control session came up, or went down: whether [`Event::Signal`] gets anywhere.
@@ -335,7 +345,7 @@ impl Engine {
     /// When to call [`Engine::handle_timeout`], and why.
     pub fn poll_timeout(&mut self, now: Now) -> Option<(Instant, WakeReason)> {
         let lease = self.enforced.and(self.held.as_ref()).map(|held| held.lease_ends);
-        let stun = [self.stun.poll_timeout(), self.lifetime.poll_timeout(), self.home_due];
+        let stun = [self.stun.poll_timeout(), self.lifetime.poll_timeout(), self.home.poll_timeout()];
         let stun = stun.into_iter().flatten().min();
         let all = [
             (self.wg.poll_timeout().map(|(at, _)| at), WakeReason::WireGuard),
@@ -394,9 +404,12 @@ impl Engine {
             self.on_stun_news(now);
         }
         self.look_after_lifetime(now);
-        if self.home_due.is_some_and(|at| at <= now.boot) {
-            self.home_due = None;
+        let (choose, measure) = self.home.handle_timeout(now.boot);
+        if choose {
             self.choose_home(now, true);
+        }
+        if measure {
+            self.start_stun(now);
         }
         let ended = self.filter.handle_timeout(now);
         self.on_ended(ended);

@@ -45,6 +45,13 @@ pub(super) fn status(answer: &Value) -> Result<String, Problem> {
             coordinator.url, coordinator.revision
         );
     }
+    for relay in &status.relays {
+        let over =
+            relay.transport.as_ref().map_or("not connected".into(), |t| format!("over {}", t.to_uppercase()));
+        let rtt = relay.rtt_ms.map_or(String::new(), |ms| format!(", {ms:.1} ms"));
+        let home = if relay.home { ", home" } else { "" };
+        let _ = writeln!(out, "relay: {} ({over}{rtt}{home})", relay.name);
+    }
     if !status.peers.is_empty() {
         let mut table = table(&["PEER", "ADDRESSES", "OWNER", "ONLINE", "PATH", "RECEIVED", "SENT"]);
         for peer in &status.peers {

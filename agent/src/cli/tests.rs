@@ -90,6 +90,10 @@ fn people_see_paths_owners_and_fixes() {
             "path": {"kind": "relay", "endpoint": null, "relay": "eu", "rtt_ms": 1.5},
             "rx_bytes": 5, "tx_bytes": 3_500_000, "last_handshake": null,
         }],
+        "relays": [
+            {"name": "eu", "home": true, "transport": "udp", "rtt_ms": 1.25},
+            {"name": "us", "home": false, "transport": null, "rtt_ms": null},
+        ],
         "health": [{"code": "coordinator-away", "severity": "warning", "text": "away", "fix": "wait"}],
         "counters": {},
     });
@@ -99,6 +103,8 @@ fn people_see_paths_owners_and_fixes() {
 running in acme
 this device: laptop (100.64.0.1)
 coordinator: http://c (not connected, revision 7)
+relay: eu (over UDP, 1.2 ms, home)
+relay: us (not connected)
 
  PEER  ADDRESSES   OWNER   ONLINE  PATH      RECEIVED  SENT    
  db1   100.64.0.2  tag:db  yes     relay eu  5 B       3.3 MiB 

@@ -14,7 +14,7 @@ use warren_engine::io::Source;
 use super::{Daemon, Up};
 use crate::dataplane::{DataPlane, RelayLinks};
 use crate::os::MARK;
-use crate::relay_client::{RelayClient, RelayClientConfig, RelayEvent, RelayEventKind, Sent};
+use crate::relay_client::{RelayClient, RelayClientConfig, RelayEvent, RelayEventKind, Sent, Transport};
 
 /// Packets and news from all relays that wait for the daemon; behind them the relays' connections fill.
 const QUEUE: usize = 1_024;
@@ -26,6 +26,9 @@ const IDLE: Duration = Duration::from_secs(300);
 /// All relay connections.
 pub(super) struct Relays {
     clients: BTreeMap<RelayId, Client>,
+    /// What the engine wants to be home.
+    chosen: Option<RelayId>,
+    /// What peers are told: the chosen one, once it is connected or the former one no longer is.
     home: Option<RelayId>,
     /// Why the last connection failed or ended.
     trouble: Option<String>,
@@ -54,6 +57,7 @@ impl Default for Relays {
         let (sender, events) = mpsc::channel(QUEUE);
         Self {
             clients: BTreeMap::new(),
+            chosen: None,
             home: None,
             trouble: None,
             sender,
@@ -67,6 +71,16 @@ impl Relays {
     /// The relay that peers find us at.
     pub(super) fn home(&self) -> Option<RelayId> {
         self.home
+    }
+
+    fn is_connected(&self, relay: RelayId) -> bool {
+        self.clients.get(&relay).is_some_and(|c| c.client.is_connected())
+    }
+
+    /// What packets to and from a relay run over now, and the round trip to it.
+    pub(super) fn link(&self, relay: RelayId) -> Option<(Transport, Option<Duration>)> {
+        let client = &self.clients.get(&relay)?.client;
+        Some((client.transport()?, client.rtt()))
     }
 
     /// Waits for news. Cancel safe.
@@ -131,11 +145,24 @@ impl Up {
     }
 
     pub(super) fn set_home_relay(&mut self, now: Now, home: Option<RelayId>) {
-        self.relays.home = home;
+        self.relays.chosen = home;
         if let Some(id) = home {
             self.want_relay(now, id);
         }
-        self.report();
+        self.announce_home();
+    }
+
+    /// Tells the coordinator where peers find us. A new home is told of when it is connected, so that no packet comes to
+    /// a relay where we are not yet; unless the former one is gone already.
+    fn announce_home(&mut self) {
+        let Relays { chosen, home, .. } = self.relays;
+        let wait = chosen.zip(home).is_some_and(|(chosen, home)| {
+            !self.relays.is_connected(chosen) && self.relays.is_connected(home)
+        });
+        if !wait && chosen != home {
+            self.relays.home = chosen;
+            self.report();
+        }
     }
 
     /// The netmap changed: relays that are gone or changed are left, and tokens are renewed if the peers they must
@@ -147,7 +174,7 @@ impl Up {
             self.relays.clients.iter().filter(|(_, c)| stale(netmap, c)).map(|(id, _)| *id).collect();
         for id in gone {
             self.leave_relay(now, id);
-            if self.relays.home == Some(id) {
+            if [self.relays.home, self.relays.chosen].contains(&Some(id)) {
                 self.want_relay(now, id); // moved, not gone
             }
         }
@@ -159,8 +186,9 @@ impl Up {
 
     /// Leaves relays that nobody used for a while.
     pub(super) fn leave_idle_relays(&mut self, now: Now) {
-        let home = self.relays.home;
-        let idle = |id: &RelayId, c: &Client| Some(*id) != home && now.boot.since(c.used) >= IDLE;
+        let Relays { chosen, home, .. } = self.relays;
+        let needed = |id: RelayId| Some(id) == home || Some(id) == chosen;
+        let idle = |id: &RelayId, c: &Client| !needed(*id) && now.boot.since(c.used) >= IDLE;
         let ids: Vec<RelayId> =
             self.relays.clients.iter().filter(|(id, c)| idle(id, c)).map(|(id, _)| *id).collect();
         ids.into_iter().for_each(|id| self.leave_relay(now, id));
@@ -216,18 +244,24 @@ impl Up {
                 tracing::debug!(%relay, %addr, "relay address");
                 engine.handle_relay_state(now, relay, true);
                 self.relays.trouble = None;
+                self.announce_home();
+            }
+            RelayEventKind::Moved { transport } => {
+                tracing::info!(%relay, ?transport, "relay packets take another transport");
             }
             RelayEventKind::Disconnected { why, refused } => {
                 tracing::info!(%relay, ?refused, "relay disconnected: {why}");
                 engine.handle_relay_state(now, relay, false);
                 self.relays.trouble = Some(why);
+                self.announce_home();
             }
             RelayEventKind::NeedToken => self.ask_token(relay),
             RelayEventKind::PeerGone { device, why } => {
                 tracing::debug!(%relay, %device, ?why, "a peer is not there")
             }
             RelayEventKind::Draining { after } => {
-                tracing::info!(%relay, ?after, "the relay is about to close")
+                tracing::info!(%relay, ?after, "the relay is about to close");
+                engine.handle_relay_draining(now, relay);
             }
         }
     }

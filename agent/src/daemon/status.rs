@@ -7,7 +7,7 @@ use warren_common::time::Now;
 use warren_engine::status::{LeaseStatus, Status as EngineStatus};
 
 use super::{Daemon, Up};
-use crate::api::{Coordinator, NetworkStatus, Status};
+use crate::api::{Coordinator, NetworkStatus, RelayLink, Status, round_ms};
 use crate::problem::{HealthItem, Severity};
 
 /// A clock this far off is told of, in microseconds.
@@ -75,6 +75,7 @@ impl Daemon {
                 (None, None) => None,
             },
             peers,
+            relays: up.map_or_else(Vec::new, Up::relay_links),
             health,
             counters,
             offloads: self
@@ -169,6 +170,21 @@ fn redact(status: &mut Status) {
 }
 
 impl Up {
+    fn relay_links(&self) -> Vec<RelayLink> {
+        let Some(engine) = &self.engine else { return Vec::new() };
+        let link = |status: warren_engine::status::RelayStatus| {
+            let link = self.relays.link(status.id);
+            let measured = link.and_then(|(_, rtt)| rtt).map(|rtt| round_ms(rtt.as_secs_f64() * 1_000.0));
+            RelayLink {
+                name: status.name,
+                home: status.home,
+                transport: link.map(|(transport, _)| transport.as_str().to_owned()),
+                rtt_ms: measured.or(status.rtt_ms),
+            }
+        };
+        engine.net_status_so_far().relays.into_iter().map(link).collect()
+    }
+
     fn health(&self, now: Now, engine: Option<&EngineStatus>, out: &mut Vec<HealthItem>) {
         let mut add = |code: &str, severity, text: String, fix: &str| {
             out.push(HealthItem { code: code.to_owned(), severity, text, fix: fix.to_owned() });

@@ -44,18 +44,32 @@ const READ_BYTES: usize = 16 * 1024;
 /// What the kernel may hold unsent, in bytes: more would only be delay.
 const UNSENT_BYTES: u32 = 64 * 1024;
 
-/// What a connection runs over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What packets run over, best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Transport {
+    /// Plain UDP beside a connection.
+    Udp,
     /// QUIC: packets in datagrams.
     Quic,
     /// TLS over TCP.
     Tls,
 }
 
+impl Transport {
+    /// A stable word, for JSON.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Udp => "udp",
+            Self::Quic => "quic",
+            Self::Tls => "tls",
+        }
+    }
+}
+
 impl fmt::Display for Transport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Udp => "UDP",
             Self::Quic => "QUIC",
             Self::Tls => "TLS",
         })
@@ -188,7 +202,7 @@ async fn dial_tls(addr: SocketAddr, mark: u32, tls: rustls::ClientConfig) -> Res
     Ok(Link { reader, writer: Writer(Sink::Tls(write), Vec::new()), transport: Transport::Tls, addr })
 }
 
-fn socket(addr: SocketAddr, kind: Type, protocol: Protocol, mark: u32) -> io::Result<Socket> {
+pub(super) fn socket(addr: SocketAddr, kind: Type, protocol: Protocol, mark: u32) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(addr), kind, Some(protocol))?;
     socket.set_nonblocking(true)?;
     if mark != 0 {

@@ -8,10 +8,13 @@
 //!    which the token names. 3. The relay says `Ready`, or `Refused` and closes. 4. `Send` turns into `Recv`: the relay
 //!    overwrites the destination with the source that the token proved, so no device can speak for another.
 //!
+//! Once that is done, packets can also go as plain UDP beside the connection: see [`udp`].
+//!
 //! A frame of an unknown type decodes as `None` and is ignored; a known type with a wrong length is an error.
 
 use blake2::digest::Mac as _;
 use sha2::{Digest as _, Sha256};
+use zeroize::Zeroizing;
 
 use super::WireError;
 use super::control::Signed;
@@ -20,10 +23,12 @@ use crate::ids::{DeviceId, NetworkId, RelayId};
 use crate::keys::{ProbePublicKey, ProbeSecretKey, SIGNATURE_LEN, SharedSecret};
 
 mod queue;
+pub mod udp;
 
 pub use queue::{
     Class, DATA_QUEUE_BYTES, FrameQueue, MAX_CONTROL_FRAMES, MAX_HANDSHAKE_FRAMES, Pushed, QueuedFrame,
 };
+use udp::UdpKeys;
 
 /// What both transports offer as application protocol; names the version.
 pub const ALPN: &[u8] = b"warren-relay/1";
@@ -46,6 +51,7 @@ pub const STREAM_HEADER: usize = 3;
 const KEPT_BUFFER: usize = 16 * 1024;
 const WHAT: &str = "relay frame";
 const POSSESSION: &[u8] = b"warren relay possession v1\0";
+const UDP: &[u8] = b"warren relay udp v1\0";
 
 const CHALLENGE: u8 = 0x01;
 const AUTH: u8 = 0x02;
@@ -59,6 +65,8 @@ const PEER_GONE: u8 = 0x09;
 const TOKEN_WANTED: u8 = 0x0a;
 const TOKEN_REFRESH: u8 = 0x0b;
 const DRAIN: u8 = 0x0c;
+const UDP_OFFER: u8 = 0x0d;
+const UDP_LOST: u8 = 0x0e;
 
 /// One frame, borrowing from the bytes it was decoded from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,6 +137,17 @@ pub enum Frame<'a> {
     Drain {
         /// Until the relay closes, in milliseconds.
         after_ms: u32,
+    },
+    /// Relay to device, after the first `Ready`: packets may also come as plain UDP, to the port number of this
+    /// connection. `0d | session 8`.
+    UdpOffer {
+        /// [`udp::Head::session`].
+        session: u64,
+    },
+    /// Device to relay: send nothing over UDP until a datagram with a counter above this asks for it. `0e | counter 8`.
+    UdpLost {
+        /// The newest that the device has used.
+        counter: u64,
     },
 }
 
@@ -311,17 +330,33 @@ pub struct Binding {
     pub cert_sha256: [u8; 32],
 }
 
+/// A device's proof, and what else only the two ends know.
+#[derive(Debug)]
+pub struct Proven {
+    /// For [`Frame::Auth`].
+    pub proof: [u8; 32],
+    /// The device's keys for plain UDP.
+    pub udp: UdpKeys,
+}
+
 impl Challenge {
     /// The device's proof that it holds `secret`, the probe key which `token` names, on this channel and now. `None` if
     /// the relay's key is of low order. With L = `"warren relay possession v1\0"` and the key
-    /// SHA-256(L ‖ X25519(secret, ephemeral) ‖ ephemeral ‖ probe public key), it is keyed BLAKE2s-256 over
-    /// L ‖ network ‖ relay ‖ certificate hash ‖ nonce ‖ SHA-256(token signature ‖ token).
-    pub fn prove(&self, secret: &ProbeSecretKey, binding: &Binding, token: TokenRef<'_>) -> Option<[u8; 32]> {
+    /// K = SHA-256(L ‖ X25519(secret, ephemeral) ‖ ephemeral ‖ probe public key), it is keyed BLAKE2s-256 over
+    /// L ‖ network ‖ relay ‖ certificate hash ‖ nonce ‖ SHA-256(token signature ‖ token). The UDP key of one direction is
+    /// the same with L = `"warren relay udp v1\0"` and after it the direction (1 to the relay, 2 to the device), under K.
+    pub fn prove(&self, secret: &ProbeSecretKey, binding: &Binding, token: TokenRef<'_>) -> Option<Proven> {
         let shared = secret.diffie_hellman(&self.ephemeral)?;
-        Some(self.mac(&shared, &secret.public(), binding, token).finalize().into_bytes().into())
+        let transcript = self.transcript(&shared, &secret.public(), binding, token);
+        let [to_relay, to_device] = transcript.udp_keys();
+        Some(Proven {
+            proof: transcript.mac(POSSESSION).finalize().into_bytes().into(),
+            udp: UdpKeys::new(to_relay, to_device),
+        })
     }
 
-    /// The relay's check of [`Challenge::prove`], in constant time; `ephemeral` is the secret of its challenge.
+    /// The relay's check of [`Challenge::prove`], in constant time; `ephemeral` is the secret of its challenge. If it
+    /// holds, the relay's keys for plain UDP.
     #[must_use]
     pub fn check(
         &self,
@@ -330,32 +365,53 @@ impl Challenge {
         binding: &Binding,
         token: TokenRef<'_>,
         proof: &[u8; 32],
-    ) -> bool {
-        ephemeral
-            .diffie_hellman(device)
-            .is_some_and(|shared| self.mac(&shared, device, binding, token).verify(proof.into()).is_ok())
+    ) -> Option<UdpKeys> {
+        let shared = ephemeral.diffie_hellman(device)?;
+        let transcript = self.transcript(&shared, device, binding, token);
+        transcript.mac(POSSESSION).verify(proof.into()).ok()?;
+        let [to_relay, to_device] = transcript.udp_keys();
+        Some(UdpKeys::new(to_device, to_relay))
     }
 
-    fn mac(
-        &self,
+    fn transcript<'a>(
+        &'a self,
         shared: &SharedSecret,
         device: &ProbePublicKey,
-        binding: &Binding,
+        binding: &'a Binding,
         token: TokenRef<'_>,
-    ) -> blake2::Blake2sMac256 {
+    ) -> Transcript<'a> {
         let key = Sha256::new()
             .chain_update(POSSESSION)
             .chain_update(shared.expose())
             .chain_update(self.ephemeral.as_bytes())
             .chain_update(device.as_bytes())
             .finalize();
-        blake2::Blake2sMac256::new(&key)
-            .chain_update(POSSESSION)
-            .chain_update(binding.network.to_bytes())
-            .chain_update(binding.relay.to_bytes())
-            .chain_update(binding.cert_sha256)
+        Transcript { key: Zeroizing::new(key.into()), binding, nonce: &self.nonce, token: token.digest() }
+    }
+}
+
+/// What both ends have said and know.
+struct Transcript<'a> {
+    key: Zeroizing<[u8; 32]>,
+    binding: &'a Binding,
+    nonce: &'a [u8; 32],
+    token: [u8; 32],
+}
+
+impl Transcript<'_> {
+    fn mac(&self, label: &[u8]) -> blake2::Blake2sMac256 {
+        blake2::Blake2sMac256::new(self.key.as_slice().into())
+            .chain_update(label)
+            .chain_update(self.binding.network.to_bytes())
+            .chain_update(self.binding.relay.to_bytes())
+            .chain_update(self.binding.cert_sha256)
             .chain_update(self.nonce)
-            .chain_update(token.digest())
+            .chain_update(self.token)
+    }
+
+    /// To the relay, and to the device.
+    fn udp_keys(&self) -> [[u8; 32]; 2] {
+        [1, 2].map(|direction| self.mac(&[UDP, &[direction]].concat()).finalize().into_bytes().into())
     }
 }
 
@@ -410,6 +466,8 @@ impl<'a> Frame<'a> {
             }
             TOKEN_REFRESH => Self::TokenRefresh { token: token(body)? },
             DRAIN => Self::Drain { after_ms: u32::from_be_bytes(*exact(body, "milliseconds")?) },
+            UDP_OFFER => Self::UdpOffer { session: u64::from_be_bytes(*exact(body, "session")?) },
+            UDP_LOST => Self::UdpLost { counter: u64::from_be_bytes(*exact(body, "counter")?) },
             _ => return Ok(None),
         }))
     }
@@ -419,7 +477,11 @@ impl<'a> Frame<'a> {
         1 + match self {
             Self::Challenge(_) => 64,
             Self::Auth { token, .. } => 32 + SIGNATURE_LEN + token.payload.len(),
-            Self::Ready { .. } | Self::Ping { .. } | Self::Pong { .. } => 8,
+            Self::Ready { .. }
+            | Self::Ping { .. }
+            | Self::Pong { .. }
+            | Self::UdpOffer { .. }
+            | Self::UdpLost { .. } => 8,
             Self::Refused { text, .. } => 1 + cut(text).len(),
             Self::Send { payload, .. } | Self::Recv { payload, .. } => 16 + payload.len(),
             Self::PeerGone { .. } => 17,
@@ -456,6 +518,8 @@ impl<'a> Frame<'a> {
                 put_token(out, *token);
             }
             Self::Drain { after_ms } => put(out, DRAIN, &[&after_ms.to_be_bytes()]),
+            Self::UdpOffer { session } => put(out, UDP_OFFER, &[&session.to_be_bytes()]),
+            Self::UdpLost { counter } => put(out, UDP_LOST, &[&counter.to_be_bytes()]),
         }
     }
 

@@ -391,8 +391,8 @@ impl Device {
             Frame::TokenRefresh { token }.to_vec()
         } else {
             let Some(challenge) = link.challenge else { return };
-            let Some(proof) = challenge.prove(&self.probe, &context.binding, token) else { return };
-            Frame::Auth { proof, token }.to_vec()
+            let Some(proven) = challenge.prove(&self.probe, &context.binding, token) else { return };
+            Frame::Auth { proof: proven.proof, token }.to_vec()
         };
         self.sent.push(Sent::Relay(link.conn, frame));
     }

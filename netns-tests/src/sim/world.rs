@@ -368,6 +368,7 @@ impl World {
             cert_sha256: RELAY_CERT,
             netmap_key: self.netmap_key.public(),
             floor: self.relay_floor,
+            plain_udp: false,
             limits: relay::Limits::default(),
         }));
     }

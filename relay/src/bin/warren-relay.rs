@@ -4,7 +4,9 @@ use std::io::IsTerminal as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
+use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -13,6 +15,7 @@ use warren_common::url::CoordinatorUrl;
 use warren_common::wire::relay_control::RelayJoinKey;
 use warren_relay::core::Limits;
 use warren_relay::join::{JoinConfig, JoinError, StateError, run};
+use warren_relay::observe::{self, Observed};
 
 /// Carries sealed packets between devices that can't reach each other directly.
 #[derive(Parser)]
@@ -61,6 +64,12 @@ struct Serve {
     /// What one device may send in the long run, in Mbit/s.
     #[arg(long, value_name = "MBIT", default_value_t = 1_000, value_parser = clap::value_parser!(u64).range(1..=100_000))]
     device_rate: u64,
+    /// Where to answer HTTP for `/metrics` and `/healthz`; nobody but the operator should reach it.
+    #[arg(long, value_name = "ADDR:PORT")]
+    metrics_listen: Option<SocketAddr>,
+    /// How long devices may take to go to another relay when this one is stopped, in seconds. It serves on meanwhile.
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(0..=300))]
+    drain_time: u64,
 }
 
 fn main() -> ExitCode {
@@ -104,7 +113,11 @@ async fn block_on(serve: Serve, join_key: Option<RelayJoinKey>) -> anyhow::Resul
             _ = int.recv() => {}
         }
         stop.cancel();
-        std::future::pending::<()>().await;
+        // Who asks twice does not want to wait.
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
     };
     let rate = serve.device_rate * 1_000_000 / 8;
     let config = JoinConfig {
@@ -116,10 +129,27 @@ async fn block_on(serve: Serve, join_key: Option<RelayJoinKey>) -> anyhow::Resul
         stun_second: serve.stun_second,
         advertise: serve.advertise,
         advertise_stun: serve.advertise_stun,
+        drain: Duration::from_secs(serve.drain_time),
         limits: Limits { rate, ..Limits::default() },
     };
+    let observed = Observed::default();
+    let metrics = match serve.metrics_listen {
+        Some(addr) => Some(
+            observe::serve(addr, observed.clone())
+                .await
+                .with_context(|| format!("--metrics-listen {addr}: can't listen there"))?,
+        ),
+        None => None,
+    };
+    let metrics = async {
+        match metrics {
+            Some(serving) => serving.await,
+            None => std::future::pending().await,
+        }
+    };
     tokio::select! {
-        ended = run(config, stop.clone()) => Ok(ended?),
+        ended = run(config, stop.clone(), observed) => Ok(ended?),
         () = signals => Ok(()),
+        ended = metrics => Ok(ended?),
     }
 }

@@ -51,13 +51,23 @@ drop_reasons!(
     OldToken = "old-token",
     /// A frame of a type this version does not know.
     UnknownFrame = "unknown-frame",
+    /// A UDP datagram that can't be one of a device.
+    UdpMalformed = "udp-malformed",
+    /// A UDP datagram of no session there is (any more).
+    UdpUnknown = "udp-unknown",
+    /// A UDP datagram that is not authentic.
+    UdpForged = "udp-forged",
+    /// A UDP datagram that came before, or so late that it can't be told.
+    UdpReplayed = "udp-replayed",
 );
 
 /// Totals since the relay started.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// Packets put into a destination's queue.
+    /// Packets put into a destination's queue or sent to it.
     pub forwarded_packets: u64,
+    /// Those of them that were sent as plain UDP.
+    pub forwarded_udp_packets: u64,
     /// Their payload in bytes.
     pub forwarded_bytes: u64,
     dropped: [u64; DropReason::ALL.len()],
@@ -73,6 +83,12 @@ impl Counters {
     /// Connections that the relay closed for `reason`.
     pub fn closed(&self, reason: RefusalCode) -> u64 {
         RefusalCode::KNOWN.iter().position(|known| *known == reason).map_or(0, |at| self.closed[at])
+    }
+
+    pub(super) const fn forward(&mut self, payload: usize, udp: bool) {
+        self.forwarded_packets += 1;
+        self.forwarded_udp_packets += udp as u64;
+        self.forwarded_bytes += payload as u64;
     }
 
     pub(super) const fn drop(&mut self, reason: DropReason, frames: u64) {

@@ -8,6 +8,8 @@ use warren_common::wire::relay::{MAX_CONTROL_FRAMES, MAX_PAYLOAD};
 
 use super::*;
 
+mod udp;
+
 const START_S: i64 = 1_800_000_000;
 
 fn device(n: u8) -> DeviceId {
@@ -48,6 +50,7 @@ impl World {
             cert_sha256: [3; 32],
             netmap_key: coordinator().public(),
             floor: 0,
+            plain_udp: false,
             limits,
         };
         Self {
@@ -83,7 +86,7 @@ impl World {
         let binding =
             Binding { network: config.network, relay: config.relay, cert_sha256: config.cert_sha256 };
         let token = TokenRef::new(signed).unwrap();
-        let proof = challenge.prove(key, &binding, token).unwrap();
+        let proof = challenge.prove(key, &binding, token).unwrap().proof;
         self.frame(conn, &Frame::Auth { proof, token });
     }
 

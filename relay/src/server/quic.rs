@@ -4,7 +4,6 @@
 //! an end travels as the error code of the connection's close.
 
 use std::io;
-use std::net::UdpSocket;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -23,7 +22,7 @@ use warren_common::wire::relay::{Class, Deframer, QueuedFrame, RefusalCode, put_
 use crate::tls::Identity;
 
 use super::{
-    Client, GOODBYE_TIMEOUT, HANDSHAKE_TIMEOUT, MAX_HANDSHAKES, Shared, WRITE_TIMEOUT, family, reap,
+    Client, GOODBYE_TIMEOUT, HANDSHAKE_TIMEOUT, MAX_HANDSHAKES, Shared, WRITE_TIMEOUT, family, reap, udp,
 };
 
 /// Datagrams that wait inside QUIC, in bytes each way; the queue proper is in the core.
@@ -40,7 +39,7 @@ const READ_BYTES: usize = 4 * 1024;
 pub(super) fn endpoint(
     identity: &Identity,
     tls: QuicServerConfig,
-    socket: UdpSocket,
+    socket: Arc<udp::Socket>,
 ) -> io::Result<Endpoint> {
     let mut transport = quinn::TransportConfig::default();
     let mut congestion = CubicConfig::default();
@@ -57,7 +56,8 @@ pub(super) fn endpoint(
         .congestion_controller_factory(Arc::new(congestion));
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(tls));
     config.transport_config(Arc::new(transport)).max_incoming(MAX_HANDSHAKES);
-    Endpoint::new(endpoint_config(identity), Some(config), socket, Arc::new(quinn::TokioRuntime))
+    let runtime = Arc::new(quinn::TokioRuntime);
+    Endpoint::new_with_abstract_socket(endpoint_config(identity), Some(config), socket, runtime)
 }
 
 /// A relay that was killed and started again knows none of its connections, but can prove that it was their relay: its
@@ -69,6 +69,8 @@ fn endpoint_config(identity: &Identity) -> EndpointConfig {
     let [a, b, c, d, e, f, g, h, ..] = identity.derive("quic connection ids");
     let ids = u64::from_be_bytes([a, b, c, d, e, f, g, h]);
     config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(ids)));
+    // What tells QUIC's datagrams from the others on this port.
+    config.grease_quic_bit(false);
     config
 }
 

@@ -1,5 +1,7 @@
 //! A relay of its own against a coordinator that speaks just enough: welcome, commands, refusals.
 
+use std::time::Duration;
+
 use std::net::SocketAddr;
 
 use futures_util::{SinkExt as _, StreamExt as _};
@@ -21,6 +23,7 @@ use warren_common::wire::relay_control::{
 use warren_common::wire::session::{Session, accept};
 use warren_relay::core::Limits;
 use warren_relay::join::{JoinConfig, JoinError, run};
+use warren_relay::observe::Observed;
 
 use crate::support::{
     Device, Seen, Transport, coordinator, device, network, patient, probe, relay_id, token,
@@ -69,6 +72,7 @@ impl Coordinator {
             stun_second: None,
             advertise: Vec::new(),
             advertise_stun: Vec::new(),
+            drain: Duration::ZERO,
             limits: Limits::default(),
         }
     }
@@ -145,7 +149,7 @@ async fn frame(socket: &mut WebSocketStream<TcpStream>) -> tokio_tungstenite::tu
 fn spawn(config: JoinConfig) -> (JoinHandle<Result<(), JoinError>>, CancellationToken) {
     let stop = CancellationToken::new();
     #[expect(clippy::disallowed_methods, reason = "a test waits for its end or aborts with its runtime")]
-    let task = tokio::task::spawn(run(config, stop.clone()));
+    let task = tokio::task::spawn(run(config, stop.clone(), Observed::default()));
     (task, stop)
 }
 

@@ -159,7 +159,7 @@ impl Device {
         let Ok(Some(Frame::Challenge(challenge))) = Frame::decode(&frame) else { panic!("no challenge") };
         let token = TokenRef::new(signed).unwrap();
         let proof = challenge.prove(key, &self.binding, token).unwrap();
-        self.stream(&Frame::Auth { proof, token }).await;
+        self.stream(&Frame::Auth { proof: proof.proof, token }).await;
         self.see().await
     }
 
@@ -200,6 +200,10 @@ impl Device {
             if let Some(frame) = self.deframer.next_frame().unwrap() {
                 if let Ok(Some(Frame::Refused { code, .. })) = Frame::decode(frame) {
                     return Seen::Closed(Some(code));
+                }
+                // These devices have no use for it.
+                if let Ok(Some(Frame::UdpOffer { .. })) = Frame::decode(frame) {
+                    continue;
                 }
                 return Seen::Frame(frame.to_vec());
             }

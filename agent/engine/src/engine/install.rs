@@ -8,9 +8,10 @@ use warren_common::ids::DeviceId;
 use warren_common::netmap::{MAX_PEERS, Netmap, Peer};
 use warren_common::time::Now;
 
-use super::{Engine, HOME_RELAY_PATIENCE, PeerState};
+use super::{Engine, PeerState};
 use crate::event::Event;
 use crate::filter::EndReason;
+use crate::home::View;
 use crate::netmap::Held;
 use crate::paths::PeerIdx;
 use crate::routes::{Owner, Routes};
@@ -127,37 +128,19 @@ impl Engine {
         self.held.as_ref().map(|held| (held.netmap.network.ipv4, held.netmap.network.ipv6))
     }
 
-    /// Chooses the relay to listen on: the nearest by STUN. A choice stays unless another is clearly nearer or it is
-    /// gone; without any answer the first one is taken, at once if there is only one, else after a short wait.
+    /// Chooses the relay to listen on; `settled`: no more STUN answers are to come.
     pub(super) fn choose_home(&mut self, now: Now, settled: bool) {
-        let rtt = |relay| self.stun.rtt(relay);
-        let nearest = self.relays.iter().copied().filter_map(|r| Some((rtt(r)?, r))).min();
-        let current = self.home.filter(|home| self.relays.contains(home));
-        let choice = match (current, nearest) {
-            (None, Some((_, relay))) => Some(relay),
-            (None, None) if settled || self.relays.len() <= 1 => self.relays.first().copied(),
-            (None, None) => {
-                self.home_due.get_or_insert(now.boot + HOME_RELAY_PATIENCE);
-                return;
-            }
-            // While answers are still coming in, the others have had no chance yet.
-            (Some(home), Some((best, relay))) if settled && relay != home => match rtt(home) {
-                Some(own) if best + HOME_RELAY_MARGIN >= own * 2 / 3 => Some(home),
-                None if self.paths.relay_connected(home) => Some(home),
-                _ => Some(relay),
-            },
-            (Some(home), _) => Some(home),
+        let view = View {
+            relays: &self.relays,
+            rtt: &|relay| self.stun.rtt(relay),
+            connected: &|relay| self.paths.relay_connected(relay),
+            settled,
         };
-        self.home_due = None;
-        if choice != self.home {
-            self.home = choice;
-            self.push_event(Event::HomeRelay { relay: choice });
+        if self.home.choose(now.boot, &view) {
+            self.push_event(Event::HomeRelay { relay: self.home.current() });
         }
     }
 }
-
-/// How much nearer another relay must be, beyond a third, for the home to move.
-const HOME_RELAY_MARGIN: std::time::Duration = std::time::Duration::from_millis(5);
 
 const fn owner(peer: PeerIdx, exact: bool) -> Owner {
     Owner { peer, exact }

@@ -129,7 +129,7 @@ impl Engine {
                 id: r.id,
                 name: r.name.clone(),
                 connected: self.paths.relay_connected(r.id),
-                home: self.home == Some(r.id),
+                home: self.home.current() == Some(r.id),
                 rtt_ms: stun.rtt(r.id).map(millis),
             };
             m.relays.values().map(status).collect()

@@ -28,6 +28,8 @@ enum Made {
     TokenWanted(u8),
     TokenRefresh(Signed),
     Drain(u32),
+    UdpOffer(u64),
+    UdpLost(u64),
 }
 
 impl Made {
@@ -50,6 +52,8 @@ impl Made {
             Self::TokenWanted(why) => Frame::TokenWanted { why: WantedReason::from_u8(*why) },
             Self::TokenRefresh(signed) => Frame::TokenRefresh { token: TokenRef::new(signed).unwrap() },
             Self::Drain(after_ms) => Frame::Drain { after_ms: *after_ms },
+            Self::UdpOffer(session) => Frame::UdpOffer { session: *session },
+            Self::UdpLost(counter) => Frame::UdpLost { counter: *counter },
         }
     }
 }
@@ -77,6 +81,8 @@ fn made() -> impl Strategy<Value = Made> {
         any::<u8>().prop_map(Made::TokenWanted),
         signed().prop_map(Made::TokenRefresh),
         any::<u32>().prop_map(Made::Drain),
+        any::<u64>().prop_map(Made::UdpOffer),
+        any::<u64>().prop_map(Made::UdpLost),
     ]
 }
 
@@ -146,6 +152,8 @@ fn golden_bytes() {
         (Frame::TokenWanted { why: WantedReason::Stale }, "0a02".to_owned()),
         (Frame::TokenRefresh { token }, format!("0b{}aabb", "55".repeat(64))),
         (Frame::Drain { after_ms: 3_000 }, "0c00000bb8".to_owned()),
+        (Frame::UdpOffer { session: 0x0102_0304_0506_0708 }, "0d0102030405060708".to_owned()),
+        (Frame::UdpLost { counter: 9 }, "0e0000000000000009".to_owned()),
     ];
     for (frame, expected) in cases {
         assert_eq!(hex(&frame.to_vec()), expected);
@@ -226,14 +234,27 @@ fn a_proof_is_good_for_its_key_channel_challenge_and_token_only() {
     };
     let signed = Signed { payload: vec![1], signature: vec![2; 64] };
     let token = TokenRef::new(&signed).unwrap();
-    let proof = challenge.prove(&device, &binding, token).unwrap();
+    let Proven { proof, udp } = challenge.prove(&device, &binding, token).unwrap();
     assert_eq!(hex(&proof), "b5bcca6e5ec783bced28a19c0525a4d333f019b8adb34951bfc088ca9f687de7");
     let check = |challenge: Challenge, binding: Binding, signed: &Signed, proof: [u8; 32]| {
         let token = TokenRef::new(signed).unwrap();
-        challenge.check(&ephemeral, &device.public(), &binding, token, &proof)
+        challenge.check(&ephemeral, &device.public(), &binding, token, &proof).is_some()
     };
     assert!(check(challenge, binding, &signed, proof));
-    assert!(!check(challenge, binding, &signed, challenge.prove(&thief, &binding, token).unwrap()));
+    let theirs = challenge.check(&ephemeral, &device.public(), &binding, token, &proof).unwrap();
+    let head = udp::Head { kind: udp::Kind::Send, session: 1, counter: 2 };
+    let mut datagram = [0; udp::UDP_HEADER + 1];
+    assert!(udp.sealer().seal(head, [9; 16], &mut datagram));
+    assert_eq!(theirs.opener().open(&datagram), Some([9; 16]));
+    assert_eq!(
+        hex(&datagram[17..udp::UDP_HEADER]),
+        "bb2892a2724d1d15e7e1ef53689edfbf089be7471fbdc6711ff31e6a21c5ae7c"
+    );
+    assert!(theirs.sealer().seal(head, [8; 16], &mut datagram));
+    assert_eq!(udp.opener().open(&datagram), Some([8; 16]));
+    let stolen = challenge.prove(&thief, &binding, token).unwrap();
+    assert!(!check(challenge, binding, &signed, stolen.proof));
+    assert_eq!(stolen.udp.opener().open(&datagram), None);
     assert!(!check(Challenge { nonce: [0; 32], ..challenge }, binding, &signed, proof));
     assert!(!check(challenge, Binding { cert_sha256: [0; 32], ..binding }, &signed, proof));
     assert!(!check(challenge, Binding { relay: RelayId::from_bytes([0; 16]), ..binding }, &signed, proof));
