@@ -5,7 +5,9 @@
 //! medians. The threads end when the devices go with their namespaces.
 
 use std::collections::VecDeque;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::AsRawFd as _;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -13,7 +15,6 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use rand_chacha::ChaCha20Rng;
 use rand_core::{RngCore as _, SeedableRng as _};
-use tun_rs::{DeviceBuilder, Layer, SyncDevice};
 
 use super::netns;
 use super::wait::Stopwatch;
@@ -38,17 +39,8 @@ impl Link {
     /// A cable between two interfaces that this makes, each in its namespace, down and without addresses.
     pub(super) fn lay(self, ends: [(&str, &str); 2]) -> Result<()> {
         ensure!(self.loss_per_mille <= 1_000, "{} of a thousand can't be lost", self.loss_per_mille);
-        let open = |(namespace, name): (&str, &str)| -> Result<Arc<SyncDevice>> {
-            let device = netns::enter(namespace, || {
-                DeviceBuilder::new()
-                    .name(name)
-                    .layer(Layer::L2)
-                    .with(|builder| {
-                        builder.packet_information(false).offload(false);
-                    })
-                    .enable(false)
-                    .build_sync()
-            })?;
+        let open = |(namespace, name): (&str, &str)| -> Result<Arc<File>> {
+            let device = netns::enter(namespace, || tap(name))?;
             Ok(Arc::new(device.with_context(|| format!("making the TAP device {name}"))?))
         };
         let [one, other] = [open(ends[0])?, open(ends[1])?];
@@ -58,7 +50,7 @@ impl Link {
     }
 
     /// Starts the two threads of one direction.
-    fn carry(self, from: Arc<SyncDevice>, to: Arc<SyncDevice>) {
+    fn carry(self, from: Arc<File>, to: Arc<File>) {
         static SEED: AtomicU64 = AtomicU64::new(1);
         let rng = ChaCha20Rng::seed_from_u64(SEED.fetch_add(1, Ordering::Relaxed));
         let way = Arc::new(Way { clock: Stopwatch::start(), state: Mutex::default(), news: Condvar::new() });
@@ -67,11 +59,11 @@ impl Link {
         std::thread::spawn(move || way.give(&to));
     }
 
-    fn take(self, from: &SyncDevice, way: &Way, mut rng: ChaCha20Rng) {
+    fn take(self, mut from: &File, way: &Way, mut rng: ChaCha20Rng) {
         let mut buffer = [0; MAX_FRAME];
         let mut last = Duration::ZERO;
         loop {
-            let n = match from.recv(&mut buffer) {
+            let n = match from.read(&mut buffer) {
                 Ok(n) => n,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(_) => break, // the device is gone
@@ -111,7 +103,7 @@ impl Way {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn give(&self, to: &SyncDevice) {
+    fn give(&self, mut to: &File) {
         let mut state = self.state();
         loop {
             let due = state.frames.front().map(|(due, _)| due.saturating_sub(self.clock.elapsed()));
@@ -120,7 +112,7 @@ impl Way {
                     if let Some((_, frame)) = state.frames.pop_front() {
                         drop(state);
                         // A receiver that is down or full loses it.
-                        let _ = to.send(&frame);
+                        let _ = to.write(&frame);
                     }
                     self.state()
                 }
@@ -130,4 +122,23 @@ impl Way {
             };
         }
     }
+}
+
+/// Makes a TAP device in the namespace of this thread: one frame for each read and write.
+fn tap(name: &str) -> io::Result<File> {
+    let file = File::options().read(true).write(true).open("/dev/net/tun")?;
+    // SAFETY: an `ifreq` is plain data, for which all zeros are a value.
+    #[expect(unsafe_code, reason = "the C structure has no constructor")]
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
+    // SAFETY: the descriptor is open, and TUNSETIFF reads and writes one `ifreq`, which lives until the call returns.
+    #[expect(unsafe_code, reason = "no crate in use has this request")]
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(file) }
 }
