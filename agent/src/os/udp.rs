@@ -166,8 +166,12 @@ impl Udp {
 
     /// True if there is something to receive; otherwise the task is woken when there is.
     pub fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
-        // An error means that the runtime is shutting down; the receive call then says so.
-        self.socket.poll_recv_ready(cx).map(|_| ())
+        self.socket.poll_read_ready(cx).map(|ready| {
+            // An error means that the runtime is shutting down; the receive call then says so.
+            if let Ok(mut guard) = ready {
+                guard.retain_ready();
+            }
+        })
     }
 
     /// Our number for it: [`warren_engine::io::LocalSocket::id`].
