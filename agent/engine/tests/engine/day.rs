@@ -9,7 +9,7 @@ use crate::net::{Behind, LEASE, Net};
 use crate::policy::connect;
 
 const S: Duration = Duration::from_secs(1);
-const DAY: u64 = 24 * 3_600;
+const DAY: u32 = 24 * 3_600;
 
 #[test]
 fn a_connection_lives_through_a_day_of_rekeys_and_pauses() {
