@@ -3,7 +3,6 @@
 
 #![expect(clippy::expect_used, reason = "a benchmark that can't be set up has nothing to say")]
 #![expect(clippy::disallowed_methods, reason = "a benchmark reads the clock")]
-#![expect(missing_docs, reason = "criterion's macros make public functions")]
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};

@@ -71,10 +71,17 @@ impl<'a> Tunnel<'a> {
         match setup.under {
             Under::V4 => {}
             Under::V6 => {
-                under = hosts.iter().map(|host| host.v6().map(IpAddr::from)).collect::<Option<_>>().context("IPv6")?;
+                under = hosts
+                    .iter()
+                    .map(|host| host.v6().map(IpAddr::from))
+                    .collect::<Option<_>>()
+                    .context("IPv6")?;
             }
             Under::Jumbo => {
-                let peer = format!("link add j{run} mtu 9200 type veth peer name j{run} mtu 9200 netns {}", hosts[1].netns());
+                let peer = format!(
+                    "link add j{run} mtu 9200 type veth peer name j{run} mtu 9200 netns {}",
+                    hosts[1].netns()
+                );
                 hosts[0].ip(&peer)?;
                 under = vec![[192, 0, 2, 1].into(), [192, 0, 2, 2].into()];
                 for (host, address) in hosts.iter().zip(&under) {
@@ -284,12 +291,12 @@ fn a_damaged_packet_is_never_joined_with_good_ones() -> Result<()> {
             let [IpAddr::V4(from), IpAddr::V4(to)] = tunnel.addresses else { bail!("IPv4 inside") };
             let receiver = b.enter(|| UdpSocket::bind((to, 7_000)))??;
             receiver.set_read_timeout(Some(LIMIT))?;
-            let raw = a.enter(|| {
-                Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(IPPROTO_RAW)))
-            })??;
+            let raw =
+                a.enter(|| Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(IPPROTO_RAW))))??;
             let before = damaged(&b)?;
             for number in 0..COUNT {
-                let mut packet = datagram([from, to], [6_000, 7_000], &[&number.to_be_bytes()[..], &[7; 600]].concat())?;
+                let mut packet =
+                    datagram([from, to], [6_000, 7_000], &[&number.to_be_bytes()[..], &[7; 600]].concat())?;
                 if number == BAD {
                     *packet.last_mut().context("a payload")? ^= 0x40;
                 }
@@ -298,10 +305,16 @@ fn a_damaged_packet_is_never_joined_with_good_ones() -> Result<()> {
             let mut buffer = [0; 2_000];
             for number in (0..COUNT).filter(|number| *number != BAD) {
                 let len = receiver.recv(&mut buffer).context("a good datagram")?;
-                ensure!(len == 604 && buffer[..4] == number.to_be_bytes(), "{len} bytes, not number {number}");
+                ensure!(
+                    len == 604 && buffer[..4] == number.to_be_bytes(),
+                    "{len} bytes, not number {number}"
+                );
                 ensure!(buffer[4..len].iter().all(|byte| *byte == 7), "number {number} has changed");
             }
-            ensure!(damaged(&b)? == before + 1, "the host of {without:?} refused another number of datagrams");
+            ensure!(
+                damaged(&b)? == before + 1,
+                "the host of {without:?} refused another number of datagrams"
+            );
         }
         Ok(())
     })
@@ -357,7 +370,11 @@ fn inside_is_seen_inside_and_only_sealed_packets_outside() -> Result<()> {
         let inner = captured(&a, outside, "net 10.99.0.0/16")?;
         ensure!(inner.is_empty(), "inner addresses outside: {inner:?}");
         // A length that tells the payload's would be no multiple of 16: but for packets as long as the MTU allows, all are.
-        let odd = captured(&a, outside, &format!("udp port {port} and udp[4:2] < 1400 and udp[8] = 4 and udp[4:2] & 15 != 8"))?;
+        let odd = captured(
+            &a,
+            outside,
+            &format!("udp port {port} and udp[4:2] < 1400 and udp[8] = 4 and udp[4:2] & 15 != 8"),
+        )?;
         ensure!(odd.is_empty(), "lengths that were not padded: {odd:?}");
         let strangers = captured(&a, inside, "not net 10.99.0.0/16 and not ip6")?;
         ensure!(strangers.is_empty(), "inside: {strangers:?}");

@@ -54,7 +54,8 @@ fn a_connection_lives_through_a_day_of_rekeys_and_pauses() {
     assert!(renewed >= 23 && sent > 10_000, "{renewed} renewals, {sent} packets");
     // Every 120 s of traffic a new session, on both sides.
     for node in &net.nodes {
-        let established = node.events.iter().filter(|event| matches!(event, Event::SessionEstablished { .. }));
+        let established =
+            node.events.iter().filter(|event| matches!(event, Event::SessionEstablished { .. }));
         let sessions = established.count();
         assert!(sessions > 300, "{sessions} sessions");
     }

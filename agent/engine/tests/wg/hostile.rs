@@ -7,8 +7,8 @@ use rand_core::{RngCore as _, SeedableRng as _};
 use warren_common::keys::{WgPublicKey, WgSecretKey};
 use warren_engine::io::Source;
 use warren_engine::wg::{
-    AddPeerError, DATA_OVERHEAD, Destination, Device, DropReason, INITIATION_INTERVAL, MAX_FREE_BURST, MAX_PACKET,
-    MAX_PROVED_BURST, MAX_QUEUED_BYTES, MAX_QUEUED_PACKETS, MAX_REPLIES, MAX_SOURCE_BURST,
+    AddPeerError, DATA_OVERHEAD, Destination, Device, DropReason, INITIATION_INTERVAL, MAX_FREE_BURST,
+    MAX_PACKET, MAX_PROVED_BURST, MAX_QUEUED_BYTES, MAX_QUEUED_PACKETS, MAX_REPLIES, MAX_SOURCE_BURST,
     MIN_TRANSMIT_BUFFER, Received, SealError, TransmitKind,
 };
 
