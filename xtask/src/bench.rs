@@ -57,16 +57,22 @@ pub(crate) fn run(repeats: u32) -> Result<bool> {
     if !attached(compare.env("CANDIDATE", candidate))? {
         return Ok(false);
     }
-    let values = std::fs::read_to_string(&values)?;
-    let mut page = table(&Values::parse(&values), repeats);
     let batched = Command::new(target.join("release/warren-bench-udp"))
         .args(["compare", &repeats.to_string()])
         .stderr(Stdio::inherit())
         .output()?;
     ensure!(batched.status.success(), "warren-bench-udp failed");
-    page += "\n";
-    page += &String::from_utf8(batched.stdout)?;
-    write_page(&page)?;
+    std::fs::write(target.join("xtask/bench-udp.txt"), batched.stdout)?;
+    rewrite()
+}
+
+/// Writes the page from what was measured last.
+pub(crate) fn rewrite() -> Result<bool> {
+    let measured = target().join("xtask");
+    let read =
+        |name: &str| std::fs::read_to_string(measured.join(name)).with_context(|| format!("no {name} yet"));
+    let values = Values::parse(&read("bench.tsv")?);
+    write_page(&format!("{}\n{}", table(&values, values.repeats()), read("bench-udp.txt")?))?;
     say(&format!("{PAGE} has the table"));
     Ok(true)
 }
@@ -100,6 +106,11 @@ impl Values {
             metrics.entry((*metric).to_owned()).or_default().insert(repeat, value);
         }
         Self(out)
+    }
+
+    fn repeats(&self) -> u32 {
+        let numbers = self.0.values().flat_map(BTreeMap::values).flat_map(BTreeMap::keys);
+        numbers.copied().max().unwrap_or(0)
     }
 
     fn of(&self, peer: &str, metric: &str) -> Option<&BTreeMap<u32, f64>> {
@@ -187,6 +198,7 @@ mod tests {
         let values = Values::parse(text);
         assert_eq!(values.ratio("boring", "tcp1"), Some(2.0));
         assert_eq!(values.ratio("boring", "rss_idle"), None);
+        assert_eq!(values.repeats(), 3);
         assert_eq!(median(vec![1.0, 2.0]), Some(1.5));
         let table = table(&values, 3);
         assert!(

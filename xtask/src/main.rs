@@ -19,6 +19,7 @@ cargo xtask test               everything that CI checks; ends with `N passed, M
 cargo xtask sim SEED           replay one run of the simulator, with its output
 cargo xtask lab [FILTER]       only the tests with real packets between network namespaces
 cargo xtask bench [REPEATS]    the tunnel against others on this machine; writes the table of docs/performance.md
+cargo xtask bench table        writes that table again from what was measured last
 cargo xtask bench paths        how soon machines behind NATs meet: the table of docs/performance.md (minutes)
 cargo xtask fuzz [ITERATIONS]  only the fuzz targets, with this many random inputs each
 
@@ -45,9 +46,12 @@ fn main() -> ExitCode {
         ["lab", filter] => focus::lab(Some(filter)),
         ["bench"] => bench::run(3),
         ["bench", "paths"] => bench::paths(),
+        ["bench", "table"] => bench::rewrite(),
         ["bench", repeats] => match repeats.parse() {
             Ok(repeats) => bench::run(repeats),
-            Err(_) => return usage(&format!("the repeats are a whole number or `paths`, not {repeats:?}")),
+            Err(_) => {
+                return usage(&format!("the repeats are a whole number, `paths` or `table`, not {repeats:?}"));
+            }
         },
         ["fuzz"] => focus::fuzz(None),
         ["fuzz", iterations] => match iterations.parse() {
