@@ -371,13 +371,13 @@ impl Engine {
 
     fn forget_lifetime(&mut self) {
         self.lifetime.forget();
-        self.paths.set_keepalive(self.lifetime.keepalive());
+        self.paths.set_keepalive(self.lifetime.keepalive(), self.lifetime.survived());
     }
 
     /// Finds out how long the NAT remembers, once there is a way for which it matters.
     fn look_after_lifetime(&mut self, now: Now) {
         self.lifetime.handle_timeout(now.boot);
-        self.paths.set_keepalive(self.lifetime.keepalive());
+        self.paths.set_keepalive(self.lifetime.keepalive(), self.lifetime.survived());
         if self.lifetime.is_due()
             && let Some(server) = self.stun.server(true)
             && self.paths.take_keepalive_wish()
@@ -397,7 +397,9 @@ impl Engine {
         self.end_lease_if_over(now);
         self.wg.handle_timeout(now);
         self.paths.handle_timeout(now.boot);
-        if self.paths.take_stun_wish() {
+        if self.paths.take_urgent_stun_wish() {
+            self.start_stun(now);
+        } else if self.paths.take_stun_wish() {
             self.refresh_stun(now);
         }
         if self.stun.handle_timeout(now.boot) {

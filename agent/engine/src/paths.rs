@@ -70,6 +70,9 @@ const ELSEWHERE: Duration = Duration::from_millis(300);
 pub const DISTRESS_AFTER: Duration = Duration::from_millis(2_500);
 /// Pause between the pings of a check.
 pub const CHECK_INTERVAL: Duration = Duration::from_millis(350);
+/// Silence after which a direct way is in doubt while nobody knows how long the NAT in front of us remembers: then the next
+/// packet takes the relay, and a round trip later the direct way again. Shorter than any NAT forgets.
+pub const UNKNOWN_SILENCE: Duration = Duration::from_millis(2_500);
 /// Shortest silence after which a direct way is kept open by a ping, however early it died before.
 pub const MIN_KEEPALIVE: Duration = Duration::from_secs(6);
 /// Time without data after which a peer is idle: as long as a WireGuard session lasts.
@@ -307,7 +310,7 @@ impl Paths {
         self.shared.reflexive.clear();
         self.shared.mapped = None;
         self.shared.observed.clear();
-        (self.shared.ports, self.shared.stun_settled, self.shared.early_death) = (None, false, None);
+        (self.shared.ports, self.shared.stun_settled) = (None, false);
         self.shared.rebuild_own();
         for idx in self.active_peers() {
             self.with_active(now, idx, |active, home, shared| active.on_network_change(now, home, shared));
@@ -339,9 +342,10 @@ impl Paths {
         }
     }
 
-    /// After how much silence a way over IPv4 needs a word.
-    pub(crate) const fn set_keepalive(&mut self, keepalive: Duration) {
+    /// After how much silence a way over IPv4 needs a word, and in how much the NAT is known not to forget, if it is.
+    pub(crate) fn set_keepalive(&mut self, keepalive: Duration, survived: Option<Duration>) {
         self.shared.keepalive = keepalive;
+        self.shared.trusted = survived.unwrap_or(UNKNOWN_SILENCE);
     }
 
     /// True if a way over IPv4 is in use, so that it matters how long the NAT remembers.
@@ -386,6 +390,11 @@ impl Paths {
     /// interface of ours tells.
     pub(crate) const fn take_stun_wish(&mut self) -> bool {
         std::mem::replace(&mut self.shared.wants_fresh_stun, false)
+    }
+
+    /// True if something says that the network is another one, so that what STUN said is stale, however new.
+    pub(crate) const fn take_urgent_stun_wish(&mut self) -> bool {
+        std::mem::replace(&mut self.shared.wants_stun_now, false)
     }
 
     /// `moved`: we are at another address, and not only at another port of it.
@@ -438,7 +447,7 @@ impl Paths {
         self.touch(now, idx);
         let entry = self.peers.get_mut(idx as usize)?.as_mut()?;
         let active = entry.active.as_mut()?;
-        if let Some(at) = active.on_send(now) {
+        if let Some(at) = active.on_send(now, &self.shared) {
             self.wake(idx, at);
         }
         let entry = self.peers.get(idx as usize)?.as_ref()?;

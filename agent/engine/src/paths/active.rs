@@ -55,6 +55,8 @@ pub(super) struct Active {
     pub(super) current: Option<Current>,
     /// The way in use before, how silent we had been when it was found dead, and when that was.
     former: Option<(Way, Duration, Instant)>,
+    /// A silence shorter than one in which a way to this peer died: its NAT may forget sooner than ours.
+    early_death: Option<Duration>,
     pub(super) remotes: ArrayVec<Remote, MAX_REMOTES>,
     inflight: ArrayVec<Inflight, MAX_INFLIGHT>,
     /// Pings of the user that wait for a way or for their turn, with the time to give up.
@@ -155,6 +157,7 @@ impl Active {
             used: now,
             current: None,
             former: None,
+            early_death: None,
             remotes: ArrayVec::new(),
             inflight: ArrayVec::new(),
             waiting: ArrayVec::new(),
@@ -246,20 +249,31 @@ impl Active {
 
     // Data path.
 
-    /// Data goes out: on a direct way that has been silent for too long, watch whether an answer comes. Returns when to
-    /// look.
-    pub(super) fn on_send(&mut self, now: Instant) -> Option<Instant> {
+    /// Data goes out: on a direct way that has been silent for too long, watch whether an answer comes. After a silence in
+    /// which a NAT may have forgotten us, ask first and take the relay meanwhile. Returns when to look.
+    pub(super) fn on_send(&mut self, now: Instant, shared: &Shared) -> Option<Instant> {
+        let early_death = self.early_death;
         let current = self.current.as_mut()?;
-        let silent = now.since(current.last_rx) >= TRUST && !current.is_checked();
-        let next_ping = now + CHECK_PATIENCE;
+        let silence = now.since(current.last_rx);
+        let silent = silence >= TRUST && !current.is_checked();
+        let trusted = shared.trusted_silence(current.way.remote);
+        let doubt = silence >= early_death.map_or(trusted, |fatal| trusted.min(fatal));
+        let next_ping = if doubt { now } else { now + CHECK_PATIENCE };
         if silent {
-            current.check(now, next_ping, false);
+            current.check(now, next_ping, doubt);
             if let Some(check) = &mut current.check {
                 check.by_data = true;
             }
         }
         current.last_tx = now;
         silent.then_some(next_ping)
+    }
+
+    /// After how much silence the way in use needs a word.
+    pub(super) fn keepalive(&self, shared: &Shared) -> Duration {
+        let Some(current) = &self.current else { return Duration::MAX };
+        let measured = shared.keepalive_of(current.way.remote);
+        self.early_death.map_or(measured, |fatal| measured.min(fatal.max(MIN_KEEPALIVE)))
     }
 
     pub(super) const fn is_direct(&self) -> bool {
@@ -521,10 +535,10 @@ impl Active {
         // It was only the NAT that forgot: silences must be shorter.
         if let Some((_, silent, _)) =
             self.former.filter(|(w, _, at)| *w == way && now.since(*at) < FORMER_FRESH)
-            && silent >= MIN_KEEPALIVE
+            && silent >= TRUST
         {
-            let safe = (silent * SAFE_PERCENT / 100).max(MIN_KEEPALIVE);
-            shared.early_death = Some(shared.early_death.map_or(safe, |known| known.min(safe)));
+            let safe = silent * SAFE_PERCENT / 100;
+            self.early_death = Some(self.early_death.map_or(safe, |known| known.min(safe)));
         }
         // A way that is being checked and has not answered is no incumbent any more.
         let incumbent = self.current.as_ref().filter(|c| !c.is_checked() || c.way == way).map(|c| c.way);
@@ -647,6 +661,7 @@ impl Active {
         let known: ArrayVec<(SocketAddr, CandidateKind), MAX_REMOTES> =
             self.remotes.iter().map(|r| (r.way.remote, r.kind)).collect();
         self.remotes.clear();
+        self.early_death = None;
         self.inflight.retain(|i| i.token.is_some());
         self.reply_to = None;
         for (addr, kind) in known {

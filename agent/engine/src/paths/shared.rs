@@ -14,7 +14,7 @@ use warren_common::wire::probe::{Candidate, CandidateKind, MAX_CANDIDATES, MAX_P
 
 use super::{
     KEEPALIVE, MAX_OBSERVED, MAX_PATH_EVENTS, MAX_PREDICTED, MAX_QUEUED, MAX_QUEUED_LONG, PathCounters,
-    PeerIdx, Rate, SUSPECT_INTERVAL,
+    PeerIdx, Rate, SUSPECT_INTERVAL, UNKNOWN_SILENCE,
 };
 use crate::event::Event;
 use crate::io::{Destination, LocalSocket};
@@ -36,14 +36,16 @@ pub(super) struct Shared {
     pub(super) signal: bool,
     /// A round found no direct way: our reflexive address may be a former one.
     pub(super) wants_fresh_stun: bool,
+    /// The network may be another one: it probably is.
+    pub(super) wants_stun_now: bool,
     /// What our NAT does with ports.
     pub(super) ports: Option<PortUse>,
     /// STUN has been asked in this network, and answered or not.
     pub(super) stun_settled: bool,
     /// After how much silence an IPv4 way needs a word.
     pub(super) keepalive: Duration,
-    /// A way died in a shorter silence than that.
-    pub(super) early_death: Option<Duration>,
+    /// In how much silence our NAT is known not to forget.
+    pub(super) trusted: Duration,
     pub(super) wants_keepalive: bool,
     /// Extra sockets that are open.
     pub(super) extra: BTreeSet<u8>,
@@ -77,10 +79,11 @@ impl Shared {
             own: ArrayVec::new(),
             overlay: None,
             wants_fresh_stun: false,
+            wants_stun_now: false,
             ports: None,
             stun_settled: false,
             keepalive: KEEPALIVE,
-            early_death: None,
+            trusted: UNKNOWN_SILENCE,
             wants_keepalive: false,
             extra: BTreeSet::new(),
             sockets_changed: false,
@@ -146,6 +149,7 @@ impl Shared {
     pub(super) fn suspect(&mut self, now: Instant) {
         if self.suspected.is_none_or(|at| now.since(at) >= SUSPECT_INTERVAL) {
             self.suspected = Some(now);
+            self.wants_stun_now = true;
             self.push_event(Event::NetworkSuspect);
         }
     }
@@ -153,8 +157,12 @@ impl Shared {
     /// After how much silence a way to `remote` needs a word.
     pub(super) fn keepalive_of(&self, remote: SocketAddr) -> Duration {
         // For IPv6 there is no NAT to measure; its firewalls remember longer.
-        let measured = if remote.is_ipv4() { self.keepalive } else { KEEPALIVE };
-        self.early_death.map_or(measured, |cap| measured.min(cap))
+        if remote.is_ipv4() { self.keepalive } else { KEEPALIVE }
+    }
+
+    /// After how much silence a way to `remote` is in doubt.
+    pub(super) fn trusted_silence(&self, remote: SocketAddr) -> Duration {
+        if remote.is_ipv4() { self.trusted } else { KEEPALIVE }
     }
 
     pub(super) fn enqueue(&mut self, to: Destination, probe: ArrayVec<u8, MAX_PROBE_LEN>) {

@@ -155,6 +155,11 @@ impl Lifetime {
         }
     }
 
+    /// The longest silence that is known to be survived.
+    pub(crate) fn survived(&self) -> Option<Duration> {
+        self.survived.map(|index| SILENCES[index])
+    }
+
     /// The silence to try next; `None` if enough is known.
     fn next_index(&self) -> Option<usize> {
         let next = match (self.survived, self.forgotten) {

@@ -62,7 +62,7 @@ impl Active {
         let mtu = self.current.as_ref().filter(|c| !c.is_checked()).map(|c| c.mtu.due());
         let keep = self.current.as_ref().map(|c| match &c.check {
             Some(check) => check.next_ping.min(check.started + DISTRESS_AFTER),
-            None => c.last_rx.min(c.last_tx) + shared.keepalive_of(c.way.remote),
+            None => c.last_rx.min(c.last_tx) + self.keepalive(shared),
         });
         let pings = self.inflight.iter().filter(|i| i.token.is_some()).map(|i| i.sent + PING_TIMEOUT);
         let turn = self.reachable.then(|| self.asked.next(SECOND));
@@ -115,6 +115,7 @@ impl Active {
 
     /// Keeps the direct way open, and gives it up when it is dead.
     fn check_current(&mut self, now: Instant, shared: &mut Shared) {
+        let keepalive = self.keepalive(shared);
         let Some(current) = &mut self.current else { return };
         let way = current.way;
         if !current.is_checked() {
@@ -123,7 +124,7 @@ impl Active {
                 current.mtu.suspect(now);
             }
             let silent = now.since(current.last_rx.min(current.last_tx));
-            if silent >= shared.keepalive_of(way.remote) {
+            if silent >= keepalive {
                 current.check(now, now, false);
             }
         }
