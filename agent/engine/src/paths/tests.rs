@@ -1,7 +1,7 @@
 //! Bounds: what a remote party can make grow, and how often it can make us speak.
 
 use super::*;
-use warren_common::wire::probe::{Candidate, CandidateKind, TXID_LEN};
+use warren_common::wire::probe::{Candidate, CandidateKind, Ports, TXID_LEN};
 
 const B: DeviceId = DeviceId::from_bytes([2; 16]);
 const RELAY: RelayId = RelayId::from_bytes([3; 16]);
@@ -327,4 +327,154 @@ fn a_mapped_port_is_told_to_peers_until_the_network_changes() {
     paths.set_mapped(later, Some(outside));
     paths.set_local(later, &[LocalSocket { id: 0, addr: "192.0.2.2:1000".parse().unwrap() }]);
     assert_eq!(mapped(&paths), []);
+}
+
+/// A peer asks to guess ports, and again each second, for two minutes.
+fn guessed(ports: Option<PortUse>) -> (usize, u64) {
+    let (mut paths, keys) = pair();
+    paths.set_reflexive(START, ["203.0.113.7:9".parse().unwrap()].into_iter(), ports);
+    let near = "198.51.100.9:0".parse().unwrap();
+    let (mut now, mut out) = (START, 0);
+    for n in 0..120 {
+        paths.handle_probe(now, relayed(), &keys.seal(&Message::Guess { near }, nonce(n)));
+        let second = now + Duration::from_secs(1);
+        while let Some(at) = paths.poll_timeout().filter(|at| *at < second) {
+            now = at;
+            paths.handle_timeout(now);
+            let mut outbox = Outbox::with_capacity(1 << 20);
+            paths.poll_transmit(&mut outbox);
+            let to_peer = |to: &Destination| matches!(to, Destination::Direct { remote, .. } if remote.ip() == near.ip());
+            out += outbox.datagrams().filter(|(to, _)| to_peer(to)).count();
+        }
+        now = second;
+    }
+    (out, paths.counters().guess_refused)
+}
+
+#[test]
+fn guesses_are_bounded_and_made_only_where_they_can_help() {
+    let (out, refused) = guessed(Some(PortUse::Fixed));
+    assert!(out as u32 <= MAX_GUESSES && out as u32 > MAX_GUESSES * 9 / 10, "{out} in two minutes");
+    assert!(refused > 0, "the next search comes after a pause");
+    for hard in [None, Some(PortUse::Random)] {
+        assert_eq!(guessed(hard), (0, 120), "{hard:?}");
+    }
+}
+
+#[test]
+fn guesses_for_many_peers_share_one_budget() {
+    let (mut paths, _) = pair();
+    let me = ProbeSecretKey::from_bytes([1; 32]).public();
+    paths.set_reflexive(START, ["203.0.113.7:9".parse().unwrap()].into_iter(), Some(PortUse::Fixed));
+    for idx in 1..=10u8 {
+        let secret = ProbeSecretKey::from_bytes([100 + idx; 32]);
+        let keys = ProbeKeys::derive(&secret, &secret.public(), &me).unwrap();
+        let device = DeviceId::from_bytes([100 + idx; 16]);
+        paths.insert(idx.into(), device, secret.public(), Some(RELAY));
+        let near = SocketAddr::from(([198, 51, 100, idx], 0));
+        let from = Source::Relay { relay: RELAY, device };
+        paths.handle_probe(START, from, &keys.seal(&Message::Guess { near }, nonce(idx.into())));
+    }
+    let (mut now, mut out) = (START, 0);
+    while now < START + Duration::from_secs(59) {
+        let mut outbox = Outbox::with_capacity(1 << 20);
+        paths.poll_transmit(&mut outbox);
+        out += outbox.datagrams().filter(|(to, _)| matches!(to, Destination::Direct { .. })).count();
+        now = paths.poll_timeout().unwrap();
+        paths.handle_timeout(now);
+    }
+    assert!(out as u32 <= MAX_GUESSES_PER_MINUTE, "{out} guesses in a minute");
+    assert!(paths.counters().probe_limited > 0);
+}
+
+#[test]
+fn probes_to_many_peers_share_one_budget() {
+    let (mut paths, _) = pair();
+    let me = ProbeSecretKey::from_bytes([1; 32]).public();
+    let mut out = 0;
+    for idx in 1..=60u8 {
+        let secret = ProbeSecretKey::from_bytes([100 + idx; 32]);
+        let keys = ProbeKeys::derive(&secret, &secret.public(), &me).unwrap();
+        let device = DeviceId::from_bytes([100 + idx; 16]);
+        paths.insert(idx.into(), device, secret.public(), Some(RELAY));
+        let from = Source::Relay { relay: RELAY, device };
+        for n in 0..8 {
+            let list = keys.seal(&candidates(n), nonce(u32::from(n) + 1));
+            paths.handle_probe(START, from, &list);
+            let mut outbox = Outbox::with_capacity(1 << 20);
+            while !paths.poll_transmit(&mut outbox) {
+                out += outbox.datagrams().filter(|(to, _)| matches!(to, Destination::Direct { .. })).count();
+                outbox.clear();
+            }
+            out += outbox.datagrams().filter(|(to, _)| matches!(to, Destination::Direct { .. })).count();
+        }
+    }
+    assert_eq!(out as u32, MAX_DEVICE_PROBES_PER_MINUTE);
+    assert!(paths.counters().probe_limited > 0);
+}
+
+#[test]
+fn predicted_ports_are_few_and_none_is_told_to_who_can_not_use_them() {
+    let (mut paths, keys) = pair();
+    let last = "203.0.113.7:9000".parse().unwrap();
+    paths.set_reflexive(START, [last].into_iter(), Some(PortUse::Steps { last, step: 1 }));
+    let predicted = |list: &[Candidate]| list.iter().filter(|c| c.kind == CandidateKind::Predicted).count();
+    assert_eq!(predicted(&paths.shared.own), usize::from(MAX_PREDICTED));
+    let list = |paths: &mut Paths| -> Vec<usize> {
+        let mut out = Outbox::new();
+        paths.poll_transmit(&mut out);
+        let lists = out.datagrams().filter_map(|(_, probe)| match keys.open(probe) {
+            Ok(Message::Candidates { candidates, .. }) => Some(predicted(&candidates)),
+            _ => None,
+        });
+        lists.collect()
+    };
+    paths.route(START, 0);
+    assert_eq!(list(&mut paths), [usize::from(MAX_PREDICTED)]);
+    let hard =
+        Message::Candidates { request: true, candidates: Default::default(), ports: Some(Ports::Random) };
+    let later = START + Duration::from_secs(1);
+    paths.handle_probe(later, relayed(), &keys.seal(&hard, nonce(1)));
+    assert_eq!(list(&mut paths), [0]);
+}
+
+#[test]
+fn after_a_silence_that_a_nat_may_not_survive_packets_take_the_relay_until_the_way_answers() {
+    let (mut paths, keys) = pair();
+    let one = Candidate { kind: CandidateKind::Local, addr: "203.0.113.1:5000".parse().unwrap() };
+    let list = Message::Candidates { request: false, candidates: [one].into_iter().collect(), ports: None };
+    paths.handle_probe(START, relayed(), &keys.seal(&list, nonce(1)));
+    let right = Source::Direct { socket: 0, remote: one.addr };
+    let answer = |paths: &mut Paths, now, n| {
+        let mut out = Outbox::new();
+        paths.poll_transmit(&mut out);
+        let txids: Vec<_> = out
+            .datagrams()
+            .filter_map(|(to, probe)| match (to, keys.open(probe)) {
+                (Destination::Direct { .. }, Ok(Message::Ping { txid })) => Some(txid),
+                _ => None,
+            })
+            .collect();
+        assert!(!txids.is_empty(), "the way is asked");
+        for txid in txids {
+            let pong = Message::Pong { txid, observed: None };
+            paths.handle_probe(now, right, &keys.seal(&pong, nonce(n)));
+        }
+    };
+    answer(&mut paths, START, 2);
+    let is_direct = |to: Option<Destination>| matches!(to, Some(Destination::Direct { .. }));
+    assert!(is_direct(paths.route(START + TRUST, 0)));
+    let doubt = START + UNKNOWN_SILENCE + TRUST;
+    let mut now = START + TRUST + Duration::from_millis(1);
+    // What went out meanwhile was answered.
+    paths.on_authentic(now, 0, right, Carried::Data);
+    assert!(is_direct(paths.route(now, 0)));
+    now = doubt + Duration::from_secs(1);
+    assert!(!is_direct(paths.route(now, 0)), "the relay at once");
+    paths.handle_timeout(paths.poll_timeout().unwrap());
+    answer(&mut paths, now + Duration::from_millis(20), 3);
+    assert!(is_direct(paths.route(now + Duration::from_millis(20), 0)), "a round trip later");
+    // Where the NAT is known not to forget so soon, there is no doubt.
+    paths.set_keepalive(Duration::from_secs(23), Some(Duration::from_secs(27)));
+    assert!(is_direct(paths.route(now + Duration::from_secs(20), 0)));
 }
