@@ -232,7 +232,7 @@ impl Active {
                 let (ip, guesses, first) = (*ip, *guesses, *done);
                 *done += BURST;
                 let minute = Duration::from_secs(60);
-                for n in first..first + BURST {
+                for n in first..(first + BURST).min(MAX_GUESSES) {
                     let Some(port) = guesses.port(n) else { continue };
                     if !shared.guesses.take(now, minute, MAX_GUESSES_PER_MINUTE) {
                         shared.counters.probe_limited += 1;
