@@ -13,7 +13,10 @@ const LIMIT: Duration = Duration::from_secs(30);
 const TCP: u16 = 7000;
 const POLICY: &str = r#"{
   "tagOwners": {"tag:ann": [], "tag:bob": []},
-  "grants": [{"src": ["tag:ann"], "dst": ["tag:bob"], "ip": ["icmp:*", "tcp:7000"]}],
+  "grants": [
+    {"src": ["tag:ann"], "dst": ["tag:bob"], "ip": ["icmp:*", "tcp:7000"]},
+    {"src": ["tag:bob"], "dst": ["tag:ann"], "ip": ["icmp:*"]},
+  ],
 }"#;
 /// 1 280 less the headers of IPv4, UDP and WireGuard, in steps of 16.
 const USABLE: u64 = 1_216;

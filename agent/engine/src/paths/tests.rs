@@ -477,4 +477,17 @@ fn after_a_silence_that_a_nat_may_not_survive_packets_take_the_relay_until_the_w
     // Where the NAT is known not to forget so soon, there is no doubt.
     paths.set_keepalive(Duration::from_secs(23), Some(Duration::from_secs(27)));
     assert!(is_direct(paths.route(now + Duration::from_secs(20), 0)));
+
+#[test]
+fn padded_pings_that_wait_are_bounded() {
+    let (mut paths, _) = pair();
+    let to = Destination::Relay { relay: RELAY, device: B };
+    for _ in 0..MAX_QUEUED_LONG + 3 {
+        paths.shared.enqueue_long(to, vec![0; 10]);
+    }
+    assert_eq!(paths.shared.long_queue.len(), MAX_QUEUED_LONG);
+    assert_eq!(paths.counters().probe_queue_full, 3);
+    let mut out = Outbox::with_capacity(1 << 22);
+    assert!(paths.poll_transmit(&mut out));
+    assert!(out.iter().all(|(t, _)| t.whole) && out.len() == MAX_QUEUED_LONG);
 }
