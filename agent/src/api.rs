@@ -230,6 +230,8 @@ mod tests {
             endpoint: (kind == "direct").then(|| "192.0.2.1:5".parse().unwrap()),
             relay: (kind == "relay").then(|| "fra".to_owned()),
             rtt_ms: (kind != "none").then_some(1.235),
+            why_not_direct: None,
+            mtu: None,
         };
         let status = Status {
             state: "running".into(),

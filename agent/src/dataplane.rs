@@ -4,6 +4,7 @@
 //! the engine waits for readiness and calls one `from_…` method, then [`DataPlane::drain`].
 
 use std::io::{self, ErrorKind};
+use std::task::Poll;
 
 use rand_core::RngCore as _;
 use warren_common::ids::{DeviceId, RelayId};
@@ -22,6 +23,8 @@ use crate::os::udp::{ReceiveBuffer, Udp};
 const READ_BUDGET: usize = QUEUE_LEN as usize;
 /// Frames sealed in one turn, so that the sockets and timers get theirs.
 const SEAL_BUDGET: usize = 128;
+/// Extra sockets at once, a count: one that measures the NAT, and those of one search for a port.
+pub const MAX_EXTRA_SOCKETS: usize = 129;
 /// Bytes sealed in one turn: two super-frames, an eighth of a millisecond's work.
 const SEAL_BUDGET_BYTES: usize = 2 * 65_536;
 /// Receive calls on one socket in one turn.
@@ -49,6 +52,8 @@ impl RelayLinks for NoRelays {
 #[derive(Debug)]
 pub struct DataPlane {
     sockets: Vec<Udp>,
+    /// Sockets on ports of their own that the engine asked for, for a while.
+    extra: Vec<Udp>,
     waiting: TunQueue,
     receive: ReceiveBuffer,
     outbox: Outbox,
@@ -62,6 +67,7 @@ impl DataPlane {
     pub fn new(sockets: Vec<Udp>) -> Self {
         Self {
             sockets,
+            extra: Vec::new(),
             waiting: TunQueue::new([OsEntropy.next_u64(), OsEntropy.next_u64()]),
             receive: ReceiveBuffer::default(),
             outbox: Outbox::new(),
@@ -73,6 +79,7 @@ impl DataPlane {
     /// Prepares for a TUN that was just opened.
     pub fn attach(&mut self, tun: &Tun) {
         self.refused = false;
+        self.extra.clear();
         self.tun_out = arena(tun, tun.offload());
         self.waiting.clear();
         self.outbox.clear();
@@ -94,8 +101,44 @@ impl DataPlane {
         &self.sockets
     }
 
+    /// Has exactly the extra IPv4 sockets of these numbers open, at most [`MAX_EXTRA_SOCKETS`]. Returns which are: fewer if
+    /// the host has no more.
+    pub fn set_extra(&mut self, ids: &[u8]) -> Vec<u8> {
+        self.extra.retain(|socket| ids.contains(&socket.id()));
+        for id in ids.iter().take(MAX_EXTRA_SOCKETS) {
+            if self.extra.iter().any(|socket| socket.id() == *id) {
+                continue;
+            }
+            match Udp::extra(*id) {
+                Ok(socket) => self.extra.push(socket),
+                Err(e) => {
+                    tracing::debug!("no extra socket: {e}");
+                    break;
+                }
+            }
+        }
+        self.extra.iter().map(Udp::id).collect()
+    }
+
     /// Waits until a socket is readable and says which. Cancel safe.
     pub async fn readable(&self) -> usize {
+        tokio::select! {
+            index = self.usual_readable() => index,
+            index = self.extra_readable(), if !self.extra.is_empty() => self.sockets.len() + index,
+        }
+    }
+
+    async fn extra_readable(&self) -> usize {
+        std::future::poll_fn(|cx| {
+            match self.extra.iter().position(|socket| socket.poll_readable(cx).is_ready()) {
+                Some(index) => Poll::Ready(index),
+                None => Poll::Pending,
+            }
+        })
+        .await
+    }
+
+    async fn usual_readable(&self) -> usize {
         match self.sockets.as_slice() {
             [one] => {
                 // An error means that the runtime is shutting down; the receive call then says so.
@@ -184,8 +227,8 @@ impl DataPlane {
         tun: Option<&Tun>,
         relays: &mut impl RelayLinks,
     ) {
-        let Self { sockets, receive, tun_out, refused, .. } = self;
-        let Some(socket) = sockets.get(index) else { return };
+        let Self { sockets, extra, receive, tun_out, refused, .. } = self;
+        let Some(socket) = sockets.iter().chain(extra.iter()).nth(index) else { return };
         let id = socket.id();
         let mut taken = 0;
         for _ in 0..UDP_BUDGET {
@@ -253,8 +296,16 @@ impl DataPlane {
         for (transmit, bytes) in self.outbox.iter().take(count) {
             match transmit.to {
                 Destination::Direct { socket, remote } => {
-                    let Some(socket) = self.sockets.iter().find(|s| s.id() == socket) else { continue };
-                    if let Err(e) = socket.send(remote, transmit.ecn, bytes, transmit.segment_size) {
+                    let Some(socket) = self.sockets.iter().chain(&self.extra).find(|s| s.id() == socket)
+                    else {
+                        continue;
+                    };
+                    let sent = if transmit.whole {
+                        socket.send_whole(remote, bytes)
+                    } else {
+                        socket.send(remote, transmit.ecn, bytes, transmit.segment_size)
+                    };
+                    if let Err(e) = sent {
                         tracing::trace!("send to {remote}: {e}");
                     }
                 }
@@ -289,4 +340,29 @@ fn deliver(packets: &mut TunOut, tun: Option<&Tun>, refused: &mut bool) {
 /// Memory for packets that go to `tun`.
 fn arena(tun: &Tun, offload: TunOffload) -> TunOut {
     if tun.has_virtio_headers() { TunOut::vectored(offload) } else { TunOut::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[expect(clippy::print_stdout, reason = "a skipped test says so")]
+    #[tokio::test]
+    async fn extra_sockets_are_opened_and_closed_as_asked_and_bounded() {
+        let Ok(sockets) = crate::os::udp::bind(None, None, Offloads::ALL) else {
+            println!("skipped: no permission for marked sockets");
+            return;
+        };
+        let mut plane = DataPlane::new(sockets);
+        assert_eq!(plane.set_extra(&[16, 17]), [16, 17]);
+        let port = plane.extra[1].bound().port();
+        assert_eq!(plane.set_extra(&[17, 18]), [17, 18]);
+        assert_eq!(plane.extra[0].bound().port(), port, "one that stays keeps its port");
+        let all: Vec<u8> = (0..=u8::MAX).collect();
+        assert!(plane.set_extra(&all).len() <= MAX_EXTRA_SOCKETS);
+        let to = std::net::SocketAddr::from(([127, 0, 0, 1], plane.extra[2].bound().port()));
+        plane.sockets[0].send(to, warren_engine::offload::Ecn::NotCapable, b"hi", None).unwrap();
+        assert_eq!(plane.readable().await, plane.sockets.len() + 2);
+        assert!(plane.set_extra(&[]).is_empty());
+    }
 }

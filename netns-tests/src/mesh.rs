@@ -116,6 +116,12 @@ impl Place {
         let blocked = one == Self::UdpBlocked || two == Self::UdpBlocked;
         if same_family && !unknown_port && !blocked { Expected::Direct } else { Expected::Relay }
     }
+
+    /// True if the pair may become direct although nobody knows how: one end guesses the port of the other end's symmetric NAT.
+    pub fn may_be_guessed(self, other: Self) -> bool {
+        let strict = |place| matches!(place, Self::PortRestricted | Self::DoubleNat);
+        self == Self::Symmetric && strict(other) || other == Self::Symmetric && strict(self)
+    }
 }
 
 /// A machine that has joined.
@@ -273,6 +279,8 @@ mod tests {
             (Ipv6Only, EndpointIndependent, Relay),
         ] {
             assert_eq!((one.expected(other), other.expected(one)), (expected, expected), "{one:?} {other:?}");
+            assert!(!one.may_be_guessed(other) || expected == Relay, "{one:?} {other:?}");
         }
+        assert!(Symmetric.may_be_guessed(PortRestricted) && !Symmetric.may_be_guessed(Symmetric));
     }
 }

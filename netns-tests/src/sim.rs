@@ -1,7 +1,9 @@
 //! The simulator: a virtual internet in virtual time. One thread, one seed, no sleeping.
 
 pub mod device;
+pub mod flows;
 pub mod internet;
+pub mod matrix;
 pub mod model;
 pub mod nat;
 pub mod packet;

@@ -59,6 +59,6 @@ fn probe_examples() -> [Message; 4] {
         Message::Ping { txid: [3; TXID_LEN] },
         Message::Pong { txid: [3; TXID_LEN], observed: Some(v4) },
         Message::Pong { txid: [3; TXID_LEN], observed: None },
-        Message::Candidates { request: true, candidates: candidates.into_iter().collect() },
+        Message::Candidates { request: true, candidates: candidates.into_iter().collect(), ports: None },
     ]
 }

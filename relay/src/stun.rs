@@ -22,6 +22,8 @@ const COOKIE: [u8; 4] = [0x21, 0x12, 0xa4, 0x42];
 const CHANGE_REQUEST: u16 = 0x0003;
 const CHANGE_ADDRESS_BIT: u8 = 4;
 const CHANGE_PORT_BIT: u8 = 2;
+/// RFC 5780 section 7.5: the asker learns how long its NAT remembers another of its sockets.
+const RESPONSE_PORT: u16 = 0x0027;
 /// RFC 5780 section 7.4.
 const OTHER_ADDRESS: u16 = 0x802c;
 
@@ -34,6 +36,8 @@ pub struct Answer {
     pub other_address: bool,
     /// The same for the port.
     pub other_port: bool,
+    /// To this port of the asker, instead of the one it asked from.
+    pub to_port: Option<u16>,
 }
 
 /// The answer to `request`, which came from `from`; `None` if there is nothing to say. `other` differs in address and port
@@ -48,11 +52,19 @@ pub fn answer(request: &[u8], from: SocketAddr, other: Option<SocketAddr>) -> Op
     let message = MessageDecoder::<Attribute>::new().decode_from_bytes(request).ok()?.ok()?;
     let attributes = || message.unknown_attributes().map(|a| (a.get_type(), a.value()));
     let change = attributes().find(|(kind, _)| kind.as_u16() == CHANGE_REQUEST && other.is_some());
+    let to_port = attributes().find(|(kind, _)| kind.as_u16() == RESPONSE_PORT).and_then(|(_, value)| {
+        let port = u16::from_be_bytes(*value.first_chunk()?);
+        (port != 0).then_some(port)
+    });
     let flags = change.and_then(|(_, value)| value.last()).copied().unwrap_or_default();
     // Attributes below 0x8000 must be understood by who answers (RFC 8489 section 14).
     let unknown: Vec<_> = attributes()
         .map(|(kind, _)| kind)
-        .filter(|kind| kind.as_u16() < 0x8000 && (kind.as_u16() != CHANGE_REQUEST || other.is_none()))
+        .filter(|kind| {
+            let is_understood =
+                kind.as_u16() == RESPONSE_PORT || kind.as_u16() == CHANGE_REQUEST && other.is_some();
+            kind.as_u16() < 0x8000 && !is_understood
+        })
         .collect();
     let transaction = message.transaction_id();
     let bytes = if unknown.is_empty() {
@@ -83,6 +95,7 @@ pub fn answer(request: &[u8], from: SocketAddr, other: Option<SocketAddr>) -> Op
         bytes,
         other_address: flags & CHANGE_ADDRESS_BIT != 0,
         other_port: flags & CHANGE_PORT_BIT != 0,
+        to_port,
     })
 }
 
@@ -148,6 +161,21 @@ mod tests {
             // One that can't do it says so.
             let refused = answer(&bytes, from, None).unwrap();
             assert_eq!((&refused.bytes[..2], refused.other_address), (&[1, 0x11][..], false));
+        }
+    }
+
+    #[test]
+    fn the_answer_goes_to_another_port_of_the_asker_if_it_wishes() {
+        for (port, wanted) in [(4_000u16, Some(4_000)), (0, None)] {
+            let mut bytes = request();
+            bytes.extend([0, 0x27, 0, 4]);
+            bytes.extend(port.to_be_bytes());
+            bytes.extend([0, 0]);
+            bytes[3] = 8;
+            let from = addr("192.0.2.1:32853");
+            let answer = answer(&bytes, from, None).unwrap();
+            assert_eq!(answer.to_port, wanted);
+            assert_eq!(answer.bytes, super::answer(&request(), from, None).unwrap().bytes);
         }
     }
 

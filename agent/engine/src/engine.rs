@@ -26,9 +26,10 @@ use crate::event::{Event, PingToken, WakeReason};
 use crate::filter::{EndedFlow, Filter};
 use crate::io::{LocalSocket, Outbox, TunOut};
 use crate::netmap::{self, Held, Identity, PendingUpdate, RestoreError, SavedNetmap, UpdateRefused};
-use crate::paths::{MAX_HINTS, PathHint, Paths, PeerIdx};
+use crate::paths::{MAX_HINTS, PathHint, Paths, PeerIdx, Rate};
 use crate::routes::Routes;
 use crate::stun::Stun;
+use crate::stun::lifetime::{Lifetime, SILENT_SOCKET};
 use crate::wg;
 
 mod data;
@@ -42,6 +43,8 @@ pub const MAX_EVENTS: usize = 8_192;
 pub const MAX_NOTICES: usize = 16_384;
 /// Age at which what STUN said is asked again before it is relied on: common NATs forget after 30 s.
 const STUN_FRESH: Duration = Duration::from_secs(25);
+/// How much later than asked for a wake-up may come before the machine must have slept: a busy one is late by less.
+const JUMP: Duration = Duration::from_secs(5);
 /// How long the choice of a home relay waits for STUN answers when there are several relays.
 const HOME_RELAY_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -70,6 +73,8 @@ pub struct Engine {
     identity: Identity,
     boot_id: [u8; 16],
     mtu: usize,
+    /// Senders told that their packets are too long.
+    too_big: Rate,
     rng: ChaCha20Rng,
     held: Option<Held>,
     /// The revision whose rules the filter enforces; `None` while it is closed.
@@ -82,6 +87,12 @@ pub struct Engine {
     filter: Filter,
     paths: Paths,
     stun: Stun,
+    lifetime: Lifetime,
+    /// Extra sockets that paths want, and those that the shell was told of.
+    path_sockets: Vec<u8>,
+    told_sockets: Vec<u8>,
+    /// When the shell was asked to wake us.
+    promised: Option<Instant>,
     /// All relays of the netmap, so that a number names one.
     relays: Vec<RelayId>,
     home: Option<RelayId>,
@@ -130,6 +141,7 @@ impl Engine {
             identity: config.identity,
             boot_id: config.boot_id,
             mtu: usize::from(config.mtu),
+            too_big: Rate::default(),
             rng,
             held: None,
             enforced: None,
@@ -139,8 +151,12 @@ impl Engine {
             routes: Routes::default(),
             wg,
             filter,
-            paths: Paths::new(config.probe, paths_seed),
+            paths: Paths::new(config.probe, paths_seed, usize::from(config.mtu)),
             stun: Stun::default(),
+            lifetime: Lifetime::default(),
+            path_sockets: Vec::new(),
+            told_sockets: Vec::new(),
+            promised: None,
             relays: Vec::new(),
             home: None,
             home_due: None,
@@ -254,7 +270,14 @@ impl Engine {
         if self.paths.set_local(now.boot, local) {
             self.stun.forget();
             self.start_stun(now);
+            self.forget_lifetime();
         }
+    }
+
+    /// Which extra sockets are open now, after [`Event::SocketsWanted`].
+    pub fn handle_extra_sockets(&mut self, now: Now, open: &[u8]) {
+        self.lifetime.set_socket(now.boot, open.contains(&SILENT_SOCKET));
+        self.paths.set_extra(now.boot, open);
     }
 
     /// Asks STUN anew, though nothing seems to have changed; [`Engine::net_status`] with the answers then.
@@ -312,7 +335,8 @@ impl Engine {
     /// When to call [`Engine::handle_timeout`], and why.
     pub fn poll_timeout(&mut self, now: Now) -> Option<(Instant, WakeReason)> {
         let lease = self.enforced.and(self.held.as_ref()).map(|held| held.lease_ends);
-        let stun = self.stun.poll_timeout().into_iter().chain(self.home_due).min();
+        let stun = [self.stun.poll_timeout(), self.lifetime.poll_timeout(), self.home_due];
+        let stun = stun.into_iter().flatten().min();
         let all = [
             (self.wg.poll_timeout().map(|(at, _)| at), WakeReason::WireGuard),
             (self.paths.poll_timeout(), WakeReason::Path),
@@ -320,11 +344,41 @@ impl Engine {
             (self.filter.poll_timeout(now), WakeReason::Filter),
             (lease, WakeReason::Lease),
         ];
-        all.into_iter().filter_map(|(at, reason)| Some((at?, reason))).min()
+        let next = all.into_iter().filter_map(|(at, reason)| Some((at?, reason))).min();
+        self.promised = next.map(|(at, _)| at);
+        next
+    }
+
+    /// Every input that comes with the time: if it comes far too late, the machine slept.
+    fn notice_jump(&mut self, now: Now) {
+        if self.promised.is_some_and(|at| now.boot.since(at) >= JUMP) {
+            self.promised = None;
+            self.paths.on_jump(now.boot);
+            self.start_stun(now);
+            self.forget_lifetime();
+        }
+    }
+
+    fn forget_lifetime(&mut self) {
+        self.lifetime.forget();
+        self.paths.set_keepalive(self.lifetime.keepalive());
+    }
+
+    /// Finds out how long the NAT remembers, once there is a way for which it matters.
+    fn look_after_lifetime(&mut self, now: Now) {
+        self.lifetime.handle_timeout(now.boot);
+        self.paths.set_keepalive(self.lifetime.keepalive());
+        if self.lifetime.is_due()
+            && let Some(server) = self.stun.server(true)
+            && self.paths.take_keepalive_wish()
+        {
+            self.lifetime.start(now.boot, server);
+        }
     }
 
     /// Does everything that is due.
     pub fn handle_timeout(&mut self, now: Now) {
+        self.notice_jump(now);
         if let Some((at, reason)) = self.poll_timeout(now)
             && at <= now.boot
         {
@@ -339,6 +393,7 @@ impl Engine {
         if self.stun.handle_timeout(now.boot) {
             self.on_stun_news(now);
         }
+        self.look_after_lifetime(now);
         if self.home_due.is_some_and(|at| at <= now.boot) {
             self.home_due = None;
             self.choose_home(now, true);
@@ -378,6 +433,7 @@ impl Engine {
                 self.push_event(Event::SessionEstablished { device });
             }
         }
+        self.ask_for_sockets();
         while let Some(event) = self.paths.poll_event() {
             self.push_event(event);
         }
@@ -391,6 +447,18 @@ impl Engine {
     }
 
     // Inside.
+
+    fn ask_for_sockets(&mut self) {
+        if let Some(wanted) = self.paths.take_sockets_wish() {
+            self.path_sockets = wanted;
+        }
+        let silent = self.lifetime.wants_socket().then_some(SILENT_SOCKET);
+        let wanted = || silent.iter().chain(&self.path_sockets);
+        if !wanted().eq(&self.told_sockets) {
+            self.told_sockets = wanted().copied().collect();
+            self.push_event(Event::SocketsWanted { ids: self.told_sockets.clone() });
+        }
+    }
 
     fn push_event(&mut self, event: Event) {
         if self.events.len() >= MAX_EVENTS {
@@ -447,7 +515,8 @@ impl Engine {
         // When asked again, answers trickle in: what is known stands until all are there, or each of them would be
         // announced to every peer.
         if !self.stun.is_asking() || !self.paths.knows_reflexive() {
-            self.paths.set_reflexive(now.boot, self.stun.mapped());
+            let ports = self.stun.port_use(self.paths.local());
+            self.paths.set_reflexive(now.boot, self.stun.mapped(), ports);
         }
         self.choose_home(now, !self.stun.is_asking());
     }

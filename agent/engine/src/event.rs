@@ -79,6 +79,16 @@ pub enum Event {
         /// What this end refuses.
         about: Disagreement,
     },
+    /// Exactly these extra IPv4 UDP sockets should be open, each on a port of its own: open and close, then tell
+    /// `Engine::handle_extra_sockets` which are open. Where it is not done, some NATs are not got through and keep-alives
+    /// are denser than they need be.
+    SocketsWanted {
+        /// Their numbers, as in [`LocalSocket::id`](crate::io::LocalSocket::id); at least 16.
+        ids: Vec<u8>,
+    },
+    /// The machine slept, or a way died: connections over the network may be dead without a sign. See whether relays and
+    /// coordinator still answer.
+    NetworkSuspect,
     /// The lease of everything granted is over: nothing passes until an update renews it.
     LeaseEnded,
     /// A ping came back, or didn't.

@@ -101,6 +101,8 @@ pub struct Transmit {
     pub segment_size: Option<usize>,
     /// The congestion mark of its IP packets.
     pub ecn: Ecn,
+    /// It must arrive whole or not at all: no fragments (DF), whatever the kernel believes of the path.
+    pub whole: bool,
 }
 
 impl Transmit {
@@ -113,6 +115,7 @@ impl Transmit {
     fn accepts(&self, to: Destination, ecn: Ecn, len: usize) -> bool {
         let size = self.segment_size.unwrap_or(self.len);
         self.to == to
+            && !self.whole
             && self.ecn == ecn
             && len <= size
             && self.len.is_multiple_of(size) // a shorter segment closes the batch
@@ -227,7 +230,18 @@ impl Outbox {
             last.len += len;
             return;
         }
-        self.transmits.push(Transmit { to, offset, len, segment_size: None, ecn });
+        self.transmits.push(Transmit { to, offset, len, segment_size: None, ecn, whole: false });
+    }
+
+    /// Copies one datagram in that must not be fragmented. False if it doesn't fit.
+    #[must_use]
+    pub(crate) fn push_whole(&mut self, to: Destination, datagram: &[u8]) -> bool {
+        let Some(space) = self.space(datagram.len()) else { return false };
+        space[..datagram.len()].copy_from_slice(datagram);
+        let (offset, len, ecn) = (self.used, datagram.len(), Ecn::NotCapable);
+        self.used += len;
+        self.transmits.push(Transmit { to, offset, len, segment_size: None, ecn, whole: true });
+        true
     }
 
     /// Copies one datagram in. False if it doesn't fit.
@@ -281,6 +295,13 @@ mod tests {
         out.clear();
         out.clear_but_last();
         assert!(out.is_empty() && !out.is_last_open());
+    }
+
+    #[test]
+    fn what_must_stay_whole_is_alone() {
+        let mut out = Outbox::new();
+        assert!(out.push(to(1), &[0; 100]) && out.push_whole(to(1), &[0; 100]) && out.push(to(1), &[0; 100]));
+        assert_eq!(out.iter().map(|(t, _)| t.whole).collect::<Vec<_>>(), [false, true, false]);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use warren_common::filter::{PROTO_ICMP, PROTO_ICMPV6, PROTO_SCTP, PROTO_TCP, PROTO_UDP};
 
 pub mod build;
+pub mod mss;
 
 /// IPv6 extension headers walked before the transport header, a count. RFC 8200 names six kinds, each wanted once
 /// (destination options twice); a longer chain exists only to tire parsers.

@@ -9,8 +9,12 @@
 //! score decides. An authentic packet from an unknown address makes that address a candidate, no more.
 //!
 //! **Failure.** Only distress demotes. When data goes out on a direct way and nothing came in on it for
-//! [`TRUST`], the way is checked by pings; if none is answered in [`DISTRESS_AFTER`], packets take the relay again and
-//! probing starts over. While a peer is relayed and in use, probing goes on with growing pauses.
+//! [`TRUST`], the way is checked by pings. While the check is unanswered for [`HEDGE_AFTER`], packets take the relay; if no
+//! ping is answered in [`DISTRESS_AFTER`], the way is given up and probing starts over. While a peer is relayed and in use,
+//! probing goes on with growing pauses.
+//!
+//! **Hard NATs.** Where a NAT gives each destination another port, ports that can be predicted are announced as candidates;
+//! else the end behind it opens many and the other end guesses, within a budget and only if its own NAT is an easy one.
 //!
 //! **Rest.** [`IDLE_AFTER`] after its last data a peer stops being active: its keys, candidates and timers are dropped.
 //! An idle peer costs its entry in a table and nothing else.
@@ -33,27 +37,41 @@ use crate::event::{Event, Path, PingToken};
 use crate::io::{Destination, LocalSocket, Outbox, Source};
 
 mod active;
+mod guess;
 mod hints;
+mod mtu;
 mod score;
 mod shared;
+mod why;
 
+use crate::stun::PortUse;
+pub use crate::stun::lifetime::KEEPALIVE;
 use active::Active;
-pub(crate) use active::Obstacle;
+pub use guess::{
+    MAX_GUESSES, MAX_GUESSES_PER_MINUTE, MAX_OPENED_PORTS, MAX_PREDICTED, OPEN_SOCKETS, SEARCH_PAUSE,
+    SEARCH_TIME,
+};
 pub use hints::{MAX_HINT_ENDPOINTS, MAX_HINTS, PathHint};
+pub use mtu::{MAX_LENGTHS, MAX_LONG_PROBES_PER_MINUTE, MAX_PATH_MTU, MIN_PATH_MTU, MTU_FRESH};
 use shared::Shared;
 pub(crate) use shared::is_endpoint;
+pub use why::WhyNotDirect;
 
 /// Silence on a direct way after which sending on it starts a check: short, so that a dead path costs seconds; a
 /// one-way stream then pays one ping per two seconds.
-pub const TRUST: Duration = Duration::from_secs(2);
+pub const TRUST: Duration = Duration::from_secs(1);
+/// How long a check may be unanswered before packets take the relay meanwhile: more than two round trips on most ways. For
+/// a slower way it is as much longer.
+pub const HEDGE_AFTER: Duration = Duration::from_millis(800);
+/// Silence on a direct way that is suspicious if the peer was just heard on another.
+const ELSEWHERE: Duration = Duration::from_millis(300);
 /// How long a check waits for any sign of life before the way counts as dead: several pings, and a round trip around
 /// the world.
 pub const DISTRESS_AFTER: Duration = Duration::from_millis(2_500);
 /// Pause between the pings of a check.
-pub const CHECK_INTERVAL: Duration = Duration::from_millis(500);
-/// Silence after which a direct way in use is kept open by a ping: shorter than the 30 s after which common NATs forget
-/// (RFC 4787 asks for 2 minutes, few give them).
-pub const KEEPALIVE: Duration = Duration::from_secs(22);
+pub const CHECK_INTERVAL: Duration = Duration::from_millis(350);
+/// Shortest silence after which a direct way is kept open by a ping, however early it died before.
+pub const MIN_KEEPALIVE: Duration = Duration::from_secs(6);
 /// Time without data after which a peer is idle: as long as a WireGuard session lasts.
 pub const IDLE_AFTER: Duration = Duration::from_secs(180);
 /// Pauses between probe rounds while no direct way is known; the last one repeats.
@@ -87,6 +105,8 @@ pub const MAX_CHECKS_PER_MINUTE: u32 = 180;
 pub const MAX_PONGS_PER_SECOND: u32 = 400;
 /// Probes waiting for `poll_transmit`, over all peers; more are dropped and counted. 400 KiB.
 pub const MAX_QUEUED: usize = 1_024;
+/// Padded pings waiting for `poll_transmit`, over all peers; more are dropped and counted. 190 KiB.
+pub const MAX_QUEUED_LONG: usize = 128;
 /// Pings for `warren ping` that wait for a way or for their turn, per peer.
 pub const MAX_USER_PINGS: usize = 16;
 /// Pings for `warren ping` per peer and second: those beyond wait, so that the peer's budget answers all.
@@ -104,6 +124,11 @@ const RELAY_FRESH: Duration = Duration::from_secs(60);
 /// How long an authentic packet's source may be answered though no pong confirmed it: a handshake's round trip.
 const REPLY_FRESH: Duration = Duration::from_secs(10);
 
+/// Probes per minute that look for paths, to all peers: 25 peers that become active at once may spend theirs. 270 KB.
+pub const MAX_DEVICE_PROBES_PER_MINUTE: u32 = 3_000;
+/// Least time between two hints that the network may be another one.
+const SUSPECT_INTERVAL: Duration = Duration::from_secs(5);
+
 /// Our own socket addresses: more interfaces than a host of containers shows the world.
 pub const MAX_LOCAL: usize = 64;
 /// Events waiting to be taken; the oldest goes first.
@@ -117,6 +142,13 @@ pub(crate) type PeerIdx = u32;
 pub(crate) struct Way {
     pub(crate) socket: u8,
     pub(crate) remote: SocketAddr,
+}
+
+impl Way {
+    /// True if it is through a socket that was opened for this peer.
+    fn is_extra(self) -> bool {
+        OPEN_SOCKETS.contains(&self.socket)
+    }
 }
 
 impl From<Way> for Destination {
@@ -149,6 +181,8 @@ pub(crate) struct PathCounters {
     /// A ping under way made room for a new one; its answer will be unexpected.
     pub(crate) ping_replaced: u64,
     pub(crate) pong_unexpected: u64,
+    /// Requests to guess ports that were refused.
+    pub(crate) guess_refused: u64,
     pub(crate) events: u64,
 }
 
@@ -183,7 +217,7 @@ pub(crate) struct Rate {
 }
 
 impl Rate {
-    fn take(&mut self, now: Instant, window: Duration, max: u32) -> bool {
+    pub(crate) fn take(&mut self, now: Instant, window: Duration, max: u32) -> bool {
         if now.since(self.since) >= window {
             *self = Self { since: now, used: 0 };
         }
@@ -199,7 +233,8 @@ impl Rate {
 }
 
 impl Paths {
-    pub(crate) fn new(secret: ProbeSecretKey, seed: [u8; 32]) -> Self {
+    /// `mtu` is the TUN's.
+    pub(crate) fn new(secret: ProbeSecretKey, seed: [u8; 32], mtu: usize) -> Self {
         Self {
             public: secret.public(),
             secret,
@@ -209,7 +244,7 @@ impl Paths {
             tags: BTreeMap::new(),
             timers: BinaryHeap::new(),
             derivations: Rate::default(),
-            shared: Shared::new(seed),
+            shared: Shared::new(seed, mtu),
         }
     }
 
@@ -272,6 +307,7 @@ impl Paths {
         self.shared.reflexive.clear();
         self.shared.mapped = None;
         self.shared.observed.clear();
+        (self.shared.ports, self.shared.stun_settled, self.shared.early_death) = (None, false, None);
         self.shared.rebuild_own();
         for idx in self.active_peers() {
             self.with_active(now, idx, |active, home, shared| active.on_network_change(now, home, shared));
@@ -279,10 +315,17 @@ impl Paths {
         true
     }
 
-    /// Takes our addresses as STUN servers see them.
-    pub(crate) fn set_reflexive(&mut self, now: Instant, mapped: impl Iterator<Item = SocketAddr>) {
+    /// Takes our addresses as STUN servers see them, and what the NAT does with ports.
+    pub(crate) fn set_reflexive(
+        &mut self,
+        now: Instant,
+        mapped: impl Iterator<Item = SocketAddr>,
+        ports: Option<PortUse>,
+    ) {
         let mapped: Vec<_> = mapped.take(MAX_CANDIDATES).collect();
-        if mapped != self.shared.reflexive {
+        let news = std::mem::replace(&mut self.shared.ports, ports) != ports;
+        self.shared.stun_settled = true;
+        if news || mapped != self.shared.reflexive {
             let former = std::mem::replace(&mut self.shared.reflexive, mapped);
             let moved = self.shared.reflexive.iter().any(|a| !former.iter().any(|f| f.ip() == a.ip()));
             self.own_changed(now, moved);
@@ -296,6 +339,49 @@ impl Paths {
         }
     }
 
+    /// After how much silence a way over IPv4 needs a word.
+    pub(crate) const fn set_keepalive(&mut self, keepalive: Duration) {
+        self.shared.keepalive = keepalive;
+    }
+
+    /// True if a way over IPv4 is in use, so that it matters how long the NAT remembers.
+    pub(crate) const fn take_keepalive_wish(&mut self) -> bool {
+        std::mem::replace(&mut self.shared.wants_keepalive, false)
+    }
+
+    /// The clock jumped: the device slept, and may be anywhere. Ways are in doubt until they answer.
+    pub(crate) fn on_jump(&mut self, now: Instant) {
+        self.shared.suspect(now);
+        for idx in self.active_peers() {
+            self.with_active(now, idx, |active, _, shared| active.on_jump(now, shared));
+        }
+    }
+
+    /// The extra sockets that should be open, if that changed.
+    pub(crate) fn take_sockets_wish(&mut self) -> Option<Vec<u8>> {
+        if !std::mem::replace(&mut self.shared.sockets_changed, false) {
+            return None;
+        }
+        let mut wanted: BTreeSet<u8> = self
+            .active
+            .iter()
+            .filter_map(|idx| self.peers.get(*idx as usize)?.as_ref()?.active.as_ref())
+            .flat_map(|active| active.extra_sockets())
+            .collect();
+        if self.shared.search.is_some() {
+            wanted.extend(OPEN_SOCKETS);
+        }
+        Some(wanted.into_iter().collect())
+    }
+
+    /// The extra sockets that are open now.
+    pub(crate) fn set_extra(&mut self, now: Instant, open: &[u8]) {
+        self.shared.extra = open.iter().copied().collect();
+        for idx in self.active_peers() {
+            self.with_active(now, idx, |active, home, shared| active.on_extra(now, home, shared));
+        }
+    }
+
     /// True if a probe round found no direct way since the last call: a router may have another address by now, which no
     /// interface of ours tells.
     pub(crate) const fn take_stun_wish(&mut self) -> bool {
@@ -306,7 +392,7 @@ impl Paths {
     fn own_changed(&mut self, now: Instant, moved: bool) {
         if self.shared.rebuild_own() {
             for idx in self.active_peers() {
-                self.with_active(now, idx, |active, _, _| active.owe_candidates(now, moved));
+                self.with_active(now, idx, |active, _, shared| active.owe_candidates(now, moved, shared));
             }
         }
     }
@@ -468,6 +554,12 @@ impl Paths {
             }
             self.shared.queue.pop_front();
         }
+        while let Some((to, probe)) = self.shared.long_queue.front() {
+            if !out.push_whole(*to, probe) {
+                return false;
+            }
+            self.shared.long_queue.pop_front();
+        }
         true
     }
 
@@ -493,10 +585,18 @@ impl Paths {
             .unwrap_or((Path::None, None))
     }
 
-    /// Why the path to a peer is not direct; `None` if it is, or there is no such peer.
-    pub(crate) fn obstacle(&self, idx: PeerIdx) -> Option<Obstacle> {
-        let entry = self.peers.get(idx as usize)?.as_ref()?;
-        entry.active.as_ref().map_or(Some(Obstacle::Idle), |active| active.obstacle(&self.shared))
+    /// The longest packet that the way to the peer carries without fragments, in bytes.
+    pub(crate) fn mtu(&self, idx: PeerIdx) -> usize {
+        let entry = self.peers.get(idx as usize).and_then(Option::as_ref);
+        entry.and_then(|e| e.active.as_ref()?.mtu()).unwrap_or(self.shared.mtu)
+    }
+
+    /// Why no direct way to the peer is in use; `None` if one is.
+    pub(crate) fn why_not_direct(&self, idx: PeerIdx) -> Option<WhyNotDirect> {
+        match &self.peers.get(idx as usize)?.as_ref()?.active {
+            Some(active) => active.why_not_direct(&self.shared),
+            None => Some(WhyNotDirect::Idle),
+        }
     }
 
     pub(crate) fn probe_key(&self, idx: PeerIdx) -> Option<ProbePublicKey> {

@@ -148,6 +148,13 @@ pub struct PathStatus {
     pub relay: Option<String>,
     /// Round-trip time of the last probe over it, in milliseconds with three digits after the point.
     pub rtt_ms: Option<f64>,
+    /// Of a peer's status: why no direct way is in use, one of the words of
+    /// [`WhyNotDirect`](crate::paths::WhyNotDirect); readers show what they don't know as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why_not_direct: Option<Cow<'static, str>>,
+    /// Of a peer's status: the longest packet that the path carries without fragments, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<usize>,
 }
 
 /// The network around us, for `warren netcheck`.

@@ -35,7 +35,14 @@ impl Daemon {
         let Up { engine: Some(engine), tun, relays, .. } = up.as_mut() else { return };
         plane.drain(now, engine, tun.as_ref(), relays);
         while let Some(event) = up.engine.as_mut().and_then(Engine::poll_event) {
-            up.on_event(now, event);
+            match (event, &mut up.engine) {
+                (Event::SocketsWanted { ids }, Some(engine)) => {
+                    let open = plane.set_extra(&ids);
+                    engine.handle_extra_sockets(now, &open);
+                    plane.drain(now, engine, up.tun.as_ref(), &mut up.relays);
+                }
+                (event, _) => up.on_event(now, event),
+            }
         }
         self.settle_waiters(now);
     }
@@ -83,6 +90,8 @@ impl Up {
                 let _ = reply.send(super::verbs::done(&pong));
             }
             Event::RelayWanted { relay } => self.want_relay(now, relay),
+            Event::NetworkSuspect => self.relays.network_changed(),
+            Event::SocketsWanted { .. } => {} // only without an engine, which is gone
             Event::HomeRelay { relay } => self.set_home_relay(now, relay),
         }
     }

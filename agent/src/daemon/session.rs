@@ -462,6 +462,7 @@ impl Daemon {
                 "run `warren up` again when it is down",
             ));
             drop(up.tun.take());
+            self.plane.set_extra(&[]);
             let (welcomed, mapping) = (up.welcomed, std::mem::take(&mut up.mapping));
             let goodbye = async {
                 if welcomed {

@@ -4,9 +4,10 @@ use std::ffi::c_int;
 use std::io::{self, IoSliceMut};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsRawFd as _;
+use std::task::{Context, Poll};
 
 use quinn_udp::{BATCH_SIZE, EcnCodepoint, RecvMeta, Transmit, UdpSockRef, UdpSocketState};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use warren_common::time::Now;
@@ -131,7 +132,7 @@ impl Udp {
     fn bind(id: u8, address: SocketAddr, wanted: Offloads) -> io::Result<Self> {
         let socket = Socket::from(socket(address, MARK)?);
         let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
-        fragment_if_needed(&socket, address.is_ipv6())?;
+        set_fragments(&socket, address.is_ipv6(), Fragments::IfNeeded)?;
         // Which of our addresses a datagram came to isn't used, and quinn-udp's room for what the kernel tells beside one
         // is too small for this, batches, time stamps and congestion marks together: the marks would be cut off.
         if address.is_ipv6() {
@@ -148,6 +149,20 @@ impl Udp {
         let socket = UdpSocket::from_std(socket.into())?;
         let bound = socket.local_addr()?;
         Ok(Self { id, socket, state, bound, wanted })
+    }
+
+    /// An IPv4 socket on any free port.
+    ///
+    /// # Errors
+    /// There is none, or the host has no room for more files.
+    pub fn extra(id: u8) -> io::Result<Self> {
+        Self::bind(id, (Ipv4Addr::UNSPECIFIED, 0).into(), Offloads::ALL)
+    }
+
+    /// True if there is something to receive; otherwise the task is woken when there is.
+    pub fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
+        // An error means that the runtime is shutting down; the receive call then says so.
+        self.socket.poll_recv_ready(cx).map(|_| ())
     }
 
     /// Our number for it: [`warren_engine::io::LocalSocket::id`].
@@ -265,6 +280,21 @@ impl Udp {
         Ok(())
     }
 
+    /// Sends one datagram that arrives whole or not at all: with the DF bit, and without asking what the kernel believes
+    /// of the path. The kernel's own refusal counts as a loss.
+    ///
+    /// # Errors
+    /// The network is unreachable, or the datagram too long for the first link.
+    pub fn send_whole(&self, to: SocketAddr, contents: &[u8]) -> io::Result<()> {
+        let socket = SockRef::from(&self.socket);
+        let ipv6 = self.bound.is_ipv6();
+        // Two more system calls, for the few datagrams that explore a path.
+        set_fragments(&socket, ipv6, Fragments::Never)?;
+        let sent = self.send_batch(to, Ecn::NotCapable, contents, None);
+        set_fragments(&socket, ipv6, Fragments::IfNeeded)?;
+        sent
+    }
+
     fn send_batch(
         &self,
         to: SocketAddr,
@@ -279,13 +309,29 @@ impl Udp {
     }
 }
 
-/// Lets the network fragment our datagrams: the TUN's MTU is chosen for a 1 500-byte path, and a rare smaller one
-/// should slow a tunnel, not break it. quinn-udp forbids fragments, since QUIC must.
-fn fragment_if_needed(socket: &Socket, ipv6: bool) -> io::Result<()> {
+/// Whether the network may cut our datagrams into fragments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fragments {
+    /// Until the path's MTU is known a small link should slow a tunnel, not break it. quinn-udp forbids fragments, since
+    /// QUIC must.
+    IfNeeded,
+    /// The DF bit is set.
+    Never,
+}
+
+fn set_fragments(socket: &Socket, ipv6: bool, fragments: Fragments) -> io::Result<()> {
     if ipv6 {
-        set_option(socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT)
+        let value = match fragments {
+            Fragments::IfNeeded => libc::IPV6_PMTUDISC_DONT,
+            Fragments::Never => libc::IPV6_PMTUDISC_PROBE,
+        };
+        set_option(socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, value)
     } else {
-        set_option(socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
+        let value = match fragments {
+            Fragments::IfNeeded => libc::IP_PMTUDISC_DONT,
+            Fragments::Never => libc::IP_PMTUDISC_PROBE,
+        };
+        set_option(socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, value)
     }
 }
 

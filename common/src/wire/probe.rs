@@ -30,8 +30,10 @@ pub const OVERHEAD: usize = HEADER_LEN + AEAD_TAG_LEN;
 /// Most addresses one message may list: more than a host with several networks and families has, and small enough
 /// that trying them all is no flood.
 pub const MAX_CANDIDATES: usize = 16;
-/// Longest probe, in bytes.
-pub const MAX_PROBE_LEN: usize = OVERHEAD + 2 + 1 + MAX_CANDIDATES * (1 + ENDPOINT_LEN);
+/// Longest probe but for a padded ping, in bytes.
+pub const MAX_PROBE_LEN: usize = OVERHEAD + 2 + 1 + MAX_CANDIDATES * (1 + ENDPOINT_LEN) + 1;
+/// Longest ping, in bytes: the UDP payload of the longest IPv4 packet that an Ethernet carries.
+pub const MAX_PADDED_LEN: usize = 1_472;
 
 const AEAD_TAG_LEN: usize = 16;
 const ENDPOINT_LEN: usize = 18;
@@ -53,6 +55,8 @@ pub enum CandidateKind {
     Observed,
     /// A port that the sender's router forwards.
     Mapped,
+    /// A port that the sender's NAT is likely to give out next.
+    Predicted,
 }
 
 impl CandidateKind {
@@ -62,6 +66,7 @@ impl CandidateKind {
             Self::Reflexive => 1,
             Self::Observed => 2,
             Self::Mapped => 3,
+            Self::Predicted => 4,
         }
     }
 
@@ -71,6 +76,38 @@ impl CandidateKind {
             1 => Some(Self::Reflexive),
             2 => Some(Self::Observed),
             3 => Some(Self::Mapped),
+            4 => Some(Self::Predicted),
+            _ => None,
+        }
+    }
+}
+
+/// What a NAT does with the outside port when the same socket sends elsewhere (RFC 4787 section 4.1). Open: an unknown
+/// kind counts as not known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Ports {
+    /// It stays: there is no NAT, or one with endpoint-independent mapping.
+    Fixed,
+    /// It is another one, and the next can be told.
+    Predictable,
+    /// It is another one, and any.
+    Random,
+}
+
+impl Ports {
+    const fn code(self) -> u8 {
+        match self {
+            Self::Fixed => 1,
+            Self::Predictable => 2,
+            Self::Random => 3,
+        }
+    }
+
+    const fn from_code(code: u8) -> Option<Self> {
+        match code {
+            1 => Some(Self::Fixed),
+            2 => Some(Self::Predictable),
+            3 => Some(Self::Random),
             _ => None,
         }
     }
@@ -110,6 +147,13 @@ pub enum Message {
         request: bool,
         /// The sender's addresses, at most [`MAX_CANDIDATES`].
         candidates: ArrayVec<Candidate, MAX_CANDIDATES>,
+        /// What the sender's NAT does with ports, if known.
+        ports: Option<Ports>,
+    },
+    /// I have opened ports towards you, and can't know which: try mine at this address.
+    Guess {
+        /// The sender's address outside of its NAT, with a port that they are near to; 0 if they may be any.
+        near: SocketAddr,
     },
     /// Something a later version says.
     Unknown,
@@ -118,6 +162,7 @@ pub enum Message {
 const PING: u8 = 1;
 const PONG: u8 = 2;
 const CANDIDATES: u8 = 3;
+const GUESS: u8 = 4;
 
 /// The keys between two devices, one for each direction. Made once for each peer that is in use.
 #[derive(Clone, Zeroize, ZeroizeOnDrop)]
@@ -169,19 +214,40 @@ impl ProbeKeys {
     /// `message` as a probe to the peer. `nonce` must be random and never used twice.
     pub fn seal(&self, message: &Message, nonce: [u8; NONCE_LEN]) -> ArrayVec<u8, MAX_PROBE_LEN> {
         let mut out = ArrayVec::new();
-        put(&mut out, &MAGIC);
-        put(&mut out, &self.seal_tag);
-        put(&mut out, &nonce);
-        message.encode(&mut out);
-        let (head, body) = out.split_at_mut(HEADER_LEN);
+        self.write_head(&mut out, message, nonce);
+        let tag = self.seal_body(&mut out, nonce);
+        put(&mut out, &tag);
+        out
+    }
+
+    /// A ping as a probe of `len` bytes: it arrives only where so long a datagram does. `nonce` as above; `len` is at
+    /// least what a ping takes, and at most [`MAX_PADDED_LEN`], or else the nearest of these.
+    pub fn seal_padded(&self, txid: TxId, nonce: [u8; NONCE_LEN], len: usize) -> Vec<u8> {
+        let mut head = ArrayVec::<u8, MAX_PROBE_LEN>::new();
+        self.write_head(&mut head, &Message::Ping { txid }, nonce);
+        let mut out = head.to_vec();
+        out.resize(len.clamp(head.len() + AEAD_TAG_LEN, MAX_PADDED_LEN) - AEAD_TAG_LEN, 0);
+        let tag = self.seal_body(&mut out, nonce);
+        out.extend(tag);
+        out
+    }
+
+    fn write_head(&self, out: &mut ArrayVec<u8, MAX_PROBE_LEN>, message: &Message, nonce: [u8; NONCE_LEN]) {
+        put(out, &MAGIC);
+        put(out, &self.seal_tag);
+        put(out, &nonce);
+        message.encode(out);
+    }
+
+    fn seal_body(&self, probe: &mut [u8], nonce: [u8; NONCE_LEN]) -> [u8; AEAD_TAG_LEN] {
+        let (head, body) = probe.split_at_mut(HEADER_LEN);
         let cipher = XChaCha20Poly1305::new(Key::from_slice(&self.seal));
         let associated: &[u8] = &head[..MAGIC.len() + TAG_LEN];
         #[expect(clippy::expect_used, reason = "fails only for a plaintext of 256 GiB")]
         let tag = cipher
             .encrypt_in_place_detached(XNonce::from_slice(&nonce), associated, body)
             .expect("short plaintext");
-        put(&mut out, &tag);
-        out
+        tag.into()
     }
 
     /// The message in a probe from the peer.
@@ -189,13 +255,13 @@ impl ProbeKeys {
     /// # Errors
     /// It isn't from the peer to us, or (from a peer that speaks nonsense) malformed.
     pub fn open(&self, probe: &[u8]) -> Result<Message, WireError> {
-        if probe.len() < OVERHEAD || probe.len() > MAX_PROBE_LEN || peek_tag(probe) != Some(self.open_tag) {
+        if probe.len() < OVERHEAD || probe.len() > MAX_PADDED_LEN || peek_tag(probe) != Some(self.open_tag) {
             return Err(WireError::field(WHAT, "header"));
         }
         let (head, sealed) = probe.split_at(HEADER_LEN);
         let (associated, nonce) = head.split_at(MAGIC.len() + TAG_LEN);
         let (body, tag) = sealed.split_at(sealed.len() - AEAD_TAG_LEN);
-        let mut plain = ArrayVec::<u8, MAX_PROBE_LEN>::new();
+        let mut plain = ArrayVec::<u8, MAX_PADDED_LEN>::new();
         put(&mut plain, body);
         XChaCha20Poly1305::new(Key::from_slice(&self.open))
             .decrypt_in_place_detached(
@@ -234,12 +300,19 @@ impl Message {
                 put(out, &[u8::from(observed.is_some())]);
                 put(out, &observed.map_or([0; ENDPOINT_LEN], encode_endpoint));
             }
-            Self::Candidates { request, candidates } => {
+            Self::Candidates { request, candidates, ports } => {
                 put(out, &[CANDIDATES, u8::from(*request), candidates.len() as u8]);
                 for candidate in candidates {
                     put(out, &[candidate.kind.code()]);
                     put(out, &encode_endpoint(candidate.addr));
                 }
+                if let Some(ports) = ports {
+                    put(out, &[ports.code()]);
+                }
+            }
+            Self::Guess { near } => {
+                put(out, &[GUESS]);
+                put(out, &encode_endpoint(*near));
             }
             Self::Unknown => put(out, &[0]),
         }
@@ -278,7 +351,12 @@ impl Message {
                         Some(Candidate { kind, addr: decode_endpoint(&entry[1..])? })
                     })
                     .collect();
-                Ok(Self::Candidates { request: flags & 1 == 1, candidates })
+                let ports = list.get(count * (1 + ENDPOINT_LEN)).and_then(|code| Ports::from_code(*code));
+                Ok(Self::Candidates { request: flags & 1 == 1, candidates, ports })
+            }
+            GUESS => {
+                let near = body.get(..ENDPOINT_LEN).and_then(decode_endpoint).ok_or(field("guess"))?;
+                Ok(Self::Guess { near })
             }
             _ => Ok(Self::Unknown),
         }
@@ -321,7 +399,7 @@ mod tests {
         (ProbeKeys::derive(&a, &pa, &pb).unwrap(), ProbeKeys::derive(&b, &pb, &pa).unwrap())
     }
 
-    fn messages() -> [Message; 4] {
+    fn messages() -> [Message; 6] {
         let v4 = SocketAddr::from(([192, 0, 2, 1], 51_820));
         let v6 = SocketAddr::new("2001:db8::1".parse().unwrap(), 7);
         let candidates = [
@@ -332,7 +410,9 @@ mod tests {
             Message::Ping { txid: [3; TXID_LEN] },
             Message::Pong { txid: [3; TXID_LEN], observed: Some(v4) },
             Message::Pong { txid: [3; TXID_LEN], observed: None },
-            Message::Candidates { request: true, candidates: candidates.into_iter().collect() },
+            Message::Candidates { request: true, candidates: candidates.into_iter().collect(), ports: None },
+            Message::Candidates { request: false, candidates: ArrayVec::new(), ports: Some(Ports::Random) },
+            Message::Guess { near: v4 },
         ]
     }
 
@@ -361,7 +441,8 @@ mod tests {
     fn the_longest_message_fits_and_a_longer_list_is_refused() {
         let (a, b) = keys();
         let one = Candidate { kind: CandidateKind::Mapped, addr: SocketAddr::from(([1, 2, 3, 4], 5)) };
-        let message = Message::Candidates { request: false, candidates: [one; MAX_CANDIDATES].into() };
+        let candidates = [one; MAX_CANDIDATES].into();
+        let message = Message::Candidates { request: false, candidates, ports: Some(Ports::Fixed) };
         let probe = a.seal(&message, [9; NONCE_LEN]);
         assert_eq!(probe.len(), MAX_PROBE_LEN);
         const { assert!(MAX_PROBE_LEN <= 1_200, "a signal carries at most 1 200 bytes") };
@@ -382,8 +463,35 @@ mod tests {
         entry.extend([1; ENDPOINT_LEN]);
         assert_eq!(
             Message::decode(&entry),
-            Ok(Message::Candidates { request: false, candidates: ArrayVec::new() })
+            Ok(Message::Candidates { request: false, candidates: ArrayVec::new(), ports: None })
         );
+    }
+
+    #[test]
+    fn a_padded_ping_is_as_long_as_asked_for_and_still_a_ping() {
+        let (a, b) = keys();
+        let txid = [3; TXID_LEN];
+        let shortest = a.seal(&messages()[0], [9; NONCE_LEN]);
+        assert_eq!(a.seal_padded(txid, [9; NONCE_LEN], 0), shortest.to_vec());
+        for len in [shortest.len() + 1, MAX_PROBE_LEN + 1, 1_200, MAX_PADDED_LEN] {
+            let probe = a.seal_padded(txid, [9; NONCE_LEN], len);
+            assert_eq!((probe.len(), b.open(&probe)), (len, Ok(Message::Ping { txid })));
+        }
+        let mut longer = a.seal_padded(txid, [9; NONCE_LEN], usize::MAX);
+        assert_eq!(longer.len(), MAX_PADDED_LEN);
+        longer.push(0);
+        assert!(b.open(&longer).is_err());
+    }
+
+    #[test]
+    fn what_a_nat_does_with_ports_is_open_to_later_kinds() {
+        let decode = |code: u8| match Message::decode(&[CANDIDATES, 0, 0, code]) {
+            Ok(Message::Candidates { ports, .. }) => ports,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!([1, 2, 3].map(decode), [Ports::Fixed, Ports::Predictable, Ports::Random].map(Some));
+        assert_eq!([0, 77].map(decode), [None, None]);
+        assert!(Message::decode(&[GUESS, 1, 2]).is_err());
     }
 
     proptest! {

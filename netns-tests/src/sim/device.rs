@@ -1,6 +1,6 @@
 //! A simulated device: the product's engine, and around it what the agent's shell does, without its I/O.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use rand_chacha::ChaCha20Rng;
 use rand_core::SeedableRng;
@@ -24,8 +24,12 @@ use super::internet::HostId;
 
 /// The MTU of every TUN.
 const MTU: u16 = 1_420;
-/// The only socket's number.
-const SOCKET: u8 = 0;
+/// The numbers of the sockets for IPv4 and IPv6, which share a port.
+const SOCKETS: [u8; 2] = [0, 1];
+/// The UDP port of every agent.
+pub(super) const AGENT_PORT: u16 = 41_641;
+/// Extra sockets have this port and their number.
+const EXTRA_PORTS: u16 = 42_000;
 const BOOT_ID: [u8; 16] = [0xb0; 16];
 
 /// What a device knows of its network before it joins.
@@ -43,12 +47,14 @@ pub(super) enum Sent {
     Control(SessionId, ClientBody),
     Relay(ConnId, Vec<u8>),
     ConnectRelay,
+    /// The network may be another one: are the streams still alive?
+    CheckStreams,
 }
 
 /// Where a datagram of the engine goes.
 #[derive(Debug)]
 pub(super) enum Route {
-    Internet(SocketAddr),
+    Internet { port: u16, remote: SocketAddr },
     Relay(ConnId, Vec<u8>),
     Nowhere,
 }
@@ -91,6 +97,14 @@ pub struct Device {
     home_relay: Option<RelayId>,
     /// Revisions applied, for the properties.
     pub applied: u64,
+    /// Its streams are dead, and neither end has noticed.
+    pub(super) cut: bool,
+    /// It is in suspend to RAM.
+    pub asleep: bool,
+    /// Extra sockets that are open.
+    pub extra: Vec<u8>,
+    /// The most that were open at once.
+    pub most_extra: usize,
 }
 
 impl Device {
@@ -112,6 +126,10 @@ impl Device {
             interfaces_wanted: false,
             home_relay: None,
             applied: 0,
+            cut: false,
+            asleep: false,
+            extra: Vec::new(),
+            most_extra: 0,
         }
     }
 
@@ -211,7 +229,18 @@ impl Device {
                 self.report();
             }
             ServerBody::Refused(_) => self.gone = true,
-            ServerBody::Update(signed) => self.update(now, session, &signed),
+            ServerBody::Update(signed) => {
+                let peers = |device: &Self| {
+                    let netmap = device.engine.as_ref().and_then(Engine::netmap)?;
+                    Some(netmap.peers.keys().copied().collect::<Vec<_>>())
+                };
+                let before = peers(self);
+                self.update(now, session, &signed);
+                // The relay passes packets to the peers that a token names.
+                if before != peers(self) && self.relay.is_some() {
+                    self.want_token(context);
+                }
+            }
             ServerBody::Signal(signal) => {
                 if let (Some(engine), Some(device)) = (&mut self.engine, DeviceId::from_slice(&signal.device))
                 {
@@ -269,6 +298,7 @@ impl Device {
     /// Starts the agent again from its disk.
     pub(super) fn restart(&mut self, now: Now, context: &Context, seed: u64) {
         (self.engine, self.session, self.relay, self.token) = (None, None, None, None);
+        (self.cut, self.extra) = (false, Vec::new());
         self.sent.clear();
         self.applied = 0;
         self.start_engine(context, seed);
@@ -280,10 +310,25 @@ impl Device {
         }
     }
 
-    pub(super) fn interfaces_changed(&mut self, now: Now, addr: SocketAddr) {
+    pub(super) fn interfaces_changed(&mut self, now: Now, addrs: impl Iterator<Item = IpAddr>) {
+        let local: Vec<LocalSocket> = addrs
+            .map(|ip| LocalSocket {
+                id: SOCKETS[usize::from(ip.is_ipv6())],
+                addr: SocketAddr::new(ip, AGENT_PORT),
+            })
+            .collect();
         if let Some(engine) = &mut self.engine {
-            engine.handle_interfaces(now, &[LocalSocket { id: SOCKET, addr }]);
+            engine.handle_interfaces(now, &local);
         }
+    }
+
+    /// The socket at that port, if it is open.
+    pub(super) fn socket_at(&self, port: u16, v6: bool) -> Option<u8> {
+        if port == AGENT_PORT {
+            return Some(SOCKETS[usize::from(v6)]);
+        }
+        let id = u8::try_from(port.checked_sub(EXTRA_PORTS)?).ok()?;
+        self.extra.contains(&id).then_some(id)
     }
 
     pub(super) fn relay_connecting(&mut self, conn: ConnId) {
@@ -361,19 +406,14 @@ impl Device {
     pub(super) fn handle_datagram(
         &mut self,
         now: Now,
+        socket: u8,
         from: SocketAddr,
         payload: &mut [u8],
         tun: &mut TunOut,
     ) {
         if let Some(engine) = &mut self.engine {
             let stride = payload.len();
-            engine.handle_datagram(
-                now,
-                Source::Direct { socket: SOCKET, remote: from },
-                payload,
-                stride,
-                tun,
-            );
+            engine.handle_datagram(now, Source::Direct { socket, remote: from }, payload, stride, tun);
         }
     }
 
@@ -392,9 +432,9 @@ impl Device {
     }
 
     /// Takes packets for the TUN, and events on the way.
-    pub(super) fn poll_tun(&mut self, tun: &mut TunOut) -> bool {
+    pub(super) fn poll_tun(&mut self, now: Now, tun: &mut TunOut) -> bool {
         let Some(engine) = &mut self.engine else { return false };
-        let more = engine.poll_tun(tun);
+        let mut more = engine.poll_tun(tun);
         while let Some(event) = self.engine.as_mut().and_then(Engine::poll_event) {
             match (event, self.session) {
                 (Event::Signal { device, sealed }, Some(session)) => {
@@ -405,6 +445,15 @@ impl Device {
                     self.home_relay = relay;
                     self.report();
                 }
+                (Event::SocketsWanted { ids }, _) => {
+                    self.extra.clone_from(&ids);
+                    self.most_extra = self.most_extra.max(ids.len());
+                    if let Some(engine) = &mut self.engine {
+                        engine.handle_extra_sockets(now, &ids);
+                    }
+                    more = true;
+                }
+                (Event::NetworkSuspect, _) => self.sent.push(Sent::CheckStreams),
                 _ => {}
             }
         }
@@ -422,7 +471,13 @@ impl Device {
     /// Where a datagram of the engine goes.
     pub(super) fn route(&self, to: Destination, bytes: &[u8]) -> Route {
         match (to, &self.relay) {
-            (Destination::Direct { remote, .. }, _) => Route::Internet(remote),
+            (Destination::Direct { socket, remote }, _) if SOCKETS.contains(&socket) => {
+                Route::Internet { port: AGENT_PORT, remote }
+            }
+            (Destination::Direct { socket, remote }, _) if self.extra.contains(&socket) => {
+                Route::Internet { port: EXTRA_PORTS + u16::from(socket), remote }
+            }
+            (Destination::Direct { .. }, _) => Route::Nowhere,
             (Destination::Relay { device, .. }, Some(link)) if link.ready => {
                 Route::Relay(link.conn, Frame::Send { dst: device, payload: bytes }.to_vec())
             }

@@ -34,11 +34,29 @@ impl Degree {
     }
 }
 
+/// How a translator picks the outside port of a new mapping (RFC 4787 section 4.2 knows the first).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Allocation {
+    /// The inside port where it is free, or else the next free one above it.
+    Preserving,
+    /// The one after the last.
+    Sequential,
+    /// Any.
+    Random,
+}
+
+impl Allocation {
+    /// All three.
+    pub const ALL: [Self; 3] = [Self::Preserving, Self::Sequential, Self::Random];
+}
+
 /// How a translator behaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NatBehaviour {
     /// When one inside endpoint gets another outside port.
     pub mapping: Degree,
+    /// Which port that is.
+    pub allocation: Allocation,
     /// Who may answer.
     pub filtering: Degree,
     /// How long a mapping lives after the last packet from inside.
@@ -70,12 +88,19 @@ pub struct Nat {
     outside: IpAddr,
     by_port: BTreeMap<u16, Mapping>,
     by_inside: BTreeMap<(SocketAddr, Remote), u16>,
+    last_port: u16,
 }
 
 impl Nat {
     /// A translator that shows `outside` to the world.
     pub fn new(behaviour: NatBehaviour, outside: IpAddr) -> Self {
-        Self { behaviour, outside, by_port: BTreeMap::new(), by_inside: BTreeMap::new() }
+        Self {
+            behaviour,
+            outside,
+            by_port: BTreeMap::new(),
+            by_inside: BTreeMap::new(),
+            last_port: FIRST_PORT,
+        }
     }
 
     /// Its outside address.
@@ -131,13 +156,18 @@ impl Nat {
             self.by_port.remove(&oldest);
         }
         self.by_inside.retain(|_, port| self.by_port.contains_key(port));
-        // Cone NATs keep the inside port where they can; symmetric ones pick at random.
-        let keep = self.behaviour.mapping == Degree::EndpointIndependent
-            && !self.by_port.contains_key(&inside.port());
-        let mut port = inside.port();
-        while !keep && (self.by_port.contains_key(&port) || port == inside.port() || port < FIRST_PORT) {
-            port = rng.next_u32() as u16;
+        let mut port = match self.behaviour.allocation {
+            Allocation::Preserving => inside.port(),
+            Allocation::Sequential => self.last_port.wrapping_add(1),
+            Allocation::Random => rng.next_u32() as u16,
+        };
+        while self.by_port.contains_key(&port) || port < FIRST_PORT && port != inside.port() {
+            port = match self.behaviour.allocation {
+                Allocation::Random => rng.next_u32() as u16,
+                Allocation::Preserving | Allocation::Sequential => port.wrapping_add(1).max(FIRST_PORT),
+            };
         }
+        self.last_port = port;
         self.by_port.insert(port, Mapping { inside, remote, last_out: now, permitted: BTreeMap::new() });
         self.by_inside.insert((inside, remote), port);
         debug_assert!(self.by_port[&port].remote == remote);
@@ -155,7 +185,8 @@ mod tests {
     }
 
     fn nat(mapping: Degree, filtering: Degree) -> (Nat, ChaCha20Rng) {
-        let behaviour = NatBehaviour { mapping, filtering, timeout: Duration::from_secs(30), hairpin: false };
+        let (allocation, timeout) = (Allocation::Random, Duration::from_secs(30));
+        let behaviour = NatBehaviour { mapping, allocation, filtering, timeout, hairpin: false };
         (Nat::new(behaviour, "203.0.113.1".parse().unwrap()), ChaCha20Rng::seed_from_u64(1))
     }
 
@@ -173,6 +204,24 @@ mod tests {
             assert_eq!(first, out("198.51.100.1:1"));
             assert_eq!(first == out("198.51.100.2:1"), other_ip, "{degree:?}");
             assert_eq!(first == out("198.51.100.1:2"), other_port, "{degree:?}");
+        }
+    }
+
+    #[test]
+    fn ports_are_given_out_as_the_allocation_says() {
+        for allocation in Allocation::ALL {
+            let (mut nat, mut rng) = nat(Degree::AddressDependent, Degree::EndpointIndependent);
+            nat.behaviour.allocation = allocation;
+            let inside = addr("10.0.0.2:4000");
+            let ports: Vec<u16> = (1..6u8)
+                .map(|n| {
+                    let to = SocketAddr::from(([198, 51, 100, n], 1));
+                    nat.outbound(Instant::ZERO, inside, to, &mut rng).port()
+                })
+                .collect();
+            let in_a_row = ports.windows(2).all(|two| two[1] == two[0] + 1);
+            assert_eq!(in_a_row, allocation != Allocation::Random, "{allocation:?} {ports:?}");
+            assert_eq!(ports[0] == inside.port(), allocation == Allocation::Preserving);
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use warren_common::filter::PROTO_UDP;
+use warren_common::filter::{PROTO_ICMP, PROTO_ICMPV6, PROTO_UDP};
 
 const UDP_HEADER: usize = 8;
 
@@ -15,17 +15,20 @@ pub struct Datagram {
     pub dst: SocketAddr,
     /// Its number, unique in a run; an answer carries the number of what it answers.
     pub number: u64,
+    /// Bytes behind the number.
+    pub extra: u16,
 }
 
 impl Datagram {
     /// The answer to it.
     pub fn answer(self) -> Self {
-        Self { src: self.dst, dst: self.src, number: self.number }
+        Self { src: self.dst, dst: self.src, number: self.number, extra: self.extra }
     }
 
     /// As an IP packet with right lengths and checksums. `None` if the families differ.
     pub fn to_packet(self) -> Option<Vec<u8>> {
-        let payload = self.number.to_be_bytes();
+        let mut payload = self.number.to_be_bytes().to_vec();
+        payload.resize(payload.len() + usize::from(self.extra), 0);
         let length = (UDP_HEADER + payload.len()) as u16;
         let mut udp = Vec::with_capacity(usize::from(length));
         udp.extend_from_slice(&self.src.port().to_be_bytes());
@@ -84,8 +87,19 @@ impl Datagram {
         };
         let port = |at: usize| Some(u16::from_be_bytes(udp.get(at..at + 2)?.try_into().ok()?));
         let number = u64::from_be_bytes(udp.get(UDP_HEADER..UDP_HEADER + 8)?.try_into().ok()?);
-        Some(Self { src: SocketAddr::new(src, port(0)?), dst: SocketAddr::new(dst, port(2)?), number })
+        let extra = (udp.len() - UDP_HEADER - 8) as u16; // an IP packet is not longer
+        Some(Self { src: SocketAddr::new(src, port(0)?), dst: SocketAddr::new(dst, port(2)?), number, extra })
     }
+}
+
+/// The MTU in an ICMP "fragmentation needed" (RFC 1191) or ICMPv6 "packet too big" (RFC 4443) error.
+pub fn too_big(packet: &[u8]) -> Option<u16> {
+    let at = match packet.first()? >> 4 {
+        4 if packet.get(9) == Some(&PROTO_ICMP) && packet.get(20..22)? == [3, 4] => 26,
+        6 if packet.get(6) == Some(&PROTO_ICMPV6) && packet.get(40..42)? == [2, 0] => 46,
+        _ => return None,
+    };
+    Some(u16::from_be_bytes(packet.get(at..at + 2)?.try_into().ok()?))
 }
 
 /// The internet checksum (RFC 1071).
@@ -106,7 +120,8 @@ mod tests {
     #[test]
     fn packets_round_trip_in_both_families_with_good_checksums() {
         for (src, dst) in [("100.64.0.1:7", "100.64.0.2:9"), ("[fd00::1]:7", "[fd00::2]:9")] {
-            let datagram = Datagram { src: src.parse().unwrap(), dst: dst.parse().unwrap(), number: 0xfeed };
+            let datagram =
+                Datagram { src: src.parse().unwrap(), dst: dst.parse().unwrap(), number: 0xfeed, extra: 3 };
             let packet = datagram.to_packet().unwrap();
             assert_eq!(Datagram::parse(&packet), Some(datagram));
             if packet[0] >> 4 == 4 {

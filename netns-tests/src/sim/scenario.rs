@@ -13,9 +13,9 @@ use rand_core::{RngCore, SeedableRng};
 use warren_common::time::Instant;
 use warren_coordinator::domain::Command;
 
-use super::internet::{Link, NatId, Realm};
+use super::internet::{Link, NatId, Reach, Realm};
 use super::model::{DeviceNo, Model};
-use super::nat::{Degree, NatBehaviour};
+use super::nat::{Allocation, Degree, NatBehaviour};
 use super::packet::Datagram;
 use super::world::{APP_PORT, World};
 
@@ -154,6 +154,7 @@ impl Scenario {
             jitter: Duration::from_millis(self.draw(5) as u64),
             loss_permille: if self.draw(10) == 0 { 20 } else { 0 },
             udp: self.draw(20) != 0,
+            ..Link::default()
         };
         let (realm, addr) = self.place();
         let no = self.world.devices.len();
@@ -175,6 +176,7 @@ impl Scenario {
         }
         let behaviour = NatBehaviour {
             mapping: Degree::ALL[self.draw(3)],
+            allocation: Allocation::ALL[self.draw(3)],
             filtering: Degree::ALL[self.draw(3)],
             timeout: Duration::from_secs(30 + self.draw(270) as u64),
             hairpin: self.draw(2) == 0,
@@ -454,7 +456,7 @@ impl Scenario {
         if let Some(expected) = self.expected.iter().find(|e| self.has_a_way(e.from, e.to)) {
             self.fail(&format!("{} got no answer from {} in a calm network", expected.from, expected.to));
         }
-        let stun = self.world.stun_server();
+        let stun = self.world.stun_servers();
         let edges: Vec<_> = self.model.edges().iter().copied().collect();
         for (from, to) in edges {
             if !self.has_a_way(from, to) {
@@ -462,7 +464,7 @@ impl Scenario {
                 continue;
             }
             let [a, b] = [from, to].map(|no| self.world.devices[no].host);
-            let exists = self.world.net.direct_path_exists(a, b, stun);
+            let exists = self.world.net.reach(a, b, &stun) == Reach::Direct;
             let peer = self.world.devices[to].id();
             let status = self.world.devices[from].status(self.world.now);
             let path = status.and_then(|s| s.peers.into_iter().find(|p| Some(p.id) == peer)).map(|p| p.path);

@@ -8,8 +8,11 @@ const BINDING_REQUEST: [u8; 2] = [0, 1];
 const BINDING_RESPONSE: [u8; 2] = [1, 1];
 const XOR_MAPPED_ADDRESS: [u8; 2] = [0, 0x20];
 
-/// The answer to a binding request from `from`; `None` for anything else.
-pub fn answer(request: &[u8], from: SocketAddr) -> Option<Vec<u8>> {
+const RESPONSE_PORT: [u8; 4] = [0, 0x27, 0, 4];
+
+/// The answer to a binding request from `from`, and the port to send it to, which may be another one of the asker's
+/// (RFC 5780 section 7.5); `None` for anything else.
+pub fn answer(request: &[u8], from: SocketAddr) -> Option<(Vec<u8>, u16)> {
     let (kind, rest) = request.split_first_chunk::<2>()?;
     let (_, rest) = rest.split_first_chunk::<2>()?;
     let mask = rest.first_chunk::<16>()?; // cookie and transaction id
@@ -31,5 +34,7 @@ pub fn answer(request: &[u8], from: SocketAddr) -> Option<Vec<u8>> {
     out.extend(XOR_MAPPED_ADDRESS);
     out.extend((value.len() as u16).to_be_bytes());
     out.extend(value);
-    Some(out)
+    let port = rest.get(16..).and_then(|attributes| attributes.strip_prefix(&RESPONSE_PORT));
+    let port = port.and_then(<[u8]>::first_chunk::<2>).map_or(from.port(), |port| u16::from_be_bytes(*port));
+    Some((out, port))
 }

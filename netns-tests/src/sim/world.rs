@@ -15,6 +15,7 @@ use warren_common::ids::{DeviceId, NetworkId, RelayId};
 use warren_common::keys::{NetmapSecretKey, RootSecretKey};
 use warren_common::time::{Instant, Now, UnixTime};
 use warren_common::wire::control::{ClientBody, ServerBody};
+use warren_common::wire::probe;
 use warren_coordinator::domain::{
     Command, NewAuthKey, PolicySource, Refusal, Reply, Settings, State, derive_ipv6_prefix,
 };
@@ -23,10 +24,10 @@ use warren_engine::io::{Outbox, TunOut};
 use warren_relay::core::{self as relay, ConnId, Relay};
 
 use super::device::{Device, Sent};
-use super::internet::{HostId, Internet, Link, NatId, Realm};
+use super::internet::{HostId, Internet, Link, NatId, Oversize, Realm};
 use super::model::DeviceNo;
 use super::nat::NatBehaviour;
-use super::packet::Datagram;
+use super::packet::{Datagram, too_big};
 
 /// One-way delay of control sessions and relay connections.
 const STREAM_LATENCY: Duration = Duration::from_millis(20);
@@ -34,9 +35,15 @@ const STREAM_LATENCY: Duration = Duration::from_millis(20);
 const RECONNECT_AFTER: Duration = Duration::from_secs(1);
 /// The port that simulated applications listen on.
 pub const APP_PORT: u16 = 7_000;
-/// The UDP port of every agent.
-const AGENT_PORT: u16 = 41_641;
 const STUN_PORT: u16 = 3_478;
+/// The second STUN server's second port.
+const OTHER_STUN_PORT: u16 = 3_479;
+/// How long a device waits for a sign of life on a stream that it has doubts about.
+const STREAM_PROBE: Duration = Duration::from_secs(3);
+/// After so much silence it has doubts about a stream without any other hint.
+const STREAM_SILENCE: Duration = Duration::from_secs(35);
+/// A TCP, a TLS and a protocol handshake: how long a new stream takes when the old one's end was noticed at once.
+const STREAM_SETUP: Duration = Duration::from_millis(120);
 /// Virtual time starts here: an arbitrary moment long after boot.
 const START: Now =
     Now { boot: Instant::from_nanos(3_600_000_000_000), unix: UnixTime::from_secs(1_800_000_000) };
@@ -49,6 +56,9 @@ pub(super) enum Parcel {
     FromRelay(DeviceNo, ConnId, Vec<u8>),
     ConnectCoordinator(DeviceNo),
     ConnectRelay(DeviceNo),
+    /// Its streams are dead and it finds out.
+    StreamsLost(DeviceNo),
+    Wake(DeviceNo),
 }
 
 /// A datagram of an application that came out of a TUN.
@@ -73,7 +83,32 @@ pub struct Tally {
     pub relayed: u64,
     /// Application datagrams delivered.
     pub delivered: u64,
+    /// Of the datagrams and frames: probes.
+    pub probes: u64,
+    /// STUN requests.
+    pub stun: u64,
+    /// WireGuard handshakes and empty messages.
+    pub upkeep: u64,
+    /// Bytes of probes, STUN and WireGuard's upkeep, without headers.
+    pub upkeep_bytes: u64,
 }
+
+impl Tally {
+    /// Takes note of what an agent sends.
+    fn count(&mut self, bytes: &[u8]) {
+        let kind = match bytes {
+            [4, 0, 0, 0, ..] if bytes.len() > EMPTY_MESSAGE => return,
+            [1..=4, 0, 0, 0, ..] => &mut self.upkeep,
+            _ if probe::is_probe(bytes) => &mut self.probes,
+            _ => &mut self.stun,
+        };
+        *kind += 1;
+        self.upkeep_bytes += bytes.len() as u64;
+    }
+}
+
+/// Bytes of a WireGuard message without contents.
+const EMPTY_MESSAGE: usize = 32;
 
 /// The simulated world.
 pub struct World {
@@ -85,6 +120,8 @@ pub struct World {
     pub devices: Vec<Device>,
     /// What came out of TUNs since the last look.
     pub deliveries: Vec<Delivery>,
+    /// What applications were told of too long packets since the last look: the device, and the MTU.
+    pub too_big: Vec<(DeviceNo, u16)>,
     /// Counts.
     pub tally: Tally,
     pub(super) rng: ChaCha20Rng,
@@ -95,6 +132,7 @@ pub struct World {
     relay: Option<Relay>,
     relay_id: RelayId,
     relay_host: HostId,
+    stun_host: HostId,
     /// The last revision that took something away: a relay that starts anew must not take older tokens.
     relay_floor: u64,
     relay_clients: BTreeMap<ConnId, DeviceNo>,
@@ -140,11 +178,16 @@ impl World {
         let mut net = Internet::new(rng.next_u64());
         let relay_addr: IpAddr = [198, 51, 100, 1].into();
         let relay_host = net.add_host(Realm::Public, relay_addr, Link::default());
+        let relay_v6: IpAddr = [0x2001, 0xdb8, 0xffff, 0, 0, 0, 0, 1].into();
+        net.set_interfaces(relay_host, &[(Realm::Public, relay_addr), (Realm::Public, relay_v6)]);
+        let second_addr: IpAddr = [198, 51, 100, 2].into();
+        let stun_host = net.add_host(Realm::Public, second_addr, Link::default());
         let mut world = Self {
             now: START,
             net,
             devices: Vec::new(),
             deliveries: Vec::new(),
+            too_big: Vec::new(),
             tally: Tally::default(),
             rng,
             network,
@@ -154,6 +197,7 @@ impl World {
             relay: None,
             relay_id: RelayId::from_bytes([0; 16]),
             relay_host,
+            stun_host,
             relay_floor: 0,
             relay_clients: BTreeMap::new(),
             sessions: BTreeMap::new(),
@@ -171,7 +215,12 @@ impl World {
         let embedded = Command::SetEmbeddedRelay {
             name: "home".into(),
             addrs: vec![SocketAddr::new(relay_addr, 443)],
-            stun: vec![SocketAddr::new(relay_addr, STUN_PORT)],
+            stun: vec![
+                SocketAddr::new(relay_addr, STUN_PORT),
+                SocketAddr::new(second_addr, STUN_PORT),
+                SocketAddr::new(second_addr, OTHER_STUN_PORT),
+                SocketAddr::new(relay_v6, STUN_PORT),
+            ],
             cert_sha256: RELAY_CERT,
         };
         world.command(embedded).unwrap_or_else(|e| panic!("the embedded relay was refused: {e}"));
@@ -181,9 +230,10 @@ impl World {
         world
     }
 
-    /// Where every device asks for its reflexive address.
-    pub fn stun_server(&self) -> SocketAddr {
-        SocketAddr::new(self.net.addr(self.relay_host), STUN_PORT)
+    /// Where every device asks for its reflexive addresses.
+    pub fn stun_servers(&self) -> Vec<SocketAddr> {
+        let hosts = [self.relay_host, self.stun_host];
+        hosts.iter().flat_map(|h| self.net.addrs(*h)).map(|addr| SocketAddr::new(addr, STUN_PORT)).collect()
     }
 
     /// The coordinator's state as saved.
@@ -195,6 +245,13 @@ impl World {
     pub fn fresh_addr(&mut self) -> IpAddr {
         self.next_addr += 1;
         std::net::Ipv4Addr::from(self.next_addr).into()
+    }
+
+    /// A public IPv6 address that nobody has.
+    pub fn fresh_v6(&mut self) -> IpAddr {
+        self.next_addr += 1;
+        let [a, b] = [self.next_addr >> 16, self.next_addr & 0xffff].map(|half| half as u16);
+        [0x2001, 0xdb8, a, b, 0, 0, 0, 1].into()
     }
 
     /// A translator on the public internet.
@@ -214,16 +271,31 @@ impl World {
         addr: IpAddr,
         link: Link,
     ) -> Result<DeviceNo, Refusal> {
+        self.add_device_at(tag, &[(realm, addr)], link)
+    }
+
+    /// The same with several interfaces.
+    ///
+    /// # Errors
+    /// As [`World::add_device`].
+    pub fn add_device_at(
+        &mut self,
+        tag: &str,
+        interfaces: &[(Realm, IpAddr)],
+        link: Link,
+    ) -> Result<DeviceNo, Refusal> {
         let new = NewAuthKey { tags: vec![tag.to_owned()], ..NewAuthKey::default() };
         let Reply::AuthKey(key) = self.command(Command::CreateAuthKey(new))? else {
             return Err(Refusal::Busy("no auth key in the reply"));
         };
-        Ok(self.install(realm, addr, link, key))
+        let &[(realm, addr), ..] = interfaces else { return Err(Refusal::Busy("no interface")) };
+        let host = self.net.add_host(realm, addr, link);
+        self.net.set_interfaces(host, interfaces);
+        Ok(self.install(host, key))
     }
 
-    fn install(&mut self, realm: Realm, addr: IpAddr, link: Link, key: AuthKey) -> DeviceNo {
+    fn install(&mut self, host: HostId, key: AuthKey) -> DeviceNo {
         let no = self.devices.len();
-        let host = self.net.add_host(realm, addr, link);
         self.devices.push(Device::new(host, key, &mut self.rng));
         self.hosts.insert(host, no);
         self.after(Duration::ZERO, Parcel::ConnectCoordinator(no));
@@ -329,25 +401,104 @@ impl World {
         self.interfaces_changed(no);
     }
 
+    /// Moves a device to other networks as in life: the agent is told at once, and its streams break.
+    pub fn roam(&mut self, no: DeviceNo, interfaces: &[(Realm, IpAddr)]) {
+        self.net.set_interfaces(self.devices[no].host, interfaces);
+        self.interfaces_changed(no);
+        self.lose_streams(no);
+    }
+
+    /// A router starts anew with another public address. The devices behind it are told nothing, and their streams are
+    /// dead.
+    pub fn reboot_nat(&mut self, nat: NatId) {
+        let outside = match self.net.realm_of(nat) {
+            Realm::Public => self.fresh_addr(),
+            Realm::Behind(_) => {
+                let [.., a, b] = self.rng.next_u32().to_be_bytes();
+                [100, 64, a, b.clamp(3, 254)].into() // a carrier's customer
+            }
+        };
+        self.net.renumber_nat(nat, outside);
+        for no in 0..self.devices.len() {
+            if self.net.is_behind(self.devices[no].host, nat) {
+                self.devices[no].cut = true;
+                self.after(STREAM_SILENCE, Parcel::StreamsLost(no));
+            }
+        }
+    }
+
+    /// Suspends a device: it hears and does nothing for so long, and its streams are dead when it wakes up.
+    pub fn sleep(&mut self, no: DeviceNo, duration: Duration) {
+        let device = &mut self.devices[no];
+        (device.asleep, device.cut) = (true, true);
+        if let Some(timer) = device.timer.take() {
+            self.timers.remove(&(timer, no));
+        }
+        self.after(duration, Parcel::Wake(no));
+    }
+
+    fn wake(&mut self, no: DeviceNo) {
+        self.devices[no].asleep = false;
+        self.devices[no].handle_timeout(self.now);
+        self.drain_device(no);
+        self.after(STREAM_SILENCE, Parcel::StreamsLost(no));
+    }
+
+    /// The device finds its streams dead, and connects again.
+    fn lose_streams(&mut self, no: DeviceNo) {
+        self.devices[no].cut = false;
+        if let Some(session) = self.devices[no].session {
+            self.sessions.remove(&session);
+            if let Some(coordinator) = &mut self.coordinator {
+                coordinator.disconnect(session, self.now);
+            }
+            self.devices[no].session_lost();
+            self.after(STREAM_SETUP, Parcel::ConnectCoordinator(no));
+        }
+        if let Some(conn) = self.devices[no].relay_conn() {
+            self.relay_clients.remove(&conn);
+            if let Some(relay) = &mut self.relay {
+                relay.handle_disconnected(conn);
+            }
+            self.devices[no].relay_lost(self.now, self.relay_id);
+            self.after(STREAM_SETUP, Parcel::ConnectRelay(no));
+        }
+        self.drain_coordinator();
+        self.drain_relay();
+        self.drain_device(no);
+    }
+
     fn interfaces_changed(&mut self, no: DeviceNo) {
-        let addr = SocketAddr::new(self.net.addr(self.devices[no].host), AGENT_PORT);
-        self.devices[no].interfaces_changed(self.now, addr);
+        let addrs: Vec<IpAddr> = self.net.addrs(self.devices[no].host).collect();
+        self.devices[no].interfaces_changed(self.now, addrs.into_iter());
         self.drain_device(no);
     }
 
     /// Sends an application's datagram from one device to another, by IPv4 or IPv6 overlay addresses. Returns its number;
     /// `None` if either has no address yet.
     pub fn send(&mut self, from: DeviceNo, to: DeviceNo, v6: bool) -> Option<u64> {
+        self.send_long(from, to, v6, 0)
+    }
+
+    /// The same with `extra` bytes in it, and so in the answer.
+    pub fn send_long(&mut self, from: DeviceNo, to: DeviceNo, v6: bool, extra: u16) -> Option<u64> {
         let number = self.sequence;
         self.sequence += 1;
         let (src, dst) = (self.overlay_addr(from, v6)?, self.overlay_addr(to, v6)?);
-        let datagram =
-            Datagram { src: SocketAddr::new(src, 50_000), dst: SocketAddr::new(dst, APP_PORT), number };
+        let datagram = Datagram {
+            src: SocketAddr::new(src, 50_000),
+            dst: SocketAddr::new(dst, APP_PORT),
+            number,
+            extra,
+        };
         self.send_datagram(from, datagram);
         Some(number)
     }
 
     fn send_datagram(&mut self, from: DeviceNo, datagram: Datagram) {
+        if self.devices[from].asleep {
+            return;
+        }
         let Some(packet) = datagram.to_packet() else { return };
         self.outbox.clear();
         self.devices[from].handle_tun(self.now, &packet, &mut self.outbox);
@@ -438,19 +589,23 @@ impl World {
     }
 
     fn handle_arrival(&mut self, host: HostId, port: u16, from: SocketAddr, mut payload: Vec<u8>) {
-        if host == self.relay_host {
-            if port == STUN_PORT
-                && self.relay.is_some()
-                && let Some(answer) = super::stun::answer(&payload, from)
+        if host == self.relay_host || host == self.stun_host {
+            let serves = port == STUN_PORT || host == self.stun_host && port == OTHER_STUN_PORT;
+            if serves
+                && (self.relay.is_some() || host == self.stun_host)
+                && let Some((answer, to)) = super::stun::answer(&payload, from)
             {
-                self.net.send(self.now.boot, host, port, from, &answer);
+                let to = SocketAddr::new(from.ip(), to);
+                self.net.send(self.now.boot, host, port, to, &answer, Oversize::Lost);
             }
             return;
         }
         let Some(no) = self.hosts.get(&host).copied() else { return };
-        if port == AGENT_PORT {
+        if let Some(socket) = self.devices[no].socket_at(port, from.is_ipv6())
+            && !self.devices[no].asleep
+        {
             self.tun.clear();
-            self.devices[no].handle_datagram(self.now, from, &mut payload, &mut self.tun);
+            self.devices[no].handle_datagram(self.now, socket, from, &mut payload, &mut self.tun);
             self.flush_tun(no);
             self.drain_device(no);
         }
@@ -468,7 +623,7 @@ impl World {
                 }
             }
             Parcel::ToDevice(no, session, body) => {
-                if self.devices[no].session == Some(session) {
+                if self.devices[no].session == Some(session) && !self.devices[no].cut {
                     let context = self.context();
                     let seed = self.rng.next_u64();
                     self.devices[no].handle_control(self.now, &context, *body, seed);
@@ -485,7 +640,7 @@ impl World {
                 }
             }
             Parcel::FromRelay(no, conn, frame) => {
-                if self.devices[no].relay_conn() == Some(conn) {
+                if self.devices[no].relay_conn() == Some(conn) && !self.devices[no].cut {
                     self.tun.clear();
                     let context = self.context();
                     self.devices[no].handle_relay_frame(self.now, &context, &frame, &mut self.tun);
@@ -495,12 +650,20 @@ impl World {
             }
             Parcel::ConnectCoordinator(no) => self.connect_coordinator(no),
             Parcel::ConnectRelay(no) => self.connect_relay(no),
+            Parcel::StreamsLost(no) if self.devices[no].cut && !self.devices[no].asleep => {
+                self.lose_streams(no);
+            }
+            Parcel::StreamsLost(_) => {}
+            Parcel::Wake(no) => self.wake(no),
         }
     }
 
     fn connect_coordinator(&mut self, no: DeviceNo) {
         if self.devices[no].session.is_some() || self.devices[no].gone {
             return;
+        }
+        if self.devices[no].asleep {
+            return self.after(RECONNECT_AFTER, Parcel::ConnectCoordinator(no));
         }
         let session = SessionId(self.sequence);
         self.sequence += 1;
@@ -518,6 +681,9 @@ impl World {
     fn connect_relay(&mut self, no: DeviceNo) {
         if self.devices[no].relay_conn().is_some() || self.devices[no].gone {
             return;
+        }
+        if self.devices[no].asleep {
+            return self.after(RECONNECT_AFTER, Parcel::ConnectRelay(no));
         }
         let Some(relay) = &mut self.relay else {
             return self.after(RECONNECT_AFTER, Parcel::ConnectRelay(no));
@@ -605,7 +771,7 @@ impl World {
         }
     }
 
-    pub(super) fn drain_device(&mut self, no: DeviceNo) {
+    fn drain_transmits(&mut self, no: DeviceNo) {
         loop {
             self.outbox.clear();
             let more = self.devices[no].poll_transmit(self.now, &mut self.outbox);
@@ -614,16 +780,26 @@ impl World {
                 break;
             }
         }
+    }
+
+    pub(super) fn drain_device(&mut self, no: DeviceNo) {
+        if self.devices[no].asleep {
+            return;
+        }
+        self.drain_transmits(no);
         loop {
             self.tun.clear();
-            let more = self.devices[no].poll_tun(&mut self.tun);
+            let more = self.devices[no].poll_tun(self.now, &mut self.tun);
             self.flush_tun(no);
             if !more {
                 break;
             }
+            self.drain_transmits(no);
         }
         for sent in self.devices[no].take_sent() {
             match sent {
+                Sent::Control(..) | Sent::Relay(..) if self.devices[no].cut => {}
+                Sent::CheckStreams => self.after(STREAM_PROBE, Parcel::StreamsLost(no)),
                 Sent::Control(session, body) => {
                     self.after(STREAM_LATENCY, Parcel::ToCoordinator(session, body));
                 }
@@ -643,14 +819,24 @@ impl World {
 
     fn flush_outbox(&mut self, no: DeviceNo) {
         let host = self.devices[no].host;
+        let whole = self.outbox.iter().filter(|(t, _)| t.whole).map(|(t, _)| t.offset);
+        let whole: BTreeSet<usize> = whole.collect();
+        let mut offset = 0;
         for (to, bytes) in self.outbox.datagrams() {
+            let oversize = if whole.contains(&offset) { Oversize::Lost } else { Oversize::Fragmented };
+            offset += bytes.len();
             match self.devices[no].route(to, bytes) {
-                super::device::Route::Internet(remote) => {
+                super::device::Route::Internet { port, remote } => {
                     self.tally.datagrams += 1;
-                    self.net.send(self.now.boot, host, AGENT_PORT, remote, bytes);
+                    self.tally.count(bytes);
+                    self.net.send(self.now.boot, host, port, remote, bytes, oversize);
                 }
                 super::device::Route::Relay(conn, frame) => {
                     self.tally.relayed += 1;
+                    self.tally.count(bytes);
+                    if self.devices[no].cut {
+                        continue;
+                    }
                     let at = self.now.boot + STREAM_LATENCY;
                     self.sequence += 1;
                     self.parcels.insert((at, self.sequence), Parcel::ToRelay(conn, frame));
@@ -662,6 +848,7 @@ impl World {
     }
 
     fn flush_tun(&mut self, no: DeviceNo) {
+        self.too_big.extend(self.tun.iter().filter_map(too_big).map(|mtu| (no, mtu)));
         let arrived: Vec<Datagram> = self.tun.iter().filter_map(Datagram::parse).collect();
         self.tun.clear();
         for datagram in arrived {

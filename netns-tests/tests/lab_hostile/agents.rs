@@ -86,7 +86,7 @@ fn drops(agent: &Agent, reason: &str) -> Result<u64> {
 }
 
 fn udp(src: (IpAddr, u16), dst: (IpAddr, u16), number: u64) -> Result<Vec<u8>> {
-    let datagram = Datagram { src: src.into(), dst: dst.into(), number };
+    let datagram = Datagram { src: src.into(), dst: dst.into(), number, extra: 0 };
     datagram.to_packet().context("addresses of one family")
 }
 

@@ -67,8 +67,9 @@ impl Sockets {
                 Some(answer) if limit.allow(os::now().boot, cost, burst) => {
                     shared.stun_answered.fetch_add(1, Ordering::Relaxed);
                     let via = self.other(n, answer.other_address, answer.other_port);
+                    let to = SocketAddr::new(from.ip(), answer.to_port.unwrap_or(from.port()));
                     // A full socket buffer loses it, as the network would.
-                    let _ = self.0[via].try_send_to(&answer.bytes, from);
+                    let _ = self.0[via].try_send_to(&answer.bytes, to);
                 }
                 _ => {
                     shared.stun_ignored.fetch_add(1, Ordering::Relaxed);

@@ -1,6 +1,7 @@
 //! The data path: packets from the TUN out, datagrams from the network in.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use warren_common::time::Now;
 use warren_common::wire::probe;
@@ -12,12 +13,18 @@ use crate::io::{Added, Arrival, Burst, Destination, Outbox, Source, TunOut};
 use crate::offload::Ecn;
 use crate::offload::segment::{SuperFrame, complete_checksum};
 use crate::offload::vnet::{HEADER_LEN, Header};
+use crate::packet::{Addrs, build, mss};
 use crate::paths::{Carried, PeerIdx, is_endpoint};
 use crate::stun::is_stun;
 use crate::wg;
 
 /// Room a WireGuard message of up to the MTU may need: padding and overhead.
 const WG_ROOM: usize = 16 + wg::DATA_OVERHEAD;
+
+/// What every IPv6 link carries (RFC 8200 section 5), in bytes.
+const MIN_IPV6_MTU: usize = 1_280;
+/// Senders told per second that their packets are too long for a path: each needs it once.
+pub(super) const MAX_TOO_BIG_PER_SECOND: u32 = 100;
 
 /// What the engine itself dropped. The filter, WireGuard and paths count their own.
 #[derive(Clone, Debug, Default)]
@@ -27,6 +34,8 @@ pub(super) struct Drops {
     pub(super) tun_full: u64,
     pub(super) queued: u64,
     pub(super) too_long: u64,
+    /// Longer than the path to the peer carries; the sender was told.
+    pub(super) path_mtu: u64,
     pub(super) delayed: u64,
     pub(super) bad_frame: u64,
     /// Not dropped: the host sees for itself.
@@ -158,6 +167,7 @@ impl Engine {
     }
 
     fn take_from_tun(&mut self, now: Now, from_tun: FromTun<'_>, lose: bool, out: &mut Outbox) {
+        self.notice_jump(now);
         self.end_lease_if_over(now);
         let packet = from_tun.bytes();
         let burst = from_tun.burst();
@@ -176,7 +186,7 @@ impl Engine {
             DropReason::SpoofedSource
         } else if let Some(owner) = self.routes.lookup(dst) {
             let verdict = self.filter.judge_burst(Direction::Egress, now, packet, owner.peer, burst);
-            if verdict == Verdict::Pass {
+            if verdict == Verdict::Pass && self.fits_path(now, owner.peer, &from_tun) {
                 self.drops.delayed += u64::from(lose);
                 self.send_packets(now, owner.peer, from_tun, usize::from(lose), out);
                 self.resend_handshakes(now);
@@ -186,6 +196,32 @@ impl Engine {
             DropReason::NoPeer
         };
         self.filter.record_drops(Direction::Egress, now, packet, burst.packets, reason);
+    }
+
+    /// False if the path is too narrow for packets that must not be cut: then their sender is told.
+    fn fits_path(&mut self, now: Now, peer: PeerIdx, from_tun: &FromTun<'_>) -> bool {
+        let mtu = self.paths.mtu(peer);
+        let packet = from_tun.bytes();
+        let len = from_tun.segment_len(0);
+        if len <= mtu {
+            return true;
+        }
+        let mtu = match packet {
+            // Without its DF bit it may be cut anywhere: it is cut outside of the tunnel.
+            [0x40..=0x4f, _, _, _, _, _, flags, ..] if flags & 0x40 == 0 => return true,
+            [0x40..=0x4f, ..] => mtu,
+            // Nobody makes shorter ones (RFC 8200 section 5): those are cut outside of the tunnel.
+            _ if len <= MIN_IPV6_MTU => return true,
+            _ => mtu.max(MIN_IPV6_MTU),
+        };
+        self.drops.path_mtu += from_tun.segments() as u64;
+        if self.too_big.take(now.boot, Duration::from_secs(1), MAX_TOO_BIG_PER_SECOND)
+            && let Some((src, dst)) = ip_ends(packet)
+            && let (Some(addrs), Ok(mtu)) = (Addrs::new(dst, src), u16::try_from(mtu))
+        {
+            self.push_notice(build::too_big(addrs, mtu, packet));
+        }
+        false
     }
 
     /// Seals allowed packets, but the first `lost` of them, and hands them to the path.
@@ -202,6 +238,8 @@ impl Engine {
         };
         self.before_use(now, peer);
         let to = self.paths.route(now.boot, peer);
+        let mtu = self.paths.mtu(peer);
+        let narrow = mtu < self.mtu;
         let count = from_tun.segments();
         let ecn = Ecn::of_packet(from_tun.bytes()).outside();
         let Some(to) = to else {
@@ -217,7 +255,12 @@ impl Engine {
             while sent < count {
                 let len = from_tun.segment_len(sent);
                 let Some(space) = out.space(len + WG_ROOM) else { return };
-                let Some(datagram) = sealer.seal(len, space, |body| from_tun.write(sent, body)) else {
+                let Some(datagram) = sealer.seal(len, space, |body| {
+                    from_tun.write(sent, body);
+                    if narrow {
+                        mss::clamp(body, mtu);
+                    }
+                }) else {
                     return;
                 };
                 out.commit(to, ecn, datagram);
@@ -287,6 +330,7 @@ impl Engine {
         data: &mut [u8],
         tun: &mut TunOut,
     ) {
+        self.notice_jump(now);
         self.end_lease_if_over(now);
         let stride = if arrival.stride == 0 { data.len().max(1) } else { arrival.stride };
         let mut arrival = arrival;
@@ -379,6 +423,9 @@ impl Engine {
     ) {
         if let Source::Direct { socket, remote } = from {
             if is_stun(datagram) {
+                if self.lifetime.handle(now.boot, socket, remote, datagram) {
+                    return;
+                }
                 match self.stun.handle(now.boot, socket, remote, datagram) {
                     Some(_) => self.on_stun_news(now),
                     None => self.drops.stun_unexpected += 1,
@@ -452,7 +499,10 @@ impl Engine {
             return false;
         }
         while out.has_room(crate::stun::REQUEST_LEN) {
-            let Some(asked) = self.stun.poll(now.boot, &mut self.rng) else { return true };
+            let other = self.paths.local().iter().find(|l| l.addr.is_ipv4()).map(|l| l.id);
+            let asked = self.stun.poll(now.boot, &mut self.rng);
+            let asked = asked.or_else(|| self.lifetime.poll(now.boot, other?, &mut self.rng));
+            let Some(asked) = asked else { return true };
             let to = Destination::Direct { socket: asked.socket, remote: asked.server };
             if !out.push(to, &asked.bytes) {
                 self.drops.outbox_full += 1;

@@ -13,9 +13,8 @@ use super::data::WG_REASONS;
 use crate::event::{Path, WakeReason};
 use crate::filter::Outcome;
 use crate::flow::Direction;
-use crate::paths::Obstacle;
 use crate::status::{
-    LeaseStatus, Mapping, NetStatus, NetworkStatus, PathStatus, PeerStatus, Refused, RelayStatus, SelfStatus,
+    LeaseStatus, NetStatus, NetworkStatus, PathStatus, PeerStatus, Refused, RelayStatus, SelfStatus,
     StagedRule, Status, Whois, Why,
 };
 use crate::stun::Stun;
@@ -74,6 +73,7 @@ impl Engine {
         let idx = self.paths.find(peer.id);
         let state = idx.and_then(|idx| self.peers.get(idx as usize)?.as_ref());
         let (path, rtt) = idx.map_or((Path::None, None), |idx| self.paths.path(idx));
+        let why = idx.and_then(|idx| self.paths.why_not_direct(idx));
         PeerStatus {
             id: peer.id,
             name: peer.name.clone(),
@@ -81,34 +81,15 @@ impl Engine {
             user: peer.user.clone(),
             tags: peer.tags.clone(),
             online: self.online.contains(&peer.id),
-            path: self.path_status(path, rtt),
-            why_not_direct: idx.and_then(|idx| self.paths.obstacle(idx)).map(|o| self.obstacle_text(o)),
+            path: PathStatus {
+                why_not_direct: why.map(|why| why.as_str().into()),
+                mtu: idx.filter(|_| path != Path::None).map(|idx| self.paths.mtu(idx)),
+                ..self.path_status(path, rtt)
+            },
+            why_not_direct: why.map(|why| why.text().to_owned()),
             rx_bytes: state.map_or(0, |s| s.rx_bytes),
             tx_bytes: state.map_or(0, |s| s.tx_bytes),
             last_handshake: state.and_then(|s| self.wg.peer_stats(s.handle)?.last_handshake),
-        }
-    }
-
-    fn obstacle_text(&self, obstacle: Obstacle) -> String {
-        let silent = self.stun.mapped().next().is_none();
-        let symmetric = matches!(
-            self.stun.mapping(self.paths.local()),
-            Some(Mapping::AddressDependent | Mapping::AddressAndPortDependent)
-        );
-        match obstacle {
-            Obstacle::Idle => "nothing was sent to it lately, so no path is kept".to_owned(),
-            Obstacle::NoAddresses => "it has not told its addresses yet".to_owned(),
-            Obstacle::OtherFamily => {
-                "it has no address of a family (IPv4 or IPv6) that this network has".to_owned()
-            }
-            Obstacle::Looking => "a direct path is being looked for".to_owned(),
-            Obstacle::Silence { .. } if silent => "no UDP comes back into this network".to_owned(),
-            Obstacle::Silence { addresses } if symmetric => format!(
-                "nothing comes back from its {addresses} addresses; the NAT of this network has another port for each destination (symmetric)"
-            ),
-            Obstacle::Silence { addresses } => format!(
-                "nothing comes back from its {addresses} addresses: a NAT or firewall, there or here, lets nothing in"
-            ),
         }
     }
 
@@ -122,7 +103,14 @@ impl Engine {
             }
             Path::None => ("none", None, None),
         };
-        PathStatus { kind: kind.into(), endpoint, relay, rtt_ms: rtt.map(millis) }
+        PathStatus {
+            kind: kind.into(),
+            endpoint,
+            relay,
+            rtt_ms: rtt.map(millis),
+            why_not_direct: None,
+            mtu: None,
+        }
     }
 
     /// The network around us by the answers to the last STUN round alone; `None` while they are still coming in.
@@ -262,6 +250,7 @@ impl Engine {
             ("tun-full", d.tun_full),
             ("handshake-queue-full", d.queued + self.wg.counters().queued_packets_dropped),
             ("longer-than-mtu", d.too_long),
+            ("longer-than-path", d.path_mtu),
             ("queue-delay", d.delayed),
             ("bad-super-frame", d.bad_frame),
             ("bad-inner-checksum", d.bad_checksum),
@@ -281,6 +270,7 @@ impl Engine {
             ("candidate-replaced", p.candidate_replaced),
             ("ping-replaced", p.ping_replaced),
             ("pong-unexpected", p.pong_unexpected),
+            ("guess-refused", p.guess_refused),
             ("presence-full", d.presence),
         ];
         let own = own.into_iter().map(|(name, count)| (name.to_owned(), count));

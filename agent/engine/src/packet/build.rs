@@ -47,9 +47,27 @@ impl Segment {
 /// An ICMP (RFC 1812) or ICMPv6 (RFC 4443) error "administratively prohibited" that goes along `addrs` and is about
 /// the packet `quoted`, of which the beginning is quoted.
 pub fn prohibited(addrs: Addrs, quoted: &[u8]) -> Vec<u8> {
-    let (proto, header, ip_len) = match addrs {
-        Addrs::V4 { .. } => (PROTO_ICMP, [3u8, 13, 0, 0, 0, 0, 0, 0], 20),
-        Addrs::V6 { .. } => (PROTO_ICMPV6, [1u8, 1, 0, 0, 0, 0, 0, 0], 40),
+    let header = match addrs {
+        Addrs::V4 { .. } => [3, 13, 0, 0, 0, 0, 0, 0],
+        Addrs::V6 { .. } => [1, 1, 0, 0, 0, 0, 0, 0],
+    };
+    icmp_error(addrs, header, quoted)
+}
+
+/// The same for "fragmentation needed" (RFC 1191) or "packet too big" (RFC 8201): at most `mtu` bytes pass.
+pub fn too_big(addrs: Addrs, mtu: u16, quoted: &[u8]) -> Vec<u8> {
+    let [high, low] = mtu.to_be_bytes();
+    let kind = match addrs {
+        Addrs::V4 { .. } => [3, 4],
+        Addrs::V6 { .. } => [2, 0],
+    };
+    icmp_error(addrs, [kind[0], kind[1], 0, 0, 0, 0, high, low], quoted)
+}
+
+fn icmp_error(addrs: Addrs, header: [u8; 8], quoted: &[u8]) -> Vec<u8> {
+    let (proto, ip_len) = match addrs {
+        Addrs::V4 { .. } => (PROTO_ICMP, 20),
+        Addrs::V6 { .. } => (PROTO_ICMPV6, 40),
     };
     let quoted = &quoted[..quoted.len().min(MAX_ICMP_ERROR - ip_len - header.len())];
     let mut icmp = Vec::with_capacity(header.len() + quoted.len());

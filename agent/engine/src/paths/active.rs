@@ -7,22 +7,28 @@ use arrayvec::ArrayVec;
 use rand_core::RngCore as _;
 use warren_common::ids::{DeviceId, RelayId};
 use warren_common::time::Instant;
-use warren_common::wire::probe::{Candidate, CandidateKind, Message, NONCE_LEN, ProbeKeys, TXID_LEN, TxId};
+use warren_common::wire::probe::{
+    Candidate, CandidateKind, Message, NONCE_LEN, Ports, ProbeKeys, TXID_LEN, TxId,
+};
 
-use super::score::Score;
+use super::guess::{Search, is_private};
+use super::mtu::PathMtu;
+use super::score::{Losses, Score};
+use super::why::Facts;
 use super::{
-    MAX_HINT_ENDPOINTS, MAX_INFLIGHT, MAX_PONGS_PER_SECOND, MAX_PROBES_PER_MINUTE, MAX_REMOTES,
-    MAX_USER_PINGS, MAX_USER_PINGS_PER_SECOND, PING_TIMEOUT, PathCounters, PeerIdx, RELAY_FRESH, REPLY_FRESH,
-    Rate, Shared, TRUST, Way,
+    ELSEWHERE, HEDGE_AFTER, MAX_DEVICE_PROBES_PER_MINUTE, MAX_HINT_ENDPOINTS, MAX_INFLIGHT,
+    MAX_LONG_PROBES_PER_MINUTE, MAX_PONGS_PER_SECOND, MAX_PROBES_PER_MINUTE, MAX_REMOTES, MAX_USER_PINGS,
+    MAX_USER_PINGS_PER_SECOND, MIN_KEEPALIVE, PING_TIMEOUT, PeerIdx, RELAY_FRESH, REPLY_FRESH, Rate, Shared,
+    TRUST, Way,
 };
 use crate::event::{Event, Path, PingToken};
 use crate::io::{Destination, Source};
 
+mod remotes;
 mod time;
-mod why;
 
-pub(crate) use why::Obstacle;
-
+/// Rounds that follow each other within seconds.
+const EAGER_ROUNDS: usize = 5;
 const MINUTE: Duration = Duration::from_secs(60);
 const SECOND: Duration = Duration::from_secs(1);
 /// How long a check waits for an ordinary answer before it spends a ping.
@@ -31,21 +37,33 @@ const CHECK_PATIENCE: Duration = Duration::from_millis(300);
 const TRIGGERED_INTERVAL: Duration = Duration::from_millis(200);
 /// How recent a pong must be for its way to be a choice.
 const CONFIRMED_FRESH: Duration = Duration::from_secs(10);
+/// Beyond two round trips, what a ping's answer may be late by before packets take another way.
+const SLACK: Duration = Duration::from_millis(300);
+/// How long a way that was given up is still better than none, and how soon it must answer again for its death to have
+/// been a NAT's forgetting.
+const FORMER_FRESH: Duration = Duration::from_secs(10);
+/// The share of a fatal silence that counts as safe, in percent.
+const SAFE_PERCENT: u32 = 60;
 
 /// See the parent module.
 pub(super) struct Active {
-    idx: PeerIdx,
+    pub(super) idx: PeerIdx,
     device: DeviceId,
     keys: Option<ProbeKeys>,
     /// When there last was data, or the peer asked for addresses.
     used: Instant,
-    current: Option<Current>,
-    remotes: ArrayVec<Remote, MAX_REMOTES>,
+    pub(super) current: Option<Current>,
+    /// The way in use before, how silent we had been when it was found dead, and when that was.
+    former: Option<(Way, Duration, Instant)>,
+    pub(super) remotes: ArrayVec<Remote, MAX_REMOTES>,
     inflight: ArrayVec<Inflight, MAX_INFLIGHT>,
     /// Pings of the user that wait for a way or for their turn, with the time to give up.
     waiting: ArrayVec<(PingToken, Instant), MAX_USER_PINGS>,
-    round: usize,
+    pub(super) round: usize,
     next_round: Instant,
+    /// What the peer's NAT does with ports, as it says.
+    pub(super) peer_ports: Option<Ports>,
+    pub(super) search: Search,
     /// Our addresses are to be sent at this time, with a request for the peer's if true.
     owed: Option<(Instant, bool)>,
     announced: Option<Instant>,
@@ -58,31 +76,65 @@ pub(super) struct Active {
     told: Path,
     probes: Rate,
     checks: Rate,
+    long_probes: Rate,
     pongs: Rate,
     /// Pings for people.
     asked: Rate,
 }
 
-struct Current {
+pub(super) struct Current {
     way: Way,
     last_rx: Instant,
+    last_tx: Instant,
     check: Option<Check>,
+    mtu: PathMtu,
 }
 
 struct Check {
     started: Instant,
     next_ping: Instant,
+    /// How long we had said nothing on the way before.
+    silent: Duration,
+    /// It is more likely dead than not: no packet is risked on it.
+    doubt: bool,
+    /// Data brought it about.
+    by_data: bool,
 }
 
-struct Remote {
-    way: Way,
-    kind: CandidateKind,
+impl Current {
+    fn new(now: Instant, way: Way, mtu: usize) -> Self {
+        Self { way, last_rx: now, last_tx: now, check: None, mtu: PathMtu::new(now, mtu) }
+    }
+
+    /// Asks whether the way still works, from `next_ping` on.
+    fn check(&mut self, now: Instant, next_ping: Instant, doubt: bool) {
+        if !self.is_checked() {
+            let silent = now.since(self.last_tx);
+            self.check = Some(Check { started: now, next_ping, silent, doubt, by_data: false });
+        } else if let Some(check) = &mut self.check {
+            check.next_ping = check.next_ping.min(next_ping);
+            check.doubt |= doubt;
+        }
+    }
+
+    /// True while a check has had no answer.
+    fn is_checked(&self) -> bool {
+        self.check.as_ref().is_some_and(|check| self.last_rx <= check.started)
+    }
+}
+
+pub(super) struct Remote {
+    pub(super) way: Way,
+    pub(super) kind: CandidateKind,
     learned: Instant,
     /// An authentic packet came from there.
     heard: bool,
     pinged: Option<Instant>,
     confirmed: Option<Instant>,
     rtt: Duration,
+    /// Round-trip time, smoothed.
+    smoothed: Duration,
+    losses: Losses,
 }
 
 struct Inflight {
@@ -90,6 +142,8 @@ struct Inflight {
     to: Destination,
     sent: Instant,
     token: Option<PingToken>,
+    /// It was as long as a sealed packet of so many bytes.
+    length: Option<usize>,
 }
 
 impl Active {
@@ -100,11 +154,14 @@ impl Active {
             keys,
             used: now,
             current: None,
+            former: None,
             remotes: ArrayVec::new(),
             inflight: ArrayVec::new(),
             waiting: ArrayVec::new(),
             round: 0,
             next_round: now,
+            peer_ports: None,
+            search: Search::default(),
             owed: None,
             announced: None,
             listed: false,
@@ -115,6 +172,7 @@ impl Active {
             told: Path::None,
             probes: Rate::default(),
             checks: Rate::default(),
+            long_probes: Rate::default(),
             pongs: Rate::default(),
             asked: Rate::default(),
         }
@@ -174,7 +232,8 @@ impl Active {
     }
 
     /// The peer is idle or gone: what waits for it is told so.
-    pub(super) fn end(self, shared: &mut Shared) {
+    pub(super) fn end(mut self, shared: &mut Shared) {
+        self.end_searches(shared);
         let path = self.told;
         let under_way = self.inflight.iter().filter_map(|i| i.token);
         for token in under_way.chain(self.waiting.iter().map(|(token, _)| *token)) {
@@ -191,12 +250,39 @@ impl Active {
     /// look.
     pub(super) fn on_send(&mut self, now: Instant) -> Option<Instant> {
         let current = self.current.as_mut()?;
-        if current.check.is_some() || now.since(current.last_rx) < TRUST {
-            return None;
-        }
+        let silent = now.since(current.last_rx) >= TRUST && !current.is_checked();
         let next_ping = now + CHECK_PATIENCE;
-        current.check = Some(Check { started: now, next_ping });
-        Some(next_ping)
+        if silent {
+            current.check(now, next_ping, false);
+            if let Some(check) = &mut current.check {
+                check.by_data = true;
+            }
+        }
+        current.last_tx = now;
+        silent.then_some(next_ping)
+    }
+
+    pub(super) const fn is_direct(&self) -> bool {
+        self.current.is_some()
+    }
+
+    /// The extra sockets in use: the peer may have hit several, and choose another than we do.
+    pub(super) fn extra_sockets(&self) -> impl Iterator<Item = u8> {
+        let current = self.current.as_ref().map(|c| c.way);
+        let heard = self.remotes.iter().filter(|r| r.heard).map(|r| r.way);
+        current.into_iter().chain(heard).filter(|way| way.is_extra()).map(|way| way.socket)
+    }
+
+    pub(super) fn facts(&self) -> Facts {
+        let outside = |r: &Remote| r.kind != CandidateKind::Local || !is_private(r.way.remote);
+        Facts {
+            has_keys: self.keys.is_some(),
+            looks_eagerly: self.round <= EAGER_ROUNDS,
+            listed: self.listed,
+            common_family: !self.remotes.is_empty(),
+            seen_from_outside: self.remotes.iter().any(outside),
+            they_vary: matches!(self.peer_ports, Some(Ports::Predictable | Ports::Random)),
+        }
     }
 
     pub(super) fn destination(
@@ -206,13 +292,48 @@ impl Active {
         home: Option<RelayId>,
         shared: &Shared,
     ) -> Option<Destination> {
-        if let Some(current) = &self.current {
+        let direct = self.current.as_ref();
+        if let Some(current) = direct
+            && !self.is_in_doubt(now, current)
+        {
             return Some(current.way.into());
         }
         if let Some(relay) = self.relay(now, home, shared) {
             return Some(Destination::Relay { relay, device });
         }
-        self.reply_to.filter(|(_, at)| now.since(*at) < REPLY_FRESH).map(|(way, _)| way.into())
+        // Nothing better is known; and if it arrives, the peer learns where we are.
+        let reply_to = self.reply_to.filter(|(_, at)| now.since(*at) < REPLY_FRESH).map(|(way, _)| way);
+        let former = self.former.filter(|(_, _, at)| now.since(*at) < FORMER_FRESH).map(|(way, ..)| way);
+        direct.map(|c| c.way).or(reply_to).or(former).map(Destination::from)
+    }
+
+    /// The longest packet for the direct way in use.
+    pub(super) fn mtu(&self) -> Option<usize> {
+        self.current.as_ref().map(|c| c.mtu.usable())
+    }
+
+    /// True if a check of the way in use has been unanswered for so long that packets should not be risked on it.
+    fn is_in_doubt(&self, now: Instant, current: &Current) -> bool {
+        let patience = || HEDGE_AFTER.max(self.patience(current.way));
+        current.is_checked()
+            && current.check.as_ref().is_some_and(|c| c.doubt || now.since(c.started) >= patience())
+    }
+
+    /// How long the answer to a ping may take.
+    fn patience(&self, way: Way) -> Duration {
+        let rtt = self.remotes.iter().find(|r| r.way == way).map_or(Duration::ZERO, |r| r.smoothed);
+        2 * rtt + SLACK
+    }
+
+    /// The relay to use, as a destination.
+    pub(super) fn relay_to(
+        &self,
+        now: Instant,
+        home: Option<RelayId>,
+        shared: &Shared,
+    ) -> Option<Destination> {
+        let relay = self.relay(now, home, shared)?;
+        Some(Destination::Relay { relay, device: self.device })
     }
 
     /// The relay to use: where the peer was just heard, or else where it listens.
@@ -243,9 +364,15 @@ impl Active {
         match from {
             Source::Direct { socket, remote } => {
                 let way = Way { socket, remote };
-                if let Some(current) = self.current.as_mut().filter(|c| c.way == way) {
-                    current.last_rx = now;
-                    return false;
+                if let Some(current) = &mut self.current {
+                    if current.way == way {
+                        current.last_rx = now;
+                        return false;
+                    }
+                    // The peer may be somewhere else now.
+                    if now.since(current.last_rx) >= ELSEWHERE {
+                        current.check(now, now, false);
+                    }
                 }
                 self.reply_to = Some((way, now));
                 let Some(remote) = self.remotes.iter_mut().find(|r| r.way == way) else { return true };
@@ -257,7 +384,14 @@ impl Active {
             Source::Relay { relay, .. } => {
                 let news = self.relay_seen.is_none_or(|(seen, _)| seen != relay);
                 self.relay_seen = Some((relay, now));
-                news
+                // The peer may have no direct way any more.
+                let silent =
+                    self.current.as_mut().filter(|c| now.since(c.last_rx) >= ELSEWHERE && !c.is_checked());
+                let suspicious = silent.is_some();
+                if let Some(current) = silent {
+                    current.check(now, now, true);
+                }
+                news || suspicious
             }
             Source::Signal { .. } => false,
         }
@@ -279,6 +413,15 @@ impl Active {
             }
             self.learn(now, way, CandidateKind::Observed, &mut shared.counters);
             self.probe(now, way, shared);
+            // Of several ports that the peer has hit, the one that it uses.
+            let works = self.remotes.iter().any(|r| r.way == way && r.confirmed.is_some());
+            if let Some(current) = &mut self.current
+                && current.way.is_extra()
+                && way.is_extra()
+                && works
+            {
+                *current = Current::new(now, way, shared.mtu);
+            }
         }
     }
 
@@ -301,9 +444,11 @@ impl Active {
                 }
             }
             Message::Pong { txid, observed } => self.on_pong(now, from, txid, observed, shared),
-            Message::Candidates { request, candidates } => {
+            Message::Candidates { request, candidates, ports } => {
+                self.peer_ports = ports.or(self.peer_ports);
                 self.on_candidates(now, request, &candidates, shared);
             }
+            Message::Guess { near } => self.on_guess(now, near, shared),
             Message::Unknown => {}
         }
     }
@@ -317,6 +462,7 @@ impl Active {
         if observed.is_some_and(|addr| !shared.accepts(addr)) {
             shared.counters.candidate_refused += 1;
         } else if self.pongs.take(now, SECOND, MAX_PONGS_PER_SECOND) {
+            self.note_word(now, to);
             self.send(to, &Message::Pong { txid, observed }, shared);
         } else {
             shared.counters.probe_limited += 1;
@@ -344,7 +490,13 @@ impl Active {
         let rtt = now.since(ping.sent);
         let path = match ping.to {
             Destination::Direct { socket, remote } => {
-                self.confirm(now, Way { socket, remote }, rtt);
+                let way = Way { socket, remote };
+                self.confirm(now, way, rtt, shared);
+                if let (Some(length), Some(current)) = (ping.length, &mut self.current)
+                    && current.way == way
+                {
+                    current.mtu.on_answer(now, length);
+                }
                 if let Some(addr) = observed {
                     shared.observe(addr);
                 }
@@ -361,23 +513,35 @@ impl Active {
     }
 
     /// A pong came over `way`: it works. Take the best of all that do.
-    fn confirm(&mut self, now: Instant, way: Way, rtt: Duration) {
+    fn confirm(&mut self, now: Instant, way: Way, rtt: Duration, shared: &mut Shared) {
         let Some(remote) = self.remotes.iter_mut().find(|r| r.way == way) else { return };
-        (remote.confirmed, remote.rtt) = (Some(now), rtt);
+        let former = remote.confirmed.map_or(rtt, |_| remote.smoothed);
+        (remote.confirmed, remote.rtt, remote.smoothed) = (Some(now), rtt, (3 * former + rtt) / 4);
+        remote.losses.note(false);
+        // It was only the NAT that forgot: silences must be shorter.
+        if let Some((_, silent, _)) =
+            self.former.filter(|(w, _, at)| *w == way && now.since(*at) < FORMER_FRESH)
+            && silent >= MIN_KEEPALIVE
+        {
+            let safe = (silent * SAFE_PERCENT / 100).max(MIN_KEEPALIVE);
+            shared.early_death = Some(shared.early_death.map_or(safe, |known| known.min(safe)));
+        }
         // A way that is being checked and has not answered is no incumbent any more.
-        let incumbent = self.current.as_ref().filter(|c| c.check.is_none() || c.way == way).map(|c| c.way);
+        let incumbent = self.current.as_ref().filter(|c| !c.is_checked() || c.way == way).map(|c| c.way);
         let fresh = |r: &&Remote| {
             Some(r.way) == incumbent || r.confirmed.is_some_and(|at| now.since(at) < CONFIRMED_FRESH)
         };
-        let best = self
-            .remotes
-            .iter()
-            .filter(fresh)
-            .min_by_key(|r| Score::new(r.way.remote, r.kind, r.rtt, Some(r.way) == incumbent))
-            .map(|r| r.way);
+        let score =
+            |r: &&Remote| Score::new(r.way.remote, r.kind, r.smoothed, r.losses, Some(r.way) == incumbent);
+        let best = self.remotes.iter().filter(fresh).min_by_key(score).map(|r| r.way);
         match (&mut self.current, best) {
             (Some(current), Some(best)) if current.way == best => {}
-            (_, Some(best)) => self.current = Some(Current { way: best, last_rx: now, check: None }),
+            (_, Some(best)) => {
+                self.current = Some(Current::new(now, best, shared.mtu));
+                self.former = None;
+                shared.wants_keepalive |= best.remote.is_ipv4();
+                shared.sockets_changed |= best.is_extra();
+            }
             (_, None) => {}
         }
     }
@@ -386,6 +550,9 @@ impl Active {
         self.listed = true;
         let mut news = false;
         for candidate in candidates {
+            if candidate.kind == CandidateKind::Predicted && shared.varies() {
+                continue;
+            }
             if shared.accepts(candidate.addr) {
                 // Another port alone is no news: a symmetric NAT shows one at each look, and two peers behind such
                 // would never come to rest. The next round pings it, as does what follows a request.
@@ -400,8 +567,8 @@ impl Active {
         if request {
             self.owe(now, false);
             // The peer has no direct way to us; see whether ours to it still works.
-            if let Some(current) = self.current.as_mut().filter(|c| c.check.is_none()) {
-                current.check = Some(Check { started: now, next_ping: now });
+            if let Some(current) = &mut self.current {
+                current.check(now, now, false);
             }
         }
         if news {
@@ -432,9 +599,39 @@ impl Active {
         }
     }
 
-    /// Our own addresses changed; if we `moved`, the peer's are asked for too, and both ends ping.
-    pub(super) fn owe_candidates(&mut self, now: Instant, moved: bool) {
-        self.owe(now, moved && self.current.is_none());
+    /// Our own addresses changed; if we `moved`, the peer's are asked for too, and both ends ping. So they do if our ports
+    /// are others each time: the peer must send to these soon.
+    pub(super) fn owe_candidates(&mut self, now: Instant, moved: bool, shared: &Shared) {
+        let short_lived = shared.varies() && self.may_use_predictions();
+        self.owe(now, (moved || short_lived) && self.current.is_none());
+    }
+
+    /// True unless the peer's ports change as well: then no prediction of one end's is enough.
+    pub(super) fn may_use_predictions(&self) -> bool {
+        self.peer_ports.is_none_or(|ports| ports == Ports::Fixed)
+    }
+
+    /// The clock jumped.
+    pub(super) fn on_jump(&mut self, now: Instant, _shared: &mut Shared) {
+        if let Some(current) = &mut self.current {
+            current.check(now, now, true);
+        }
+        self.owe(now, true);
+        self.restart_rounds(now);
+    }
+
+    /// Extra sockets were opened or closed.
+    pub(super) fn on_extra(&mut self, now: Instant, home: Option<RelayId>, shared: &mut Shared) {
+        let closed = |way: Way| way.is_extra() && !shared.extra.contains(&way.socket);
+        self.remotes.retain(|r| !closed(r.way));
+        if self.current.take_if(|c| closed(c.way)).is_some() {
+            self.owe(now, true);
+            self.restart_rounds(now);
+        }
+        let relay = self.relay_to(now, home, shared);
+        if shared.search == Some(self.idx) && !shared.extra.is_empty() {
+            self.open_ports(now, relay, shared);
+        }
     }
 
     /// Relays or the signal channel came or went, or the peer has just become active.
@@ -459,80 +656,24 @@ impl Active {
         }
         let relayed = self.relay(now, home, shared).is_some();
         let remotes = &self.remotes;
-        self.current.take_if(|c| relayed || !remotes.iter().any(|r| r.way == c.way));
+        if let Some(lost) = self.current.take_if(|c| relayed || !remotes.iter().any(|r| r.way == c.way)) {
+            // Should the relay's connection not survive the move, the peer may still let us in where it did.
+            self.former = Some((lost.way, Duration::ZERO, now));
+        }
         if let Some(current) = &mut self.current {
-            current.check = Some(Check { started: now, next_ping: now });
+            current.check(now, now, true);
         }
         self.owe(now, true);
         self.restart_rounds(now);
     }
 
-    // Addresses and bytes.
-
-    fn learn_on_all(
-        &mut self,
-        now: Instant,
-        addr: SocketAddr,
-        kind: CandidateKind,
-        shared: &mut Shared,
-    ) -> bool {
-        let mut news = false;
-        let mut last = None;
-        let Shared { local, counters, .. } = shared;
-        // `local` is sorted by socket, so that equal ids are neighbours.
-        for local in local.iter().filter(|l| l.addr.is_ipv4() == addr.is_ipv4()) {
-            if last.replace(local.id) != Some(local.id) {
-                news |= self.learn(now, Way { socket: local.id, remote: addr }, kind, counters);
-            }
-        }
-        news
-    }
-
-    /// Forgets ports that the peer's NAT had before those it lists now, unless they have worked.
-    fn forget_former_ports(&mut self, listed: &[Candidate]) {
-        let reflexive = |kind| kind == CandidateKind::Reflexive;
-        let current = self.current.as_ref().map(|c| c.way);
-        self.remotes.retain(|r| {
-            let replaced = listed.iter().any(|c| reflexive(c.kind) && c.addr.ip() == r.way.remote.ip());
-            let stands = listed.iter().any(|c| c.addr == r.way.remote);
-            let works = r.heard || r.confirmed.is_some() || Some(r.way) == current;
-            !reflexive(r.kind) || !replaced || stands || works
-        });
-    }
-
-    /// Takes note of an address; the one that is least worth keeping makes room. True if it is new.
-    fn learn(&mut self, now: Instant, way: Way, kind: CandidateKind, counters: &mut PathCounters) -> bool {
-        if let Some(remote) = self.remotes.iter_mut().find(|r| r.way == way) {
-            remote.learned = now;
-            remote.kind = remote.kind.min(kind);
-            return false;
-        }
-        if self.remotes.is_full() {
-            let current = self.current.as_ref().map(|c| c.way);
-            let spare = (0..self.remotes.len())
-                .filter(|at| Some(self.remotes[*at].way) != current)
-                .min_by_key(|at| (self.remotes[*at].confirmed, self.remotes[*at].learned));
-            if let Some(at) = spare {
-                self.remotes.remove(at);
-                counters.candidate_replaced += 1;
-            }
-        }
-        let remote = Remote {
-            way,
-            kind,
-            learned: now,
-            heard: false,
-            pinged: None,
-            confirmed: None,
-            rtt: Duration::ZERO,
-        };
-        self.remotes.push(remote);
-        true
-    }
+    // Bytes.
 
     /// Looks for a path over `way`, within the budget.
     fn probe(&mut self, now: Instant, way: Way, shared: &mut Shared) {
-        if self.probes.take(now, MINUTE, MAX_PROBES_PER_MINUTE) {
+        if self.probes.take(now, MINUTE, MAX_PROBES_PER_MINUTE)
+            && shared.probes.take(now, MINUTE, MAX_DEVICE_PROBES_PER_MINUTE)
+        {
             self.ping(now, way.into(), None, shared);
         } else {
             shared.counters.probe_limited += 1;
@@ -540,6 +681,26 @@ impl Active {
     }
 
     fn ping(&mut self, now: Instant, to: Destination, token: Option<PingToken>, shared: &mut Shared) {
+        let txid = self.expect_pong(now, to, token, None, shared);
+        if let Destination::Direct { socket, remote } = to {
+            let way = Way { socket, remote };
+            if let Some(remote) = self.remotes.iter_mut().find(|r| r.way == way) {
+                remote.pinged = Some(now);
+            }
+        }
+        self.note_word(now, to);
+        self.send(to, &Message::Ping { txid }, shared);
+    }
+
+    /// Makes a ping and takes note of it.
+    fn expect_pong(
+        &mut self,
+        now: Instant,
+        to: Destination,
+        token: Option<PingToken>,
+        length: Option<usize>,
+        shared: &mut Shared,
+    ) -> TxId {
         let mut txid = [0; TXID_LEN];
         shared.rng.fill_bytes(&mut txid);
         if self.inflight.is_full() {
@@ -550,17 +711,32 @@ impl Active {
                 shared.push_event(Event::PingResult { token, path: self.told, rtt: None });
             }
         }
-        self.inflight.push(Inflight { txid, to, sent: now, token });
-        if let Destination::Direct { socket, remote } = to {
-            let way = Way { socket, remote };
-            if let Some(remote) = self.remotes.iter_mut().find(|r| r.way == way) {
-                remote.pinged = Some(now);
-            }
-        }
-        self.send(to, &Message::Ping { txid }, shared);
+        self.inflight.push(Inflight { txid, to, sent: now, token, length });
+        txid
     }
 
-    fn send(&self, to: Destination, message: &Message, shared: &mut Shared) {
+    /// Asks whether packets of `length` bytes pass on `way`, within the budget.
+    fn ping_long(&mut self, now: Instant, way: Way, length: usize, shared: &mut Shared) {
+        if !self.long_probes.take(now, MINUTE, MAX_LONG_PROBES_PER_MINUTE) {
+            shared.counters.probe_limited += 1;
+            return;
+        }
+        let txid = self.expect_pong(now, way.into(), None, Some(length), shared);
+        let mut nonce = [0; NONCE_LEN];
+        shared.rng.fill_bytes(&mut nonce);
+        if let Some(keys) = &self.keys {
+            shared.enqueue_long(way.into(), keys.seal_padded(txid, nonce, super::mtu::sealed_len(length)));
+        }
+    }
+
+    /// We say something on a way: the NATs on it remember from now on.
+    fn note_word(&mut self, now: Instant, to: Destination) {
+        if let Some(current) = self.current.as_mut().filter(|c| Destination::from(c.way) == to) {
+            current.last_tx = now;
+        }
+    }
+
+    pub(super) fn send(&self, to: Destination, message: &Message, shared: &mut Shared) {
         if let Some(probe) = self.seal(message, shared) {
             shared.enqueue(to, probe);
         }

@@ -2,17 +2,26 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use arrayvec::ArrayVec;
 use ipnet::{Ipv4Net, Ipv6Net};
 use rand_chacha::ChaCha20Rng;
 use rand_core::SeedableRng as _;
 use warren_common::ids::RelayId;
+use warren_common::time::Instant;
 use warren_common::wire::probe::{Candidate, CandidateKind, MAX_CANDIDATES, MAX_PROBE_LEN};
 
-use super::{MAX_OBSERVED, MAX_PATH_EVENTS, MAX_QUEUED, PathCounters, PeerIdx};
+use super::{
+    KEEPALIVE, MAX_OBSERVED, MAX_PATH_EVENTS, MAX_PREDICTED, MAX_QUEUED, MAX_QUEUED_LONG, PathCounters,
+    PeerIdx, Rate, SUSPECT_INTERVAL,
+};
 use crate::event::Event;
 use crate::io::{Destination, LocalSocket};
+use crate::stun::PortUse;
+
+/// Addresses of our own interfaces that are listed before predicted ports.
+const FIRST_LOCAL: usize = 6;
 
 /// What all peers' state machines use.
 pub(super) struct Shared {
@@ -27,16 +36,40 @@ pub(super) struct Shared {
     pub(super) signal: bool,
     /// A round found no direct way: our reflexive address may be a former one.
     pub(super) wants_fresh_stun: bool,
+    /// What our NAT does with ports.
+    pub(super) ports: Option<PortUse>,
+    /// STUN has been asked in this network, and answered or not.
+    pub(super) stun_settled: bool,
+    /// After how much silence an IPv4 way needs a word.
+    pub(super) keepalive: Duration,
+    /// A way died in a shorter silence than that.
+    pub(super) early_death: Option<Duration>,
+    pub(super) wants_keepalive: bool,
+    /// Extra sockets that are open.
+    pub(super) extra: BTreeSet<u8>,
+    /// Other ones are wanted now.
+    pub(super) sockets_changed: bool,
+    /// Ports are opened for this peer.
+    pub(super) search: Option<PeerIdx>,
+    pub(super) guesses: Rate,
+    pub(super) probes: Rate,
+    suspected: Option<Instant>,
     pub(super) rng: ChaCha20Rng,
     pub(super) queue: VecDeque<(Destination, ArrayVec<u8, MAX_PROBE_LEN>)>,
+    /// Those that must arrive whole.
+    pub(super) long_queue: VecDeque<(Destination, Vec<u8>)>,
+    /// The TUN's MTU, and so a relayed way's: a relay carries whatever the TUN does.
+    pub(super) mtu: usize,
     pub(super) events: VecDeque<Event>,
     pub(super) ready: VecDeque<PeerIdx>,
     pub(super) counters: PathCounters,
 }
 
 impl Shared {
-    pub(super) fn new(seed: [u8; 32]) -> Self {
+    pub(super) fn new(seed: [u8; 32], mtu: usize) -> Self {
         Self {
+            mtu,
+            long_queue: VecDeque::new(),
             local: Vec::new(),
             reflexive: Vec::new(),
             mapped: None,
@@ -44,6 +77,17 @@ impl Shared {
             own: ArrayVec::new(),
             overlay: None,
             wants_fresh_stun: false,
+            ports: None,
+            stun_settled: false,
+            keepalive: KEEPALIVE,
+            early_death: None,
+            wants_keepalive: false,
+            extra: BTreeSet::new(),
+            sockets_changed: false,
+            search: None,
+            guesses: Rate::default(),
+            probes: Rate::default(),
+            suspected: None,
             relays: BTreeSet::new(),
             signal: false,
             rng: ChaCha20Rng::from_seed(seed),
@@ -64,12 +108,17 @@ impl Shared {
     pub(super) fn rebuild_own(&mut self) -> bool {
         let mut own = ArrayVec::<Candidate, MAX_CANDIDATES>::new();
         let stunned = |addr: &SocketAddr| self.reflexive.iter().any(|r| r.is_ipv4() == addr.is_ipv4());
-        let local = self.local.iter().map(|l| (CandidateKind::Local, l.addr));
+        let mut local = self.local.iter().map(|l| (CandidateKind::Local, l.addr));
+        let first_local: ArrayVec<_, FIRST_LOCAL> = local.by_ref().take(FIRST_LOCAL).collect();
+        let predicted = (1..=MAX_PREDICTED).filter_map(|n| self.ports?.predict(n));
+        let predicted = predicted.map(|addr| (CandidateKind::Predicted, addr));
         let reflexive = self.reflexive.iter().map(|a| (CandidateKind::Reflexive, *a));
         let mapped = self.mapped.iter().map(|a| (CandidateKind::Mapped, *a));
         let observed = self.observed.iter().filter(|a| !stunned(a)).map(|a| (CandidateKind::Observed, *a));
         // Those from outside come first: should the list overflow, they are the ones that count.
-        for (kind, addr) in mapped.chain(reflexive).chain(observed).chain(local) {
+        for (kind, addr) in
+            mapped.chain(reflexive).chain(observed).chain(first_local).chain(predicted).chain(local)
+        {
             let known = own.iter().any(|c| c.addr == addr);
             if is_endpoint(self.overlay, addr) && !known && !own.is_full() {
                 own.push(Candidate { kind, addr });
@@ -93,11 +142,34 @@ impl Shared {
         }
     }
 
+    /// The network may be another one, and connections over it dead: their owner should look.
+    pub(super) fn suspect(&mut self, now: Instant) {
+        if self.suspected.is_none_or(|at| now.since(at) >= SUSPECT_INTERVAL) {
+            self.suspected = Some(now);
+            self.push_event(Event::NetworkSuspect);
+        }
+    }
+
+    /// After how much silence a way to `remote` needs a word.
+    pub(super) fn keepalive_of(&self, remote: SocketAddr) -> Duration {
+        // For IPv6 there is no NAT to measure; its firewalls remember longer.
+        let measured = if remote.is_ipv4() { self.keepalive } else { KEEPALIVE };
+        self.early_death.map_or(measured, |cap| measured.min(cap))
+    }
+
     pub(super) fn enqueue(&mut self, to: Destination, probe: ArrayVec<u8, MAX_PROBE_LEN>) {
         if self.queue.len() >= MAX_QUEUED {
             self.counters.probe_queue_full += 1;
         } else {
             self.queue.push_back((to, probe));
+        }
+    }
+
+    pub(super) fn enqueue_long(&mut self, to: Destination, probe: Vec<u8>) {
+        if self.long_queue.len() >= MAX_QUEUED_LONG {
+            self.counters.probe_queue_full += 1;
+        } else {
+            self.long_queue.push_back((to, probe));
         }
     }
 

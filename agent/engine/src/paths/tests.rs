@@ -11,7 +11,7 @@ const START: Instant = Instant::from_nanos(1_000_000_000_000);
 fn pair() -> (Paths, ProbeKeys) {
     let (a, b) = (ProbeSecretKey::from_bytes([1; 32]), ProbeSecretKey::from_bytes([2; 32]));
     let keys = ProbeKeys::derive(&b, &b.public(), &a.public()).unwrap();
-    let mut paths = Paths::new(a, [5; 32]);
+    let mut paths = Paths::new(a, [5; 32], 1_420);
     paths.set_overlay(START, "100.64.0.0/10".parse().unwrap(), "fd00::/48".parse().unwrap());
     paths.set_local(START, &[LocalSocket { id: 0, addr: "192.0.2.1:1000".parse().unwrap() }]);
     paths.set_relay(START, RELAY, true);
@@ -39,7 +39,11 @@ fn candidates(from: u8) -> Message {
         kind: CandidateKind::Reflexive,
         addr: SocketAddr::from(([203, 0, from, n + 1], 5_000)),
     };
-    Message::Candidates { request: true, candidates: (0..MAX_CANDIDATES as u8).map(one).collect() }
+    Message::Candidates {
+        request: true,
+        candidates: (0..MAX_CANDIDATES as u8).map(one).collect(),
+        ports: None,
+    }
 }
 
 /// What was sent, by kind, as B reads it.
@@ -53,6 +57,7 @@ fn sent(paths: &mut Paths, keys: &ProbeKeys) -> (usize, usize, usize) {
                 Message::Ping { .. } => counts.0 += 1,
                 Message::Pong { .. } => counts.1 += 1,
                 Message::Candidates { .. } => counts.2 += 1,
+                Message::Guess { .. } => {}
                 Message::Unknown => panic!("unknown"),
             }
         }
@@ -180,7 +185,7 @@ fn forged_probes_cost_a_bounded_number_of_key_agreements_and_activate_nobody() {
 fn a_pong_counts_once_and_only_from_where_its_ping_went() {
     let (mut paths, keys) = pair();
     let one = Candidate { kind: CandidateKind::Local, addr: "203.0.113.1:5000".parse().unwrap() };
-    let list = Message::Candidates { request: false, candidates: [one].into_iter().collect() };
+    let list = Message::Candidates { request: false, candidates: [one].into_iter().collect(), ports: None };
     paths.handle_probe(START, relayed(), &keys.seal(&list, nonce(1)));
     let mut out = Outbox::new();
     assert!(paths.poll_transmit(&mut out));
@@ -221,7 +226,7 @@ fn forbidden_addresses_are_never_pinged() {
     ];
     let list =
         bad.iter().map(|a| Candidate { kind: CandidateKind::Local, addr: a.parse().unwrap() }).collect();
-    let list = Message::Candidates { request: false, candidates: list };
+    let list = Message::Candidates { request: false, candidates: list, ports: None };
     paths.handle_probe(START, relayed(), &keys.seal(&list, nonce(1)));
     assert_eq!(active(&paths).remotes(), 0);
     assert_eq!(paths.counters().candidate_refused, bad.len() as u64);
@@ -295,7 +300,7 @@ fn our_addresses_are_bounded_and_what_peers_saw_counts_only_where_stun_is_silent
         |paths: &Paths| paths.shared.own.iter().filter(|c| c.kind == CandidateKind::Observed).count();
     assert_eq!(observed(&paths), MAX_OBSERVED);
     let mapped = (0..100).map(|n| SocketAddr::from(([203, 0, 113, n], 9)));
-    paths.set_reflexive(START, mapped);
+    paths.set_reflexive(START, mapped, None);
     assert_eq!((observed(&paths), paths.shared.own.len()), (0, MAX_CANDIDATES));
 }
 
@@ -308,7 +313,7 @@ fn a_mapped_port_is_told_to_peers_until_the_network_changes() {
         paths.shared.own.iter().filter(|c| c.kind == CandidateKind::Mapped).map(|c| c.addr).collect()
     };
     let outside: SocketAddr = "198.51.100.7:41641".parse().unwrap();
-    paths.set_reflexive(START, (0..100).map(|n| SocketAddr::from(([203, 0, 113, n], 9))));
+    paths.set_reflexive(START, (0..100).map(|n| SocketAddr::from(([203, 0, 113, n], 9))), None);
     paths.set_mapped(START, Some(outside));
     assert_eq!((mapped(&paths), paths.shared.own.len()), (vec![outside], MAX_CANDIDATES));
     let later = START + Duration::from_secs(1);

@@ -18,6 +18,8 @@ const COOKIE: [u8; 4] = [0x21, 0x12, 0xa4, 0x42];
 const CHANGE_REQUEST: u16 = 0x0003;
 const CHANGE_ADDRESS_BIT: u8 = 4;
 const CHANGE_PORT_BIT: u8 = 2;
+/// RFC 5780 section 7.5.
+const RESPONSE_PORT: u16 = 0x0027;
 /// RFC 5780 section 7.4.
 const OTHER_ADDRESS: u16 = 0x802c;
 
@@ -66,6 +68,17 @@ pub fn request(txid: [u8; TXID_LEN], change: Option<Change>) -> Vec<u8> {
     };
     let [high, low] = CHANGE_REQUEST.to_be_bytes();
     bytes.extend([high, low, 0, 4, 0, 0, 0, flags]);
+    bytes[3] = 8; // the length of what follows the header
+    bytes
+}
+
+/// A binding request whose answer is to go to another port of ours (RFC 5780 section 7.5).
+pub(crate) fn request_to_port(txid: [u8; TXID_LEN], port: u16) -> Vec<u8> {
+    let mut bytes = request(txid, None);
+    bytes.extend(RESPONSE_PORT.to_be_bytes());
+    bytes.extend([0, 4]);
+    bytes.extend(port.to_be_bytes());
+    bytes.extend([0, 0]);
     bytes[3] = 8; // the length of what follows the header
     bytes
 }
@@ -130,6 +143,8 @@ mod tests {
             let message = MessageDecoder::<Attribute>::new().decode_from_bytes(&bytes).unwrap().unwrap();
             assert_eq!(message.unknown_attributes().count(), 1);
         }
+        let elsewhere = request_to_port([7; TXID_LEN], 0x1234);
+        assert_eq!((elsewhere[3], &elsewhere[HEADER_LEN..]), (8, &[0, 0x27, 0, 4, 0x12, 0x34, 0, 0][..]));
     }
 
     #[test]

@@ -5,17 +5,20 @@ use std::time::Duration;
 use arrayvec::ArrayVec;
 use warren_common::ids::RelayId;
 use warren_common::time::Instant;
-use warren_common::wire::probe::Message;
+use warren_common::wire::probe::{CandidateKind, Message};
 
-use super::{Active, Check, MINUTE, SECOND};
+use super::{Active, MINUTE, SECOND};
 use crate::event::{Event, Path};
 use crate::io::Destination;
 use crate::paths::shared::Shared;
 use crate::paths::{
-    ANNOUNCE_INTERVAL, CANDIDATE_AGE, CHECK_INTERVAL, DISTRESS_AFTER, IDLE_AFTER, KEEPALIVE,
+    ANNOUNCE_INTERVAL, CANDIDATE_AGE, CHECK_INTERVAL, DISTRESS_AFTER, HEDGE_AFTER, IDLE_AFTER,
     MAX_CHECKS_PER_MINUTE, MAX_REMOTES, PING_TIMEOUT, ROUND_PAUSES, ROUNDS_AFTER_PROMOTION, UPGRADE_INTERVAL,
     Way,
 };
+
+/// How long an extra socket that the peer has hit, and neither end uses, stays open.
+const EXTRA_AGE: Duration = Duration::from_secs(60);
 
 impl Active {
     /// Does what is due. Returns when to come back; `None` if the peer is idle now.
@@ -31,7 +34,10 @@ impl Active {
             return None;
         }
         self.check_current(now, shared);
+        self.look_after_mtu(now, shared);
         self.run_round(now, home, shared);
+        let relay = self.relay_to(now, home, shared);
+        self.run_search(now, relay, shared);
         self.announce(now, home, shared);
         if let Some(to) = self.destination(now, self.device, home, shared) {
             self.send_waiting(now, to, shared);
@@ -49,20 +55,23 @@ impl Active {
                 shared.ready.push_back(self.idx);
             }
         }
-        Some(self.next_wake(now, idle_at))
+        Some(self.next_wake(now, idle_at, shared))
     }
 
-    fn next_wake(&self, now: Instant, idle_at: Instant) -> Instant {
+    fn next_wake(&self, now: Instant, idle_at: Instant, shared: &Shared) -> Instant {
+        let mtu = self.current.as_ref().filter(|c| !c.is_checked()).map(|c| c.mtu.due());
         let keep = self.current.as_ref().map(|c| match &c.check {
             Some(check) => check.next_ping.min(check.started + DISTRESS_AFTER),
-            None => c.last_rx + KEEPALIVE,
+            None => c.last_rx.min(c.last_tx) + shared.keepalive_of(c.way.remote),
         });
         let pings = self.inflight.iter().filter(|i| i.token.is_some()).map(|i| i.sent + PING_TIMEOUT);
         let turn = self.reachable.then(|| self.asked.next(SECOND));
         let waiting = self.waiting.iter().map(|(_, until)| turn.map_or(*until, |turn| turn.min(*until)));
         let owed = self.owed.map(|(at, _)| at);
         let idle_at = if self.has_user_pings() { None } else { Some(idle_at) };
-        let times = pings.chain(waiting).chain(keep).chain(owed).chain(idle_at).chain([self.next_round]);
+        let search = self.search.due();
+        let times = pings.chain(waiting).chain(keep).chain(owed).chain(search).chain(idle_at);
+        let times = times.chain([self.next_round]).chain(mtu);
         // Never in the past: a timer that is due again at once would spin.
         times.min().unwrap_or(idle_at.unwrap_or(now)).max(now + Duration::from_millis(1))
     }
@@ -75,6 +84,13 @@ impl Active {
         let path = self.told;
         self.inflight.retain(|i| {
             let late = now.since(i.sent) >= PING_TIMEOUT;
+            // A padded ping that is lost tells of its length, not of the way.
+            if let (true, Destination::Direct { socket, remote }) = (late && i.length.is_none(), i.to)
+                && let Some(remote) = self.remotes.iter_mut().find(|r| r.way == Way { socket, remote })
+                && remote.confirmed.is_some()
+            {
+                remote.losses.note(true);
+            }
             if let Some(token) = i.token.filter(|_| late) {
                 shared.push_event(Event::PingResult { token, path, rtt: None });
             }
@@ -90,7 +106,10 @@ impl Active {
         let current = self.current.as_ref().map(|c| c.way);
         self.remotes.retain(|r| {
             let last = r.confirmed.map_or(r.learned, |at| at.max(r.learned));
-            Some(r.way) == current || now.since(last) < CANDIDATE_AGE
+            let age = if r.way.is_extra() { EXTRA_AGE } else { CANDIDATE_AGE };
+            let stays = Some(r.way) == current || now.since(last) < age;
+            shared.sockets_changed |= !stays && r.way.is_extra();
+            stays
         });
     }
 
@@ -98,15 +117,24 @@ impl Active {
     fn check_current(&mut self, now: Instant, shared: &mut Shared) {
         let Some(current) = &mut self.current else { return };
         let way = current.way;
-        if current.check.as_ref().is_some_and(|check| current.last_rx > check.started) {
-            current.check = None;
-        }
-        if current.check.is_none() && now.since(current.last_rx) >= KEEPALIVE {
-            current.check = Some(Check { started: now, next_ping: now });
+        if !current.is_checked() {
+            // Answered in the end, but for a while nothing came back: long packets may not have passed.
+            if current.check.take().is_some_and(|check| check.by_data) {
+                current.mtu.suspect(now);
+            }
+            let silent = now.since(current.last_rx.min(current.last_tx));
+            if silent >= shared.keepalive_of(way.remote) {
+                current.check(now, now, false);
+            }
         }
         let Some(check) = &mut current.check else { return };
+        if now.since(check.started) >= HEDGE_AFTER || check.doubt {
+            shared.suspect(now);
+        }
         if now.since(check.started) >= DISTRESS_AFTER {
+            self.former = Some((way, check.silent, now));
             self.current = None;
+            shared.sockets_changed |= way.is_extra();
             if let Some(remote) = self.remotes.iter_mut().find(|r| r.way == way) {
                 remote.confirmed = None;
             }
@@ -122,12 +150,23 @@ impl Active {
         }
     }
 
+    /// Finds out how long packets may be. While the way is in doubt, losses tell nothing of that.
+    fn look_after_mtu(&mut self, now: Instant, shared: &mut Shared) {
+        let Some(way) = self.current.as_ref().filter(|c| !c.is_checked()).map(|c| c.way) else { return };
+        let patience = self.patience(way);
+        let lengths = self.current.as_mut().map(|c| c.mtu.poll(now, patience)).unwrap_or_default();
+        for length in lengths {
+            self.ping_long(now, way, length, shared);
+        }
+    }
+
     /// Pings every address of the peer, if a round is due.
     fn run_round(&mut self, now: Instant, home: Option<RelayId>, shared: &mut Shared) {
         if now < self.next_round {
             return;
         }
         self.probe_all(now, shared);
+        self.consider_search(now, shared);
         let direct = self.current.is_some();
         if !direct {
             shared.wants_fresh_stun = true;
@@ -151,8 +190,10 @@ impl Active {
     /// Pings every address but the one in use, within the budget.
     pub(super) fn probe_all(&mut self, now: Instant, shared: &mut Shared) {
         let direct = self.current.as_ref().map(|c| c.way);
+        // Extra sockets are as good as each other: one is enough.
+        let done = |way: Way| Some(way) == direct || way.is_extra() && direct.is_some();
         let ways: ArrayVec<Way, MAX_REMOTES> =
-            self.remotes.iter().map(|r| r.way).filter(|way| Some(*way) != direct).collect();
+            self.remotes.iter().map(|r| r.way).filter(|way| !done(*way)).collect();
         for way in ways {
             self.probe(now, way, shared);
         }
@@ -185,7 +226,10 @@ impl Active {
             return;
         }
         self.announced = Some(now);
-        let message = Message::Candidates { request, candidates: shared.own.clone() };
+        let ports = shared.announced_ports();
+        let mut candidates = shared.own.clone();
+        candidates.retain(|c| c.kind != CandidateKind::Predicted || self.may_use_predictions());
+        let message = Message::Candidates { request, candidates, ports };
         let relay = relay.map(|relay| Destination::Relay { relay, device: self.device });
         if let Some(to) = relay.or(direct) {
             self.send(to, &message, shared);

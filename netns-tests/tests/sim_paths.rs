@@ -1,0 +1,330 @@
+//! What a path has to stand in virtual time: roaming, sleep, silence behind forgetful NATs, hard NATs, and a day's upkeep.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use warren_netns_tests::sim::flows::{Gaps, Pair, Place};
+use warren_netns_tests::sim::internet::{Link, Realm};
+use warren_netns_tests::sim::nat::{Allocation, Degree, NatBehaviour};
+use warren_netns_tests::sim::world::{APP_PORT, World};
+
+const S: Duration = Duration::from_secs(1);
+const MINUTE: Duration = Duration::from_secs(60);
+
+const fn nat(mapping: Degree, filtering: Degree, timeout: u64) -> NatBehaviour {
+    NatBehaviour {
+        mapping,
+        allocation: Allocation::Preserving,
+        filtering,
+        timeout: Duration::from_secs(timeout),
+        hairpin: false,
+    }
+}
+
+const PORT_RESTRICTED: NatBehaviour = nat(Degree::EndpointIndependent, Degree::AddressAndPortDependent, 60);
+
+#[expect(clippy::print_stdout, reason = "measured values are part of the result")]
+fn print(what: &str, text: impl std::fmt::Display) {
+    println!("{what}: {text}");
+}
+
+/// What happens to a device that is talking.
+#[derive(Clone, Copy, Debug)]
+enum Event {
+    /// It gets another address in the same network.
+    Address,
+    /// It goes to a network behind another router.
+    Interface,
+    /// It sleeps.
+    Sleep(Duration),
+    /// Its router starts anew, with another public address. It is told nothing.
+    Router,
+    /// From IPv4 to IPv6 and back.
+    Family,
+    /// The relay goes away for good.
+    Relay,
+}
+
+#[expect(clippy::expect_used, reason = "a failed test panics")]
+fn happen(pair: &mut Pair, event: Event) {
+    let no = pair.devices[0];
+    match event {
+        Event::Address => {
+            let nat = pair.nats[0].expect("behind a router");
+            pair.world.roam(no, &[(Realm::Behind(nat), IpAddr::from([192, 168, 1, 77]))]);
+        }
+        Event::Interface => {
+            let nat = pair.world.add_nat(PORT_RESTRICTED);
+            pair.nats[0] = Some(nat);
+            pair.world.roam(no, &[(Realm::Behind(nat), IpAddr::from([192, 168, 7, 7]))]);
+        }
+        Event::Sleep(duration) => {
+            pair.world.sleep(no, duration);
+            pair.world.run(duration + Duration::from_millis(1));
+            pair.world.deliveries.clear();
+            pair.start_measuring();
+        }
+        Event::Router => pair.world.reboot_nat(pair.nats[0].expect("behind a router")),
+        Event::Family => {
+            let addr = pair.world.fresh_v6();
+            pair.world.roam(no, &[(Realm::Public, addr)]);
+        }
+        Event::Relay => pair.world.stop_relay(),
+    }
+}
+
+/// A new stream to the relay (0.12 s) and its token take a few round trips; or silence is noticed after 1 s, is not
+/// believed for 0.8 s, and the other way takes 40 ms.
+const ROAMING_GAP: Duration = Duration::from_millis(2_500);
+/// The router restarted: the stream to the relay is dead as well, which takes 3 s to be sure of, after the 1.8 s above.
+const ROUTER_GAP: Duration = Duration::from_millis(6_500);
+/// A flow that repeats with doubling pauses may wait as long again.
+const fn flow_gap(stream: Duration) -> Duration {
+    stream.saturating_mul(2)
+}
+
+#[test]
+fn roaming_costs_a_stall_and_no_more() {
+    let places = [Place::Public, Place::Behind(PORT_RESTRICTED)];
+    for other in places {
+        for (event, bound) in [
+            (Event::Address, ROAMING_GAP),
+            (Event::Interface, ROAMING_GAP),
+            (Event::Sleep(20 * S), ROUTER_GAP),
+            (Event::Sleep(2 * 60 * S), ROUTER_GAP),
+            (Event::Sleep(8 * 60 * MINUTE), ROUTER_GAP),
+            (Event::Router, ROUTER_GAP),
+            (Event::Family, ROAMING_GAP),
+            (Event::Relay, ROAMING_GAP),
+        ] {
+            let mut worst = Gaps::default();
+            for seed in 1..=8 {
+                let mut pair = Pair::new(seed, [Place::Behind(PORT_RESTRICTED), other]);
+                pair.run(20 * S + Duration::from_millis(seed * 137));
+                assert_eq!((pair.path_kind(0).as_str(), pair.path_kind(1).as_str()), ("direct", "direct"));
+                pair.start_measuring();
+                happen(&mut pair, event);
+                pair.run(MINUTE);
+                let gaps = pair.gaps();
+                let direct_again = !matches!(event, Event::Family); // the other end has IPv4 only
+                assert_eq!(pair.path_kind(0) == "direct", direct_again, "{event:?}, seed {seed}");
+                worst = Gaps { stream: worst.stream.max(gaps.stream), flow: worst.flow.max(gaps.flow) };
+                if let Event::Family = event {
+                    let nat = pair.nats[0].expect("behind a router");
+                    let home = (Realm::Behind(nat), IpAddr::from([192, 168, 1, 10]));
+                    pair.start_measuring();
+                    pair.world.roam(pair.devices[0], &[home]);
+                    pair.run(MINUTE);
+                    let gaps = pair.gaps();
+                    worst = Gaps { stream: worst.stream.max(gaps.stream), flow: worst.flow.max(gaps.flow) };
+                    assert_eq!(pair.path_kind(0), "direct", "{event:?} and back, seed {seed}");
+                }
+            }
+            print(&format!("{event:?}, the other end {}", name(other)), format!("longest gap {worst:?}"));
+            assert!(worst.stream <= bound, "{event:?}: {worst:?}");
+            assert!(worst.flow <= flow_gap(bound), "{event:?}: {worst:?}");
+        }
+    }
+}
+
+const fn name(place: Place) -> &'static str {
+    match place {
+        Place::Public => "public",
+        Place::Behind(_) => "behind a port-restricted NAT",
+    }
+}
+
+/// A first packet needs a handshake through the relay: two frames of 40 ms each way, and the answer.
+const FIRST_ANSWER: Duration = Duration::from_millis(4 * 40 + 20);
+
+#[test]
+fn the_first_packet_after_a_silence_arrives_at_once() {
+    for timeout in [10, 30, 60, 300] {
+        let behaviour = nat(Degree::EndpointIndependent, Degree::AddressAndPortDependent, timeout);
+        for seed in 1..=4 {
+            let mut pair = Pair::new(seed, [Place::Behind(behaviour); 2]);
+            assert!(pair.ask(10 * S).is_some());
+            // Time to find out how long the NAT remembers; somebody talks now and then.
+            for _ in 0..40 {
+                assert!(pair.ask(15 * S).is_some());
+            }
+            for silence in [9, 25, 40, 80, 120, 170, 200, 600] {
+                assert!(pair.ask(5 * S).is_some());
+                pair.world.run(Duration::from_secs(silence));
+                let took = pair.ask(5 * S);
+                let what = format!("NAT of {timeout} s, {silence} s of silence");
+                assert!(took.is_some_and(|took| took <= FIRST_ANSWER), "{what}, seed {seed}: {took:?}");
+                if seed == 1 {
+                    print(&what, format!("answer after {took:?}"));
+                }
+            }
+        }
+    }
+}
+
+/// Datagrams of upkeep per device and hour: a device talks to three others all the time, so that it has three paths to keep
+/// open, each by a ping and a pong in 23 s from either end: 3 · 2 · 157 · 2. As much again for handshakes and STUN.
+const MAX_UPKEEP_PER_HOUR: f64 = 4_000.0;
+
+#[test]
+fn a_day_of_fifty_devices_costs_little() {
+    const DEVICES: usize = 50;
+    let mut world = World::new(1);
+    for n in 0..DEVICES as u8 {
+        let behaviour = nat(Degree::EndpointIndependent, Degree::AddressAndPortDependent, 30);
+        let nat = world.add_nat(behaviour);
+        world
+            .add_device("tag:a", Realm::Behind(nat), IpAddr::from([192, 168, 1, 10 + n]), Link::default())
+            .unwrap();
+    }
+    world.run(2 * S);
+    world
+        .set_policy(format!(
+            r#"{{"tagOwners": {{"tag:a": ["admin@example.com"]}},
+                "grants": [{{"src": ["tag:a"], "dst": ["tag:a"], "ip": ["udp:{APP_PORT}"]}}]}}"#
+        ))
+        .unwrap();
+    world.run(3 * S);
+    let before = world.tally;
+    // Day: each device asks three others, every two minutes. Night: nobody says anything.
+    for minute in 0..24 * 60u32 {
+        if (8 * 60..18 * 60).contains(&minute) && minute.is_multiple_of(2) {
+            for from in 0..DEVICES {
+                for away in [1, 7, 20] {
+                    world.send(from, (from + away) % DEVICES, false);
+                }
+            }
+        }
+        world.run(MINUTE);
+        world.deliveries.clear();
+    }
+    let after = world.tally;
+    let hours = 10.0 * DEVICES as f64;
+    let per_hour = |count: fn(&warren_netns_tests::sim::world::Tally) -> u64| {
+        (count(&after) - count(&before)) as f64 / hours
+    };
+    let [probes, stun, upkeep] = [per_hour(|t| t.probes), per_hour(|t| t.stun), per_hour(|t| t.upkeep)];
+    let bytes = per_hour(|t| t.upkeep_bytes);
+    print(
+        "per device and hour of use",
+        format!(
+            "{probes:.0} probes, {stun:.0} STUN, {upkeep:.0} handshakes and keep-alives, {bytes:.0} bytes"
+        ),
+    );
+    assert!(probes + stun + upkeep <= MAX_UPKEEP_PER_HOUR);
+}
+
+#[test]
+fn hard_nats_are_got_through_as_often_as_the_budget_allows() {
+    const SEEDS: u64 = 20;
+    let hard = |allocation| NatBehaviour {
+        allocation,
+        ..nat(Degree::AddressAndPortDependent, Degree::AddressAndPortDependent, 60)
+    };
+    for (what, places, least) in [
+        ("sequential with port-restricted", [hard(Allocation::Sequential), PORT_RESTRICTED], 20),
+        ("port-preserving with port-restricted", [hard(Allocation::Preserving), PORT_RESTRICTED], 20),
+        ("random with port-restricted", [hard(Allocation::Random), PORT_RESTRICTED], 14),
+        ("sequential with sequential", [hard(Allocation::Sequential); 2], 0),
+        ("random with random", [hard(Allocation::Random); 2], 0),
+    ] {
+        let (mut direct, mut datagrams, mut most_sockets) = (0, 0, 0);
+        for seed in 1..=SEEDS {
+            let mut pair = Pair::new(seed, places.map(Place::Behind));
+            let before = pair.world.tally.probes;
+            for n in 0..12 {
+                let answer = pair.ask(5 * S);
+                let [a, b] = pair.devices;
+                let (at_a, at_b) = (pair.world.describe(a, b), pair.world.describe(b, a));
+                assert!(answer.is_some(), "{what}, seed {seed}, question {n}: {at_a}; {at_b}");
+            }
+            direct += usize::from(pair.path_kind(0) == "direct" && pair.path_kind(1) == "direct");
+            datagrams = datagrams.max(pair.world.tally.probes - before);
+            let sockets = pair.devices.map(|no| pair.world.devices[no].most_extra);
+            most_sockets = most_sockets.max(sockets[0].max(sockets[1]));
+            if pair.path_kind(0) != "direct" {
+                let open = pair.devices.map(|no| pair.world.devices[no].extra.len());
+                assert_eq!(open, [0, 0], "{what}: nothing stays open for nothing");
+                let why = pair.why_not_direct(0).unwrap();
+                let both_hard = places[0].mapping == places[1].mapping;
+                assert_eq!(why, if both_hard { "both-symmetric" } else { "hard-nat" });
+            }
+        }
+        print(
+            what,
+            format!(
+                "{direct} of {SEEDS} direct within a minute, at most {datagrams} probes, {most_sockets} sockets"
+            ),
+        );
+        assert!(direct >= least, "{what}");
+        // 256 to open, 1 024 to guess, and what ordinary probing takes.
+        assert!(datagrams <= 1_800, "{what}: {datagrams} probes in a minute");
+        if places == [hard(Allocation::Random); 2] {
+            assert!(most_sockets <= 1 && datagrams < 400, "two random ends never search");
+        }
+    }
+}
+
+/// Bytes of a datagram's headers and number, in IPv4; IPv6's header is 20 longer.
+const DATAGRAM: u16 = 20 + 8 + 8;
+
+#[test]
+fn packets_are_as_long_as_the_path_allows() {
+    // IPv4, UDP and WireGuard take 60 bytes, and lengths are tried in steps of 16.
+    for (mtu, usable) in [(1_500, 1_420), (1_480, 1_420), (1_400, 1_328), (1_280, 1_216), (1_260, 1_200)] {
+        for fragments in [true, false] {
+            for other in [Place::Public, Place::Behind(PORT_RESTRICTED)] {
+                let mut pair = Pair::new(3, [Place::Behind(PORT_RESTRICTED), other]);
+                let host = pair.world.devices[pair.devices[1]].host;
+                let link = *pair.world.net.link_mut(host);
+                *pair.world.net.link_mut(host) = Link { mtu, fragments, ..link };
+                assert!(pair.ask(5 * S).is_some());
+                pair.world.run(5 * S);
+                let what = format!("{mtu} bytes, fragments {fragments}");
+                for at in [0, 1] {
+                    assert_eq!(pair.path_kind(at), "direct");
+                    assert_eq!(pair.path(at).and_then(|p| p.mtu), Some(usize::from(usable)), "{what}");
+                }
+                assert!(pair.ask_long(S, false, usable - DATAGRAM).is_some(), "{what}");
+                pair.world.too_big.clear();
+                if usable < 1_420 {
+                    assert!(pair.ask_long(S, false, usable - DATAGRAM + 1).is_none(), "{what}");
+                    let v6 = usable.max(1_280);
+                    assert!(pair.ask_long(S, true, v6 + 1 - DATAGRAM - 20).is_none(), "{what}");
+                    let told = std::mem::take(&mut pair.world.too_big);
+                    assert_eq!(told, [(pair.devices[0], usable), (pair.devices[0], v6)], "{what}");
+                    // What IPv6 may always send is cut outside of the tunnel.
+                    let passes = fragments || usable >= v6;
+                    assert_eq!(pair.ask_long(S, true, v6 - DATAGRAM - 20).is_some(), passes, "{what}");
+                }
+                assert!(pair.world.too_big.is_empty());
+            }
+        }
+    }
+}
+
+/// Silence is noticed after 1 s, and a ping after 0.3 s more answered; three padded ones are waited for.
+const NARROWED_GAP: Duration = Duration::from_millis(3_500);
+
+#[test]
+fn a_path_that_becomes_narrower_without_a_word_is_noticed() {
+    let mut worst = Duration::ZERO;
+    for seed in 1..=8 {
+        let mut pair = Pair::new(seed, [Place::Behind(PORT_RESTRICTED), Place::Behind(PORT_RESTRICTED)]);
+        assert!(pair.ask(10 * S).is_some());
+        assert_eq!(pair.path(0).and_then(|p| p.mtu), Some(1_420));
+        let host = pair.world.devices[pair.devices[1]].host;
+        let link = *pair.world.net.link_mut(host);
+        *pair.world.net.link_mut(host) = Link { mtu: 1_280, fragments: false, ..link };
+        let start = pair.world.now.boot;
+        while pair.world.too_big.is_empty() {
+            pair.world.send_long(pair.devices[0], pair.devices[1], false, 1_300);
+            pair.world.run(Duration::from_millis(50));
+            assert!(pair.world.now.boot.since(start) <= NARROWED_GAP, "seed {seed}");
+        }
+        worst = worst.max(pair.world.now.boot.since(start));
+        pair.world.run(2 * S);
+        assert_eq!(pair.path(0).and_then(|p| p.mtu), Some(1_216), "seed {seed}");
+    }
+    print("a path of 1 500 bytes becomes one of 1 280", format!("told after {worst:?}"));
+}
