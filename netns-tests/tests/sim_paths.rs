@@ -328,3 +328,21 @@ fn a_path_that_becomes_narrower_without_a_word_is_noticed() {
     }
     print("a path of 1 500 bytes becomes one of 1 280", format!("told after {worst:?}"));
 }
+
+#[test]
+fn senders_of_long_packets_are_told_at_a_bounded_rate() {
+    const PER_SECOND: usize = 100; // the engine's MAX_TOO_BIG_PER_SECOND
+    let mut pair = Pair::new(3, [Place::Public, Place::Public]);
+    let host = pair.world.devices[pair.devices[1]].host;
+    let link = *pair.world.net.link_mut(host);
+    *pair.world.net.link_mut(host) = Link { mtu: 1_280, ..link };
+    assert!(pair.ask(5 * S).is_some());
+    for _ in 0..2 {
+        pair.world.run(5 * S);
+        pair.world.too_big.clear();
+        for _ in 0..3 * PER_SECOND {
+            pair.world.send_long(pair.devices[0], pair.devices[1], false, 1_300);
+        }
+        assert_eq!(pair.world.too_big.len(), PER_SECOND);
+    }
+}

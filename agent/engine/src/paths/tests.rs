@@ -328,3 +328,17 @@ fn a_mapped_port_is_told_to_peers_until_the_network_changes() {
     paths.set_local(later, &[LocalSocket { id: 0, addr: "192.0.2.2:1000".parse().unwrap() }]);
     assert_eq!(mapped(&paths), []);
 }
+
+#[test]
+fn padded_pings_that_wait_are_bounded() {
+    let (mut paths, _) = pair();
+    let to = Destination::Relay { relay: RELAY, device: B };
+    for _ in 0..MAX_QUEUED_LONG + 3 {
+        paths.shared.enqueue_long(to, vec![0; 10]);
+    }
+    assert_eq!(paths.shared.long_queue.len(), MAX_QUEUED_LONG);
+    assert_eq!(paths.counters().probe_queue_full, 3);
+    let mut out = Outbox::with_capacity(1 << 22);
+    assert!(paths.poll_transmit(&mut out));
+    assert!(out.iter().all(|(t, _)| t.whole) && out.len() == MAX_QUEUED_LONG);
+}
