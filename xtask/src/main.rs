@@ -50,7 +50,9 @@ fn main() -> ExitCode {
         ["bench", repeats] => match repeats.parse() {
             Ok(repeats) => bench::run(repeats),
             Err(_) => {
-                return usage(&format!("the repeats are a whole number, `paths` or `table`, not {repeats:?}"));
+                return usage(&format!(
+                    "the repeats are a whole number, `paths` or `table`, not {repeats:?}"
+                ));
             }
         },
         ["fuzz"] => focus::fuzz(None),

@@ -477,6 +477,7 @@ fn after_a_silence_that_a_nat_may_not_survive_packets_take_the_relay_until_the_w
     // Where the NAT is known not to forget so soon, there is no doubt.
     paths.set_keepalive(Duration::from_secs(23), Some(Duration::from_secs(27)));
     assert!(is_direct(paths.route(now + Duration::from_secs(20), 0)));
+}
 
 #[test]
 fn padded_pings_that_wait_are_bounded() {

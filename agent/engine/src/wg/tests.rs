@@ -86,12 +86,13 @@ fn a_session_is_renewed_before_its_numbers_run_out() {
     a.initiate(to_b, now);
     settle(&mut a, &mut b, now);
     let later = now + Duration::from_secs(10);
-    let (packet, mut out) = ([0x45; 20], [0; 2048]);
+    let (mut packet, mut out) = ([0; 20], [0; 2048]);
+    (packet[0], packet[3]) = (0x45, 20);
     for (sent, renews) in [(REKEY_AFTER_MESSAGES - 2, false), (REKEY_AFTER_MESSAGES - 1, true)] {
         let (peer, _) = a.peer_and_indices(to_b.slot()).unwrap();
         peer.activate().current.as_mut().unwrap().sent = sent;
         let len = a.seal(to_b, later, &packet, &mut out).unwrap();
-        assert!(b.handle(later, SOURCE, &mut out[..len]).is_ok());
+        assert_eq!(b.handle(later, SOURCE, &mut out[..len]).map(drop), Ok(()));
         let next = a.poll_transmit(later, &mut out).map(|transmit| transmit.kind);
         assert_eq!(next, renews.then_some(TransmitKind::Initiation), "after {sent}");
     }
