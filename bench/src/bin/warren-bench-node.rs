@@ -110,7 +110,6 @@ async fn run(args: Args) -> Result<()> {
         }
         timer.set(deadline)?;
         tokio::select! {
-            biased;
             index = plane.readable() => {
                 plane.from_udp(clock::now(), index, Some(&mut engine), Some(&tun), &mut NoRelays);
             }
