@@ -82,7 +82,8 @@ fn see(lab: &Lab) -> Result<()> {
         Ok(fs::read_to_string(&file)?)
     };
     let (hidden, named) = (report(&[])?, report(&["--with-names"])?);
-    let names = [home.name(), public.name(), "203.0.113", "100.64.", "tag:all", "fra"];
+    let own = home.agent.addresses()?.first().context("an address")?.to_string();
+    let names = [home.name(), public.name(), "203.0.113.", &own, "tag:all", "fra"];
     for name in names {
         // Addresses by their beginning, all else as a whole word.
         let is = |word: &str| word == name || (name.contains('.') && word.starts_with(name));
