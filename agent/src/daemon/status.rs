@@ -149,7 +149,11 @@ fn redact(status: &mut Status) {
         HIDDEN.clone_into(&mut device.name);
         device.user = device.user.take().map(|_| HIDDEN.to_owned());
         device.tags.iter_mut().for_each(|tag| HIDDEN.clone_into(tag));
+        device.attributes.iter_mut().for_each(|attribute| HIDDEN.clone_into(attribute));
         device.ips.clear();
+    }
+    for relay in &mut status.relays {
+        HIDDEN.clone_into(&mut relay.name);
     }
     if let Some(network) = &mut status.network {
         HIDDEN.clone_into(&mut network.name);
