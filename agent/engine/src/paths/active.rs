@@ -264,6 +264,9 @@ impl Active {
             if let Some(check) = &mut current.check {
                 check.by_data = true;
             }
+        } else if doubt && let Some(check) = &mut current.check {
+            // A keep-alive asks already.
+            check.doubt = true;
         }
         current.last_tx = now;
         silent.then_some(next_ping)
