@@ -2,7 +2,7 @@
 //!
 //! The cost of userspace tunnels is one packet at a time through the host's network stack. With a virtio header in
 //! front ([`vnet`]) one read brings up to 64 KiB of one TCP or UDP flow, to be cut into packets by us ([`segment`]), and
-//! one write takes as much ([`coalesce`]). All of it is pure: bytes in, bytes out.
+//! one write takes as much (`coalesce`). All of it is pure: bytes in, bytes out.
 //!
 //! What is joined comes apart into the same bytes again, with one exception that RFC 6864 allows: the identification of
 //! IPv4 packets that mustn't be fragmented means nothing, so it may be constant in what is joined and then counts up

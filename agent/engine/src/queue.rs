@@ -43,7 +43,7 @@ const NONE: u32 = u32::MAX;
 /// Tells a standing queue from a burst, and how often to say so (RFC 8289, section 5).
 ///
 /// RFC 8289 goes by the shortest wait of an interval. Where a sender and the one who empties the queue take turns on one
-/// processor, all of a turn comes at once and nothing is left in the end, however long the queue was. So what counts here is the most of each turn, and a queue that stayed empty for [`PAUSE`] begins anew.
+/// processor, all of a turn comes at once and nothing is left in the end, however long the queue was. So what counts here is the most of each turn, and a queue that stayed empty for `PAUSE` begins anew.
 #[derive(Clone, Copy, Debug)]
 pub struct Standing {
     limit: u64,
