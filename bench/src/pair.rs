@@ -175,7 +175,7 @@ impl Pair {
                 tags: vec![TAG.to_owned()],
                 attrs: Vec::new(),
             },
-            peers: [(other.device(), peer)].into(),
+            peers: [(other.device(), peer.into())].into(),
             ingress: compiled.ingress(role.name()).into_iter().collect(),
             egress: compiled.egress(role.name()).into_iter().collect(),
             relays: [].into(),

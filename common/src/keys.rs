@@ -11,7 +11,7 @@ use ed25519_dalek::Signer as _;
 use rand_core::{CryptoRng, RngCore};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest as _, Sha256};
-use zeroize::{Zeroize, ZeroizeOnDrop};
+use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
 /// Bytes of every key here, secret or public.
 pub const KEY_LEN: usize = 32;
@@ -181,17 +181,9 @@ secret_key!(
     /// The result of a key agreement: input for a key derivation, never a key itself.
     SharedSecret
 );
-secret_key!(
-    /// The Ed25519 secret that names a network.
-    RootSecretKey
-);
 public_key!(
     /// The Ed25519 key that names a network and vouches for its coordinator's keys.
     RootPublicKey, "root:", "root key"
-);
-secret_key!(
-    /// The Ed25519 secret that signs netmaps and relay tokens.
-    NetmapSecretKey
 );
 public_key!(
     /// The Ed25519 key that netmaps and relay tokens are signed with.
@@ -224,16 +216,44 @@ impl SignatureDomain {
 }
 
 macro_rules! ed25519_pair {
-    ($secret:ident, $public:ident) => {
+    ($(#[$doc:meta])* $secret:ident, $public:ident) => {
+        $(#[$doc])*
+        // The pair, since working out the public half costs as much as a signature. Zeroised on drop by the library.
+        #[derive(Clone)]
+        pub struct $secret(ed25519_dalek::SigningKey);
+
         impl $secret {
+            /// A fresh key.
+            pub fn generate(rng: &mut (impl RngCore + CryptoRng)) -> Self {
+                let mut bytes = Zeroizing::new([0; KEY_LEN]);
+                rng.fill_bytes(bytes.as_mut());
+                Self(ed25519_dalek::SigningKey::from_bytes(&bytes))
+            }
+
+            /// The key with these bytes.
+            pub fn from_bytes(bytes: [u8; KEY_LEN]) -> Self {
+                Self(ed25519_dalek::SigningKey::from_bytes(&Zeroizing::new(bytes)))
+            }
+
+            /// The secret itself: for the file that keeps it.
+            pub fn expose(&self) -> &[u8; KEY_LEN] {
+                self.0.as_bytes()
+            }
+
             /// The public half.
             pub fn public(&self) -> $public {
-                $public(ed25519_dalek::SigningKey::from_bytes(&self.0).verifying_key().to_bytes())
+                $public(self.0.verifying_key().to_bytes())
             }
 
             /// Signs `bytes` (as they will be sent) for `domain`.
             pub fn sign(&self, domain: SignatureDomain, bytes: &[u8]) -> [u8; SIGNATURE_LEN] {
-                ed25519_dalek::SigningKey::from_bytes(&self.0).sign(&domain.message(bytes)).to_bytes()
+                self.0.sign(&domain.message(bytes)).to_bytes()
+            }
+        }
+
+        impl fmt::Debug for $secret {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(concat!(stringify!($secret), "(redacted)"))
             }
         }
 
@@ -253,8 +273,16 @@ macro_rules! ed25519_pair {
     };
 }
 
-ed25519_pair!(RootSecretKey, RootPublicKey);
-ed25519_pair!(NetmapSecretKey, NetmapPublicKey);
+ed25519_pair!(
+    /// The Ed25519 secret that names a network.
+    RootSecretKey,
+    RootPublicKey
+);
+ed25519_pair!(
+    /// The Ed25519 secret that signs netmaps and relay tokens.
+    NetmapSecretKey,
+    NetmapPublicKey
+);
 
 impl RootPublicKey {
     /// What auth keys carry and people compare: the SHA-256 of the key.

@@ -8,6 +8,7 @@ mod narrow;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use sha2::{Digest as _, Sha256};
@@ -131,8 +132,8 @@ pub struct Netmap {
     pub network: Network,
     /// This device.
     pub device: SelfDevice,
-    /// Its peers.
-    pub peers: BTreeMap<DeviceId, Peer>,
+    /// Its peers. Shared, since a coordinator tells many devices the same of one.
+    pub peers: BTreeMap<DeviceId, Arc<Peer>>,
     /// What it lets in.
     pub ingress: BTreeSet<FilterRule>,
     /// What it may send.
@@ -156,7 +157,7 @@ pub struct Delta {
     /// Peers that are gone.
     pub removed_peers: Vec<DeviceId>,
     /// Peers that are new or changed, whole.
-    pub peers: Vec<Peer>,
+    pub peers: Vec<Arc<Peer>>,
     /// Rules that are gone.
     pub removed_ingress: Vec<RuleKey>,
     /// Rules that are new.
@@ -271,7 +272,7 @@ impl Netmap {
         out.list(&self.device.addrs, Canonical::addr);
         out.option(self.device.user.as_ref(), |o, t| o.text(t));
         out.list(&self.device.tags, |o, t| o.text(t));
-        out.list(self.peers.values(), Canonical::peer);
+        out.list(self.peers.values(), |o, p| o.peer(p));
         out.list(&self.ingress, Canonical::rule);
         out.list(&self.egress, Canonical::rule);
         out.list(self.relays.values(), Canonical::relay);

@@ -88,7 +88,7 @@ fn netmap() -> Netmap {
             tags: vec![],
             attrs: Vec::new(),
         },
-        peers: BTreeMap::from([(peer.id, peer)]),
+        peers: BTreeMap::from([(peer.id, peer.into())]),
         ingress: BTreeSet::from([rule, deny.clone()]),
         egress: BTreeSet::from([deny]),
         relays: BTreeMap::from([(relay.id, relay)]),

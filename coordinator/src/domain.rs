@@ -11,6 +11,7 @@ mod command;
 mod entity;
 mod name;
 pub mod reach;
+pub mod records;
 mod token;
 
 use std::collections::BTreeMap;

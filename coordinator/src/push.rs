@@ -25,6 +25,7 @@ use warren_common::time::{Instant, Now};
 use warren_common::wire::control::{Refused, ServerBody};
 
 use crate::domain::reach::Reach;
+use crate::domain::records::PeerRecords;
 use crate::domain::{Change, Command, DeviceState, EPHEMERAL_OFFLINE, REVISION_BLOCK, Refusal, Reply, State};
 use session::{Phase, Session};
 
@@ -162,6 +163,7 @@ pub struct Coordinator {
     config: Config,
     state: State,
     reach: Reach,
+    records: PeerRecords,
     revision: u64,
     revision_limit: u64,
     sessions: BTreeMap<SessionId, Session>,
@@ -195,6 +197,7 @@ impl Coordinator {
         let ephemeral = state.devices().values().filter(|d| d.ephemeral).map(|d| (d.id, now.boot)).collect();
         let mut this = Self {
             reach: Reach::compute(&state, now.unix),
+            records: PeerRecords::default(),
             config,
             state,
             // Everything up to `reserved` may have been sent before the last stop.
@@ -256,7 +259,7 @@ impl Coordinator {
 
     /// The netmap the device should have by the saved state; `None` unless it is an active device.
     pub fn netmap(&self, device: DeviceId) -> Option<warren_common::netmap::Netmap> {
-        self.reach.netmap(&self.state, device)
+        self.reach.netmap(&self.state, device, &mut PeerRecords::default())
     }
 
     /// Why the policy in force could not be compiled; nothing is allowed then.
@@ -387,6 +390,7 @@ impl Coordinator {
         if now.boot >= self.sweep_due {
             self.sweep_due = now.boot + SWEEP_INTERVAL;
             self.wanted.push_back(Command::Sweep);
+            self.records.sweep(&self.state);
         }
         if now.boot >= self.recompile_due {
             self.recompile(now);
@@ -424,13 +428,17 @@ impl Coordinator {
 
     /// The next revision number; `None` if the store has not let us reserve more.
     fn next_revision(&mut self) -> Option<u64> {
+        let next = self.upcoming_revision()?;
+        self.revision = next;
+        Some(next)
+    }
+
+    /// The number that [`Self::next_revision`] gives next.
+    fn upcoming_revision(&mut self) -> Option<u64> {
         if self.reserve_due() && self.wanted.is_empty() {
             self.wanted.push_back(Command::ReserveRevisions);
         }
-        (self.revision < self.revision_limit).then(|| {
-            self.revision += 1;
-            self.revision
-        })
+        (self.revision < self.revision_limit).then_some(self.revision + 1)
     }
 
     fn send(&mut self, session: SessionId, message: ServerBody) {

@@ -14,6 +14,7 @@ use warren_common::netmap::Netmap;
 use warren_common::time::UnixTime;
 use warren_common::wire::control::NetmapMsg;
 use warren_coordinator::domain::reach::Reach;
+use warren_coordinator::domain::records::PeerRecords;
 use warren_coordinator::domain::{
     Command, Device, EnrollRequest, NewAuthKey, PolicySource, Reply, Settings, State,
 };
@@ -74,7 +75,7 @@ impl World {
     }
 
     fn netmap(&self, device: &Device) -> Netmap {
-        Reach::compute(&self.state, NOW).netmap(&self.state, device.id).unwrap()
+        Reach::compute(&self.state, NOW).netmap(&self.state, device.id, &mut PeerRecords::default()).unwrap()
     }
 }
 

@@ -469,7 +469,7 @@ fn update(n: usize) -> NetmapUpdate {
             tags: Vec::new(),
             attrs: Vec::new(),
         },
-        peers: [(peer.id, peer)].into(),
+        peers: [(peer.id, peer.into())].into(),
         ingress: [open(other, n)].into(),
         egress: [open(n, other)].into(),
         relays: [(RELAY, relay)].into(),

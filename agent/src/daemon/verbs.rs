@@ -346,14 +346,13 @@ impl Daemon {
         let peers = &netmap.ok_or_else(not_up)?.peers;
         let by_id = text.parse::<DeviceId>().ok().and_then(|id| peers.get(&id));
         let ip = text.parse::<IpAddr>().ok();
-        by_id
-            .or_else(|| {
-                peers.values().find(|p| {
-                    p.name.as_deref().is_some_and(|name| name.eq_ignore_ascii_case(text))
-                        || ip.is_some_and(|ip| p.addrs.contains(&ip))
-                })
+        let named = || {
+            peers.values().find(|p| {
+                p.name.as_deref().is_some_and(|name| name.eq_ignore_ascii_case(text))
+                    || ip.is_some_and(|ip| p.addrs.contains(&ip))
             })
-            .ok_or_else(|| unknown_peer(text))
+        };
+        by_id.or_else(named).map(AsRef::as_ref).ok_or_else(|| unknown_peer(text))
     }
 
     /// Answers those who wait for `up`, if it is.

@@ -272,7 +272,7 @@ fn netmap() -> Netmap {
             tags: Vec::new(),
             attrs: Vec::new(),
         },
-        peers: BTreeMap::from([(peer.id, peer)]),
+        peers: BTreeMap::from([(peer.id, peer.into())]),
         ingress: BTreeSet::new(),
         egress: BTreeSet::new(),
         relays: BTreeMap::new(),

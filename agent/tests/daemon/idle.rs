@@ -26,7 +26,7 @@ async fn know(fake: &Fake, revision: u64, peers: u32) {
         netmap.ingress.clear();
         let mut sources = Vec::new();
         for n in 0..peers {
-            let mut peer = model.clone();
+            let mut peer = model.as_ref().clone();
             let (mut id, mut key) = ([5; 16], [6; 32]);
             id[..4].copy_from_slice(&n.to_be_bytes());
             key[..4].copy_from_slice(&n.to_be_bytes());
@@ -36,7 +36,7 @@ async fn know(fake: &Fake, revision: u64, peers: u32) {
             peer.addrs = vec![IpAddr::from(Ipv4Addr::from_bits(0x6440_0002 + 2 * n))];
             peer.name = Some(format!("host-{n}"));
             sources.extend(peer.addrs.iter().copied());
-            netmap.peers.insert(peer.id, peer);
+            netmap.peers.insert(peer.id, peer.into());
         }
         netmap.ingress.insert(FilterRule {
             id: RuleId(1),

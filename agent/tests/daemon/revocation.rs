@@ -11,10 +11,10 @@ fn on_a_full_disk_what_is_revoked_ends_and_what_is_new_waits() {
         let (old, new) = (DeviceId::from_bytes([5; 16]), DeviceId::from_bytes([6; 16]));
         let peer = world.fake.with(|w| {
             let other = DeviceId::from_bytes([7; 16]);
-            let mut peer = w.netmap.peers[&old].clone();
+            let mut peer = w.netmap.peers[&old].as_ref().clone();
             (peer.id, peer.addrs) = (other, vec!["100.64.0.7".parse().unwrap()]);
             peer.wg = warren_common::keys::WgPublicKey::from_bytes([7; 32]);
-            w.netmap.peers.insert(other, peer.clone());
+            w.netmap.peers.insert(other, peer.clone().into());
             peer
         });
         world.join().await;
@@ -28,7 +28,7 @@ fn on_a_full_disk_what_is_revoked_ends_and_what_is_new_waits() {
                 let mut peer = peer.clone();
                 (peer.id, peer.addrs) = (new, vec!["100.64.0.6".parse().unwrap()]);
                 peer.wg = warren_common::keys::WgPublicKey::from_bytes([6; 32]);
-                w.netmap.peers.insert(new, peer);
+                w.netmap.peers.insert(new, peer.into());
             });
             world.fake.push(world.fake.snapshot(revision));
             world.health("disk-full").await;

@@ -100,7 +100,7 @@ prop_compose! {
                 ipv6: "fd00::/48".parse().unwrap(),
             },
             device: SelfDevice { id: DeviceId::from_bytes([7; 16]), name, addrs, user: None, tags: vec![] , attrs: Vec::new()},
-            peers: peers.into_iter().map(|p| (p.id, p)).collect(),
+            peers: peers.into_iter().map(|p| (p.id, Arc::new(p))).collect(),
             ingress,
             egress,
             relays: relays.into_iter().map(|r| (r.id, r)).collect(),

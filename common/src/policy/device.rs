@@ -403,6 +403,11 @@ impl Compiled {
         self.world.auto_approved(&device.node.routable_ips, &device.identities)
     }
 
+    /// Whom a device needs to know: the same as [`Compiled::node`] says, without the rest.
+    pub fn peers(&self, name: &str) -> Option<BTreeMap<String, Need>> {
+        self.world.named(name).map(|(slot, device)| self.peers_at(slot, device))
+    }
+
     fn peers_at(&self, slot: usize, device: &Device) -> BTreeMap<String, Need> {
         let (mut reach, mut reached) = (NodeSet::new(), NodeSet::new());
         let mut through: BTreeMap<usize, (BTreeSet<IpNet>, bool)> = BTreeMap::new();

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use prost::Message;
 
@@ -465,7 +466,7 @@ impl From<&Netmap> for NetmapMsg {
         Self {
             network: Some((&map.network).into()),
             device: Some((&map.device).into()),
-            peers: map.peers.values().map(Into::into).collect(),
+            peers: map.peers.values().map(|p| p.as_ref().into()).collect(),
             ingress: map.ingress.iter().map(Into::into).collect(),
             egress: map.egress.iter().map(Into::into).collect(),
             relays: map.relays.values().map(Into::into).collect(),
@@ -483,7 +484,7 @@ impl TryFrom<NetmapMsg> for Netmap {
         Ok(Self {
             network: msg.network.ok_or(field("network"))?.try_into()?,
             device: msg.device.ok_or(field("device"))?.try_into()?,
-            peers: peers.into_iter().map(|p| (p.id, p)).collect::<BTreeMap<_, _>>(),
+            peers: peers.into_iter().map(|p| (p.id, Arc::new(p))).collect::<BTreeMap<_, _>>(),
             ingress: rules(msg.ingress, "ingress")?.into_iter().collect::<BTreeSet<_>>(),
             egress: rules(msg.egress, "egress")?.into_iter().collect::<BTreeSet<_>>(),
             relays: relays.into_iter().map(|r| (r.id, r)).collect::<BTreeMap<_, _>>(),
@@ -499,7 +500,7 @@ impl From<&Delta> for DeltaMsg {
             network: d.network.as_ref().map(Into::into),
             device: d.device.as_ref().map(Into::into),
             removed_peers: d.removed_peers.iter().map(|id| id.to_bytes().to_vec()).collect(),
-            peers: d.peers.iter().map(Into::into).collect(),
+            peers: d.peers.iter().map(|p| p.as_ref().into()).collect(),
             removed_ingress: keys(&d.removed_ingress),
             ingress: d.ingress.iter().map(Into::into).collect(),
             removed_egress: keys(&d.removed_egress),
@@ -522,6 +523,7 @@ impl TryFrom<DeltaMsg> for Delta {
                 .map(|k| k.as_slice().try_into().map_err(|_| field(name)))
                 .collect::<Result<Vec<_>, _>>()
         };
+        let peers: Vec<Peer> = list(msg.peers, MAX_PEERS, "peers")?;
         Ok(Self {
             network: msg.network.map(TryInto::try_into).transpose()?,
             device: msg.device.map(TryInto::try_into).transpose()?,
@@ -529,7 +531,7 @@ impl TryFrom<DeltaMsg> for Delta {
                 .iter()
                 .map(|id| DeviceId::from_slice(id).ok_or(field("removed_peers")))
                 .collect::<Result<_, _>>()?,
-            peers: list(msg.peers, MAX_PEERS, "peers")?,
+            peers: peers.into_iter().map(Arc::new).collect(),
             removed_ingress: keys(msg.removed_ingress, "removed_ingress")?,
             ingress: rules(msg.ingress, "ingress")?,
             removed_egress: keys(msg.removed_egress, "removed_egress")?,

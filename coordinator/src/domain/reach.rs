@@ -11,6 +11,7 @@ use warren_common::time::UnixTime;
 
 use super::State;
 use super::entity::{Device, DeviceState, RelayRecord};
+use super::records::PeerRecords;
 
 /// How far ahead time windows are worked out: the longest lease and a day, so that an agent that hears nothing for as
 /// long as its lease lasts still opens and closes them on time. Unit: seconds.
@@ -41,20 +42,19 @@ pub struct Difference {
 impl Reach {
     /// Compiles the policy in force against the devices that are active at `now`.
     pub fn compute(state: &State, now: UnixTime) -> Self {
-        let text = state.policy().map_or("{}", |p| p.text.as_str());
-        let inventory = inventory(state);
-        let compiled = Policy::parse(text)
-            .and_then(|policy| compile(&policy, &inventory, now.as_secs(), HORIZON_S))
-            .map_err(|found| render("policy", &found));
-        let (compiled, error) = match compiled {
-            Ok(compiled) => (Some(compiled), None),
-            // Accepted once, so only a state that no command makes gets here. Nothing is allowed then.
-            Err(error) => (compile(&Policy::empty(), &inventory, now.as_secs(), HORIZON_S).ok(), Some(error)),
-        };
-        let compiled = compiled.unwrap_or_else(|| nothing(now));
-        let ids: Vec<DeviceId> = compiled.names().filter_map(|n| n.parse().ok()).collect();
-        let peers = ids.into_iter().map(|id| (id, peers_of(&compiled, id))).collect();
+        let (compiled, error) = compile_in_force(state, now);
+        let ids = compiled.names().filter_map(|n| n.parse().ok());
+        let peers = ids.map(|id: DeviceId| (id, peers_of(&compiled, id))).collect();
         Self { compiled, peers, error }
+    }
+
+    /// Compiles anew: the policy, its users or the time are others. What stays is kept.
+    pub fn recompute(&mut self, state: &State, now: UnixTime) -> Difference {
+        let (compiled, error) = compile_in_force(state, now);
+        let old = std::mem::replace(&mut self.compiled, compiled);
+        self.error = error;
+        let changed = self.compiled.changed_since(&old);
+        self.meet(changed.iter().filter_map(|n| n.parse().ok()))
     }
 
     /// Why the policy in force could not be compiled.
@@ -94,11 +94,16 @@ impl Reach {
                 Ok(changed) => names.extend(changed),
                 Err(conflict) => {
                     tracing::error!(%conflict, "the state has an address twice; compiling anew");
-                    return self.replace(Self::compute(state, now));
+                    return self.recompute(state, now);
                 }
             }
         }
         let ids: BTreeSet<DeviceId> = names.iter().filter_map(|n| n.parse().ok()).collect();
+        self.meet(ids)
+    }
+
+    /// Works out whom these devices need to know now.
+    fn meet(&mut self, ids: impl IntoIterator<Item = DeviceId>) -> Difference {
         let mut difference = Difference::default();
         for id in ids {
             let new = self.compiled.fingerprint(&id.to_string()).map(|_| peers_of(&self.compiled, id));
@@ -111,25 +116,14 @@ impl Reach {
         difference
     }
 
-    /// Puts another computation in its place.
-    pub fn replace(&mut self, new: Self) -> Difference {
-        let old = std::mem::replace(self, new);
-        let mut difference = Difference::default();
-        let changed = self.compiled.changed_since(&old.compiled);
-        for id in changed.iter().filter_map(|n| n.parse().ok()) {
-            difference.note(id, old.peers.get(&id), self.peers.get(&id));
-        }
-        difference
-    }
-
-    /// The netmap of `id`; `None` unless it is an active device.
-    pub fn netmap(&self, state: &State, id: DeviceId) -> Option<Netmap> {
+    /// The netmap of `id`, with the `records` of its peers; `None` unless it is an active device.
+    pub fn netmap(&self, state: &State, id: DeviceId, records: &mut PeerRecords) -> Option<Netmap> {
         let (device, peers) = (state.device(id)?, self.peers.get(&id)?);
         let name = id.to_string();
         let settings = state.settings();
-        let peers: BTreeMap<DeviceId, Peer> = peers
+        let peers: BTreeMap<DeviceId, Arc<Peer>> = peers
             .iter()
-            .filter_map(|(id, need)| Some((*id, peer_record(state, state.device(*id)?, need))))
+            .filter_map(|(id, need)| Some((*id, records.get(state, state.device(*id)?, need))))
             .collect();
         let apps = self.apps(&name, &peers);
         Some(Netmap {
@@ -143,7 +137,7 @@ impl Reach {
                 id,
                 name: device.name.clone(),
                 addrs: device.addrs().to_vec(),
-                user: email_of(state, device),
+                user: email_of(state, device).map(str::to_owned),
                 tags: device.tags.clone(),
                 attrs: self.compiled.attributes(&name).into_iter().take(MAX_ATTRS).collect(),
             },
@@ -157,7 +151,7 @@ impl Reach {
 
     /// The capabilities that those whom the device knows have at it. Of others it need not learn, since they can't get to
     /// its applications.
-    fn apps(&self, name: &str, peers: &BTreeMap<DeviceId, Peer>) -> BTreeSet<AppGrant> {
+    fn apps(&self, name: &str, peers: &BTreeMap<DeviceId, Arc<Peer>>) -> BTreeSet<AppGrant> {
         let capabilities = self.compiled.capabilities(name);
         if capabilities.is_empty() {
             return BTreeSet::new();
@@ -188,6 +182,23 @@ impl Difference {
                 self.lost.insert(id);
             }
             _ => {}
+        }
+    }
+}
+
+/// Compiles the policy in force against the active devices; with why not, if that failed.
+fn compile_in_force(state: &State, now: UnixTime) -> (Compiled, Option<String>) {
+    let text = state.policy().map_or("{}", |p| p.text.as_str());
+    let inventory = inventory(state);
+    let compiled = Policy::parse(text)
+        .and_then(|policy| compile(&policy, &inventory, now.as_secs(), HORIZON_S))
+        .map_err(|found| render("policy", &found));
+    match compiled {
+        Ok(compiled) => (compiled, None),
+        // Accepted once, so only a state that no command makes gets here. Nothing is allowed then.
+        Err(error) => {
+            let empty = compile(&Policy::empty(), &inventory, now.as_secs(), HORIZON_S);
+            (empty.unwrap_or_else(|_| nothing(now)), Some(error))
         }
     }
 }
@@ -227,8 +238,7 @@ fn active(state: &State, id: DeviceId) -> Option<&Device> {
 }
 
 fn peers_of(compiled: &Compiled, id: DeviceId) -> Arc<Peers> {
-    let node = compiled.node(&id.to_string());
-    let peers = node.map(|n| n.peers).unwrap_or_default();
+    let peers = compiled.peers(&id.to_string()).unwrap_or_default();
     Arc::new(peers.into_iter().filter_map(|(name, need)| Some((name.parse().ok()?, need))).collect())
 }
 
@@ -283,24 +293,8 @@ fn node(state: &State, device: &Device) -> Node {
     }
 }
 
-fn email_of(state: &State, device: &Device) -> Option<String> {
-    device.user.and_then(|id| state.users().get(&id)).map(|u| u.email.clone())
-}
-
-fn peer_record(state: &State, peer: &Device, need: &Need) -> Peer {
-    Peer {
-        id: peer.id,
-        wg: peer.wg,
-        probe: peer.probe,
-        addrs: peer.addrs().to_vec(),
-        routes: need.routes.iter().copied().collect(),
-        // Who may only answer needs to know who asks (user, tags), not what the asking machine is called.
-        name: need.may_reach.then(|| peer.name.clone()),
-        user: email_of(state, peer),
-        tags: peer.tags.clone(),
-        home_relay: peer.home_relay,
-        key_signature: None,
-    }
+pub(super) fn email_of<'s>(state: &'s State, device: &Device) -> Option<&'s str> {
+    device.user.and_then(|id| state.users().get(&id)).map(|u| u.email.as_str())
 }
 
 /// A relay as devices see it; `None` until it has said where it is.

@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use warren_common::filter::RuleId;
-use warren_common::ids::{DeviceId, RelayId};
+use warren_common::ids::{DeviceId, NetworkId, RelayId};
+use warren_common::keys::NetmapSecretKey;
 use warren_common::netmap::Netmap;
 use warren_common::time::{Instant, Now};
-use warren_common::wire::control::{Ack, NetmapUpdate, Presence, ServerBody, UpdateKind};
+use warren_common::wire::control::{Ack, NetmapUpdate, Presence, ServerBody, Signed, UpdateKind};
 
 use super::bucket::Bucket;
 use super::session::{ACK_PATIENCE, Known, MAX_SNAPSHOTS_PER_MIN, Session};
@@ -75,10 +76,100 @@ impl Live {
     }
 }
 
+/// Makes updates: what that takes beside a session, so that many sessions can be served side by side.
+pub(super) struct Mint {
+    key: NetmapSecretKey,
+    network: NetworkId,
+    epoch: u64,
+    lease: Duration,
+    now: Now,
+}
+
+impl Mint {
+    /// The step of a refresh that only takes away, as `number`. `None` if there is nothing to take away, or too much on
+    /// its way.
+    pub(super) fn removals(&self, session: &mut Session, target: &Netmap, number: u64) -> Option<Removals> {
+        let live = session.live_mut()?;
+        live.behind = live.sent != *target;
+        if !live.behind || live.unacked.len() >= MAX_UNACKED {
+            return None;
+        }
+        let step = Netmap::without_removed(&live.sent, target);
+        if step == live.sent {
+            return None;
+        }
+        live.tokens.retain(|_, until| self.now.boot < *until);
+        let tokens = live.tokens.keys().copied().collect();
+        Some(Removals { signed: self.delta(session, step, number)?, tokens })
+    }
+
+    /// The step of a refresh that completes it, as `number`. Waits (`None`) while the agent has not acknowledged what it
+    /// was sent before, the `removals` of this refresh excepted.
+    pub(super) fn additions(
+        &self,
+        session: &mut Session,
+        target: Netmap,
+        removals: Option<u64>,
+        number: u64,
+    ) -> Option<Additions> {
+        let live = session.live_mut()?;
+        live.behind = live.sent != target;
+        let waiting = live.unacked.iter().any(|u| Some(u.to) != removals);
+        if !live.behind || waiting {
+            return None;
+        }
+        let new = target.peers.keys().filter(|p| !live.sent.peers.contains_key(*p)).copied().collect();
+        Some(Additions { signed: self.delta(session, target, number)?, new })
+    }
+
+    fn delta(&self, session: &mut Session, target: Netmap, number: u64) -> Option<Signed> {
+        let live = session.live_mut()?;
+        let delta = Netmap::diff(&live.sent, &target);
+        let from = std::mem::replace(&mut live.sent_revision, number);
+        live.sent = target;
+        live.behind = false;
+        live.unacked.push_back(Unacked { to: number, snapshot: false, since: self.now.boot });
+        self.update(session, from, UpdateKind::Delta(Box::new(delta)))
+    }
+
+    fn update(&self, session: &mut Session, from: u64, kind: UpdateKind) -> Option<Signed> {
+        let device_key = session.control;
+        let live = session.live_mut()?;
+        live.lease_due = self.now.boot + self.lease / 3;
+        let update = NetmapUpdate {
+            network: self.network,
+            device: live.device,
+            device_key,
+            epoch: self.epoch,
+            from,
+            to: live.sent_revision,
+            hash: live.sent.hash(),
+            lease_ms: u64::try_from(self.lease.as_millis()).unwrap_or(u64::MAX),
+            issued: self.now.unix,
+            kind,
+        };
+        Some(update.sign(&self.key))
+    }
+}
+
+/// What [`Mint::removals`] made.
+pub(super) struct Removals {
+    pub(super) signed: Signed,
+    /// Relays whose tokens of before are void by it.
+    pub(super) tokens: Vec<RelayId>,
+}
+
+/// What [`Mint::additions`] made.
+pub(super) struct Additions {
+    pub(super) signed: Signed,
+    /// Peers that the device did not know before.
+    pub(super) new: Vec<DeviceId>,
+}
+
 impl Coordinator {
     /// Makes a welcomed session live and brings its agent up to date.
     pub(super) fn go_live(&mut self, id: SessionId, device: DeviceId, known: Option<Known>, now: Now) {
-        let Some(netmap) = self.reach.netmap(&self.state, device) else { return };
+        let Some(netmap) = self.reach.netmap(&self.state, device, &mut self.records) else { return };
         let epoch = self.state.settings().epoch;
         let newest = (epoch, self.revision);
         if known.as_ref().is_some_and(|k| (k.epoch, k.revision) > newest) {
@@ -123,54 +214,6 @@ impl Coordinator {
         self.announce(device, peers, true);
     }
 
-    /// The step of a refresh that only takes away, as `revision` (numbered here if it is the first).
-    pub(super) fn send_removals(
-        &mut self,
-        id: SessionId,
-        target: &Netmap,
-        revision: &mut Option<u64>,
-        now: Now,
-    ) {
-        let Some(live) = self.sessions.get_mut(&id).and_then(Session::live_mut) else { return };
-        live.behind = live.sent != *target;
-        if !live.behind || live.unacked.len() >= MAX_UNACKED {
-            return;
-        }
-        let step = Netmap::without_removed(&live.sent, target);
-        if step == live.sent {
-            return;
-        }
-        live.tokens.retain(|_, until| now.boot < *until);
-        let tokens: Vec<RelayId> = live.tokens.keys().copied().collect();
-        let Some(number) = self.number(revision) else { return };
-        self.send_delta(id, step, number, now);
-        // Relays refuse its older tokens from this revision on: don't let it find out by losing packets.
-        tokens.into_iter().for_each(|relay| self.grant_token(id, relay, now));
-    }
-
-    /// The step of a refresh that completes it, as `revision`. Waits while the agent has not acknowledged what it was
-    /// sent before, the `removals` of this refresh excepted.
-    pub(super) fn send_additions(
-        &mut self,
-        id: SessionId,
-        target: Netmap,
-        removals: Option<u64>,
-        revision: &mut Option<u64>,
-        now: Now,
-    ) {
-        let Some(live) = self.sessions.get_mut(&id).and_then(Session::live_mut) else { return };
-        live.behind = live.sent != target;
-        let waiting = live.unacked.iter().any(|u| Some(u.to) != removals);
-        if !live.behind || waiting {
-            return;
-        }
-        let new: Vec<DeviceId> =
-            target.peers.keys().filter(|p| !live.sent.peers.contains_key(*p)).copied().collect();
-        let Some(number) = self.number(revision) else { return };
-        self.send_delta(id, target, number, now);
-        self.send_presence(id, &new);
-    }
-
     /// The step that takes everything away from a device that is out.
     pub(super) fn send_farewell(&mut self, id: SessionId, revision: &mut Option<u64>, now: Now) {
         let Some(live) = self.sessions.get(&id).and_then(Session::live) else { return };
@@ -182,8 +225,12 @@ impl Coordinator {
             apps: BTreeSet::new(),
             ..live.sent.clone()
         };
-        if let Some(number) = self.number(revision) {
-            self.send_delta(id, empty, number, now);
+        let Some(number) = self.number(revision) else { return };
+        let mint = self.mint(now);
+        if let Some(signed) = self.sessions.get_mut(&id).and_then(|s| mint.delta(s, empty, number)) {
+            self.stats.deltas += 1;
+            self.send(id, ServerBody::Update(signed));
+            self.rearm(id);
         }
     }
 
@@ -193,17 +240,6 @@ impl Coordinator {
             *revision = self.next_revision();
         }
         *revision
-    }
-
-    fn send_delta(&mut self, id: SessionId, target: Netmap, revision: u64, now: Now) {
-        let Some(live) = self.sessions.get_mut(&id).and_then(Session::live_mut) else { return };
-        let delta = Netmap::diff(&live.sent, &target);
-        let from = std::mem::replace(&mut live.sent_revision, revision);
-        live.sent = target;
-        live.behind = false;
-        live.unacked.push_back(Unacked { to: revision, snapshot: false, since: now.boot });
-        self.stats.deltas += 1;
-        self.send_update(id, from, UpdateKind::Delta(Box::new(delta)), now);
     }
 
     fn send_snapshot(&mut self, id: SessionId, now: Now) {
@@ -229,25 +265,23 @@ impl Coordinator {
 
     /// Signs and sends what leads to the session's `sent`.
     fn send_update(&mut self, id: SessionId, from: u64, kind: UpdateKind, now: Now) {
-        let Some(session) = self.sessions.get_mut(&id) else { return };
-        let device_key = session.control;
-        let Some(live) = session.live_mut() else { return };
-        live.lease_due = now.boot + self.config.lease / 3;
-        let update = NetmapUpdate {
-            network: self.state.settings().network,
-            device: live.device,
-            device_key,
-            epoch: self.state.settings().epoch,
-            from,
-            to: live.sent_revision,
-            hash: live.sent.hash(),
-            lease_ms: u64::try_from(self.config.lease.as_millis()).unwrap_or(u64::MAX),
-            issued: now.unix,
-            kind,
+        let mint = self.mint(now);
+        let Some(signed) = self.sessions.get_mut(&id).and_then(|s| mint.update(s, from, kind)) else {
+            return;
         };
-        let signed = update.sign(&self.config.netmap_key);
         self.send(id, ServerBody::Update(signed));
         self.rearm(id);
+    }
+
+    pub(super) fn mint(&self, now: Now) -> Mint {
+        let settings = self.state.settings();
+        Mint {
+            key: self.config.netmap_key.clone(),
+            network: settings.network,
+            epoch: settings.epoch,
+            lease: self.config.lease,
+            now,
+        }
     }
 
     pub(super) fn acknowledged(&mut self, id: SessionId, ack: &Ack, now: Now) {
@@ -282,7 +316,7 @@ impl Coordinator {
     }
 
     /// Tells a session which of `peers` are connected.
-    fn send_presence(&mut self, id: SessionId, peers: &[DeviceId]) {
+    pub(super) fn send_presence(&mut self, id: SessionId, peers: &[DeviceId]) {
         let online: Vec<Vec<u8>> =
             peers.iter().filter(|p| self.by_device.contains_key(*p)).map(|p| p.to_bytes().to_vec()).collect();
         if !online.is_empty() {

@@ -2,15 +2,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use rayon::prelude::*;
 use warren_common::ids::{DeviceId, RelayId};
 use warren_common::netmap::Netmap;
 use warren_common::time::Now;
-use warren_common::wire::control::{ServerBody, Welcome};
+use warren_common::wire::control::{ServerBody, Signed, Welcome};
 
 use super::session::{Phase, Session};
 use super::{CloseReason, Coordinator, Origin, Output, SessionId};
-use crate::domain::reach::Reach;
 use crate::domain::{Change, Command, Device, Refusal, Reply, Settings};
+
+/// From how many sessions on they are worked on side by side: fewer are done sooner than threads are woken.
+const MIN_SIDE_BY_SIDE: usize = 32;
 
 /// What a batch of changes can have touched.
 #[derive(Debug, Default)]
@@ -115,12 +118,11 @@ impl Coordinator {
 
     fn push(&mut self, impact: Impact, now: Now) {
         self.outputs.extend(impact.relays_gone.into_iter().map(Output::RelayRemoved));
-        let mut affected = impact.devices;
+        let mut touched = BTreeSet::new();
         let mut removals = None;
         if impact.policy || !impact.followed.is_empty() {
             let difference = if impact.policy {
-                let reach = Reach::compute(&self.state, now.unix);
-                self.reach.replace(reach)
+                self.reach.recompute(&self.state, now.unix)
             } else {
                 self.reach.follow(&self.state, &impact.followed, now.unix)
             };
@@ -129,13 +131,19 @@ impl Coordinator {
             let lost = difference.lost.union(&impact.rekeyed).copied().collect();
             self.cut_at_relays(lost, difference.out.iter().copied().collect(), &mut removals);
             difference.out.into_iter().for_each(|id| self.put_out(id, &mut removals, now));
-            affected.extend(difference.touched);
+            touched = difference.touched;
         }
         let sessions: BTreeSet<SessionId> = if impact.all {
             self.by_device.values().copied().collect()
         } else {
-            let peers = affected.iter().filter_map(|id| self.reach.peers(*id)).flat_map(BTreeMap::keys);
-            affected.iter().chain(peers).filter_map(|id| self.by_device.get(id)).copied().collect()
+            let peers = impact.devices.iter().filter_map(|id| self.reach.peers(*id)).flat_map(BTreeMap::keys);
+            touched
+                .iter()
+                .chain(&impact.devices)
+                .chain(peers)
+                .filter_map(|id| self.by_device.get(id))
+                .copied()
+                .collect()
         };
         self.refresh_as(&sessions, removals, now);
     }
@@ -172,16 +180,64 @@ impl Coordinator {
             .iter()
             .filter_map(|id| {
                 let device = self.sessions.get(id).and_then(Session::live)?.device;
-                Some((*id, self.reach.netmap(&self.state, device)?))
+                Some((*id, self.reach.netmap(&self.state, device, &mut self.records)?))
             })
             .collect();
-        for (id, target) in &targets {
-            self.send_removals(*id, target, &mut removals, now);
+        let mint = self.mint(now);
+        if let Some(number) = removals.or_else(|| self.upcoming_revision()) {
+            let by_reference = targets.iter().map(|(id, target)| (*id, target)).collect();
+            let made = self.on_each(by_reference, |session, target| mint.removals(session, target, number));
+            if !made.is_empty() {
+                self.number(&mut removals);
+            }
+            for (id, step) in made {
+                self.send_delta(id, step.signed);
+                // Relays refuse its older tokens from this revision on: don't let it find out by losing packets.
+                step.tokens.into_iter().for_each(|relay| self.grant_token(id, relay, now));
+            }
         }
-        let mut additions = None;
-        for (id, target) in targets {
-            self.send_additions(id, target, removals, &mut additions, now);
+        if let Some(number) = self.upcoming_revision() {
+            let made =
+                self.on_each(targets, |session, target| mint.additions(session, target, removals, number));
+            if !made.is_empty() {
+                self.number(&mut None);
+            }
+            for (id, step) in made {
+                self.send_delta(id, step.signed);
+                self.send_presence(id, &step.new);
+            }
         }
+    }
+
+    fn send_delta(&mut self, id: SessionId, signed: Signed) {
+        self.stats.deltas += 1;
+        self.send(id, ServerBody::Update(signed));
+        self.rearm(id);
+    }
+
+    /// What `work` makes of these sessions, in their order. Comparing, encoding and signing netmaps is what an edit that
+    /// touches everybody costs, so many sessions are worked on by all processors.
+    fn on_each<T: Send, R: Send>(
+        &mut self,
+        targets: Vec<(SessionId, T)>,
+        work: impl Fn(&mut Session, T) -> Option<R> + Sync,
+    ) -> Vec<(SessionId, R)> {
+        let mut taken: Vec<(SessionId, Session, Option<T>)> = targets
+            .into_iter()
+            .filter_map(|(id, target)| Some((id, self.sessions.remove(&id)?, Some(target))))
+            .collect();
+        let work = |(_, session, target): &mut (SessionId, Session, Option<T>)| work(session, target.take()?);
+        let made: Vec<Option<R>> = if taken.len() < MIN_SIDE_BY_SIDE {
+            taken.iter_mut().map(work).collect()
+        } else {
+            taken.par_iter_mut().map(work).collect()
+        };
+        let mut out = Vec::new();
+        for ((id, session, _), made) in taken.into_iter().zip(made) {
+            self.sessions.insert(id, session);
+            out.extend(made.map(|made| (id, made)));
+        }
+        out
     }
 
     fn track_ephemeral(&mut self, changes: &[Change], now: Now) {

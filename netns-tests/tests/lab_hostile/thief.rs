@@ -75,7 +75,8 @@ impl Loot {
     /// What the device was told of the peer called `name`.
     pub(crate) fn peer(&self, name: &str) -> Result<&Peer> {
         let mut peers = self.netmap.peers.values();
-        peers.find(|p| p.name.as_deref() == Some(name)).with_context(|| format!("no peer {name} in the loot"))
+        let peer = peers.find(|p| p.name.as_deref() == Some(name)).map(AsRef::as_ref);
+        peer.with_context(|| format!("no peer {name} in the loot"))
     }
 
     /// What the device was told of the relay called `name`.

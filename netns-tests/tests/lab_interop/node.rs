@@ -104,7 +104,7 @@ impl<'h> Node<'h> {
                 tags: vec!["tag:ours".into()],
                 attrs: Vec::new(),
             },
-            peers: [(THEM, peer)].into(),
+            peers: [(THEM, peer.into())].into(),
             ingress: [allow(1, &addrs, &ADDRS)].into(),
             egress: [allow(2, &ADDRS, &addrs)].into(),
             relays: [(RELAY, relay)].into(),

@@ -482,7 +482,7 @@ fn netmap_of(n: usize, nodes: &[Node]) -> Netmap {
             home_relay: Some(RELAY),
             key_signature: None,
         };
-        (node.device, peer)
+        (node.device, peer.into())
     };
     let relay = Relay {
         id: RELAY,

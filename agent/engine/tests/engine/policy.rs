@@ -137,9 +137,9 @@ fn a_removed_peer_is_gone_and_a_new_key_is_another_peer() {
     assert!(!net.nodes[1].got.iter().any(|p| p.ends_with(b"second")));
     assert!(net.drops(1, "wireguard-unknown-index") > 0, "its session is wiped");
     assert_eq!(net.nodes[1].engine.whois(net.now, overlay(0).into()), None);
-    let mut peer = net.netmaps[0].peers[&device(1)].clone();
+    let mut peer = net.netmaps[0].peers[&device(1)].as_ref().clone();
     peer.wg = WgPublicKey::from_bytes(*net.nodes[0].keys.2.public().as_bytes());
-    net.netmaps[0].peers.insert(device(1), peer);
+    net.netmaps[0].peers.insert(device(1), peer.into());
     net.push_netmap(0);
     assert_eq!(net.path_kind(0, 1), "none");
 }
