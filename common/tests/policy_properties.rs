@@ -354,6 +354,32 @@ proptest! {
     }
 
     #[test]
+    fn a_fact_is_as_good_as_new_within_its_age_and_as_none_beyond(
+        nodes in nodes(),
+        grants in proptest::collection::vec(grant(), 1..5),
+        denies in proptest::collection::vec(deny(), 0..2),
+        age in prop_oneof![3_595..3_606_i64, 0..100_000_i64],
+    ) {
+        let mut file = file(&grants, &denies, true);
+        file["postures"] = json!({
+            "posture:linux": ["node:os == 'linux' WITHIN 1h"],
+            "posture:mac": ["node:os != 'linux' WITHIN 1h"],
+        });
+        let with = |facts: &dyn Fn(&mut Node)| {
+            let mut nodes = nodes.clone();
+            nodes.values_mut().for_each(facts);
+            let compiled = build(&file, &nodes);
+            nodes.keys().map(|name| (compiled.ingress(name), compiled.egress(name))).collect::<Vec<_>>()
+        };
+        let aged = with(&|n| n.attributes.values_mut().for_each(|fact| fact.age_s = Some(age)));
+        let expected = match age <= 3_600 {
+            true => with(&|_| {}),
+            false => with(&|n| n.attributes.clear()),
+        };
+        prop_assert_eq!(aged, expected);
+    }
+
+    #[test]
     fn an_expired_rule_is_no_rule(
         nodes in nodes(),
         grants in proptest::collection::vec(grant(), 1..5),
