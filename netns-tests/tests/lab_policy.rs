@@ -9,10 +9,11 @@ use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
+use warren_common::time::UnixTime;
 use warren_netns_tests::lab::{self, Lab, eventually, monotonic_ms, workspace_binary};
 use warren_netns_tests::programs::{Agent, Coordinator, number, tool};
 
@@ -23,6 +24,8 @@ const ROUNDS: usize = 20;
 /// Bytes per second of the transfers.
 const RATE: u64 = 1 << 20;
 const PORT: u16 = 7000;
+/// How long the rule that expires lasts, in seconds: enough for a connection to start on a busy machine.
+const EXPIRES_IN: i64 = 20;
 
 fn policy(allowed: bool) -> String {
     let port = if allowed { PORT } else { PORT + 1 };
@@ -92,6 +95,33 @@ fn a_signed_commit_cuts_a_running_connection_and_a_webhook_makes_it_quick() -> R
         ensure!(ann.why("bob", PORT)?["allowed"] == true, "it cut all the same");
         Ok(())
     })
+}
+
+#[test]
+fn a_rule_that_expires_ends_a_running_connection_though_the_coordinator_is_gone() -> Result<()> {
+    lab::test("policy_expires", |lab| {
+        let mut coordinator = Coordinator::start(lab.host("coord")?, &policy(false))?;
+        let (ann, bob) = (join(lab, &coordinator, "ann")?, join(lab, &coordinator, "bob")?);
+        let ip = *bob.addresses()?.first().context("bob has an address")?;
+        let ends = now()? + EXPIRES_IN;
+        let rule = format!("\"tcp:{PORT}\"], \"expires\": \"{}\"", UnixTime::from_secs(ends).to_rfc3339());
+        coordinator.edit_policy(&policy(true).replace(&format!("\"tcp:{PORT}\"]"), &rule))?;
+        allowed_again(&ann)?;
+        let cut_ms = cut(&ann, &bob, ip, || {
+            coordinator.process.kill()?;
+            ensure!(now()? < ends, "the rule expired before the connection ran");
+            Ok(monotonic_ms() + u64::try_from(ends - now()?)? * 1_000)
+        })?;
+        println!("from the end of the rule's last second to the last byte: {cut_ms} ms");
+        ensure!(now()? >= ends, "the connection ended before the rule did");
+        ensure!(ann.why("bob", PORT)?["allowed"] == false);
+        Ok(())
+    })
+}
+
+/// Seconds since the Unix epoch by the machine's clock, which the agents judge by.
+fn now() -> Result<i64> {
+    Ok(i64::try_from(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs())?)
 }
 
 fn allowed_again(ann: &Agent) -> Result<()> {
