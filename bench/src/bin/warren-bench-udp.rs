@@ -1,6 +1,7 @@
 //! UDP through a tunnel: from a sender that makes one call per datagram, and from one that gives the kernel many at a time
-//! (`UDP_SEGMENT`), as QUIC servers do. `compare` sets a Warren tunnel up between two namespaces, one core per end as in
-//! `peers.sh -c`, and finds for both the highest rate with less than one per cent lost.
+//! (`UDP_SEGMENT`), as QUIC servers do; to a receiver that takes them one by one, and to one that takes what the kernel has
+//! joined (`UDP_GRO`). `compare` sets a Warren tunnel up between two namespaces, one core per end as in
+//! `peers.sh -c`, and finds for each the highest rate with less than one per cent lost.
 
 #![expect(
     clippy::disallowed_methods,
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::{Parser, Subcommand};
 use quinn_udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
+use socket2::SockRef;
 
 /// Payload of a datagram, in bytes: what `peers.sh` sends.
 const SIZE: usize = 1_372;
@@ -33,6 +35,23 @@ const SLEEP: Duration = Duration::from_micros(100);
 /// full blast takes the core from the tunnel, so more arrives at less.
 const PARTS: [f64; 18] =
     [4.0, 3.5, 3.0, 2.6, 2.3, 2.0, 1.8, 1.6, 1.4, 1.2, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3];
+
+/// The part that may be lost.
+const BEARABLE: f64 = 0.01;
+
+/// Who sends to whom.
+#[derive(Clone, Copy, Debug)]
+struct Pair {
+    segments: usize,
+    one_by_one: bool,
+}
+
+/// What is compared, the plainest first.
+const PAIRS: [Pair; 3] = [
+    Pair { segments: 1, one_by_one: true },
+    Pair { segments: 1, one_by_one: false },
+    Pair { segments: MANY, one_by_one: false },
+];
 
 /// Example: warren-bench-udp compare 3
 #[derive(Debug, Parser)]
@@ -59,6 +78,9 @@ enum What {
     Receive {
         /// Where.
         at: SocketAddr,
+        /// One datagram for each call.
+        #[arg(long)]
+        one_by_one: bool,
     },
     /// Both through a tunnel, as often as this. Needs root, iproute2 and taskset.
     Compare {
@@ -70,8 +92,8 @@ enum What {
 fn main() -> Result<()> {
     match Args::parse().what {
         What::Send { to, segments, rate } => println!("{}", send(to, segments, rate)?),
-        What::Receive { at } => {
-            let (count, seconds) = receive(at)?;
+        What::Receive { at, one_by_one } => {
+            let (count, seconds) = receive(at, one_by_one)?;
             println!("{count} {seconds}");
         }
         What::Compare { repeats } => compare(repeats)?,
@@ -109,22 +131,31 @@ fn send(to: SocketAddr, segments: usize, rate: f64) -> Result<u64> {
     Ok(sent)
 }
 
-fn receive(at: SocketAddr) -> Result<(u64, f64)> {
+fn receive(at: SocketAddr, one_by_one: bool) -> Result<(u64, f64)> {
     let socket = UdpSocket::bind(at)?;
-    let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
+    // Making the state switches UDP_GRO on.
+    let state = if one_by_one { None } else { Some(UdpSocketState::new(UdpSockRef::from(&socket))?) };
+    SockRef::from(&socket).set_recv_buffer_size(4 << 20)?;
     socket.set_nonblocking(false)?;
-    state.set_recv_buffer_size(UdpSockRef::from(&socket), 4 << 20)?;
     println!("ready");
     let mut buffer = vec![0; 65_536];
     let (mut count, mut first, mut last) = (0, None, Instant::now());
     loop {
         socket.set_read_timeout(Some(if first.is_some() { QUIET } else { PATIENCE }))?;
-        let mut meta = [RecvMeta::default()];
-        match state.recv(UdpSockRef::from(&socket), &mut [IoSliceMut::new(&mut buffer)], &mut meta) {
-            Ok(_) => {
+        let received = match &state {
+            None => socket.recv(&mut buffer).map(|_| 1),
+            Some(state) => {
+                let mut meta = [RecvMeta::default()];
+                let into = &mut [IoSliceMut::new(&mut buffer)];
+                let received = state.recv(UdpSockRef::from(&socket), into, &mut meta);
+                received.map(|_| meta[0].len.div_ceil(meta[0].stride.max(1)) as u64)
+            }
+        };
+        match received {
+            Ok(datagrams) => {
                 last = Instant::now();
                 first.get_or_insert(last);
-                count += meta[0].len.div_ceil(meta[0].stride.max(1)) as u64;
+                count += datagrams;
             }
             Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => break,
             Err(e) => return Err(e).context("receiving"),
@@ -220,11 +251,12 @@ impl World {
     }
 
     /// Datagrams per second that arrive, and the part that does not.
-    fn measure(&self, segments: usize, rate: f64) -> Result<(f64, f64)> {
+    fn measure(&self, pair: Pair, rate: f64) -> Result<(f64, f64)> {
         use std::io::{BufRead as _, BufReader};
         let own = std::env::current_exe()?;
-        let mut receiver =
-            self.command(1, &own).args(["receive", "10.99.0.2:7000"]).stdout(Stdio::piped()).spawn()?;
+        let mut receiver = self.command(1, &own);
+        receiver.args(["receive", "10.99.0.2:7000"]).args(pair.one_by_one.then_some("--one-by-one"));
+        let mut receiver = receiver.stdout(Stdio::piped()).spawn()?;
         let mut lines = BufReader::new(receiver.stdout.take().context("its output")?).lines();
         ensure!(lines.next().transpose()?.is_some_and(|line| line == "ready"), "no receiver");
         let mut sender = self.command(0, &own);
@@ -232,7 +264,7 @@ impl World {
             "send",
             "10.99.0.2:7000",
             "--segments",
-            &segments.to_string(),
+            &pair.segments.to_string(),
             "--rate",
             &rate.to_string(),
         ]);
@@ -245,17 +277,29 @@ impl World {
         Ok((count / seconds.max(0.001), 1.0 - count / sent.max(1.0)))
     }
 
-    /// The highest rate that was tried at which less than one per cent is lost.
-    fn highest(&self, segments: usize) -> Result<f64> {
-        let (blast, lost) = self.measure(segments, 0.0)?;
-        if lost < 0.01 {
+    /// The highest rate at which less than one per cent is lost, to two per cent.
+    fn highest(&self, pair: Pair) -> Result<f64> {
+        let (blast, lost) = self.measure(pair, 0.0)?;
+        if lost < BEARABLE {
             return Ok(blast);
         }
+        let mut too_much = PARTS[0];
         for part in PARTS {
-            let (rate, lost) = self.measure(segments, blast * part)?;
-            if lost < 0.01 {
-                return Ok(rate);
+            let (mut best, lost) = self.measure(pair, blast * part)?;
+            if lost >= BEARABLE {
+                too_much = part;
+                continue;
             }
+            let mut enough = part;
+            while too_much / enough > 1.02 {
+                let middle = f64::midpoint(enough, too_much);
+                let (rate, lost) = self.measure(pair, blast * middle)?;
+                match lost < BEARABLE {
+                    true => (enough, best) = (middle, best.max(rate)),
+                    false => too_much = middle,
+                }
+            }
+            return Ok(best);
         }
         bail!("more than one per cent is lost at every rate")
     }
@@ -270,25 +314,29 @@ fn beside(name: &str) -> Result<std::path::PathBuf> {
 
 fn compare(repeats: usize) -> Result<()> {
     let world = World::new()?;
-    let (mut plain, mut many) = (Vec::new(), Vec::new());
+    let mut rates: [Vec<f64>; PAIRS.len()] = Default::default();
     for _ in 0..repeats.max(1) {
-        plain.push(world.highest(1)?);
-        many.push(world.highest(MANY)?);
+        for (pair, rates) in PAIRS.iter().zip(&mut rates) {
+            rates.push(world.highest(*pair)?);
+        }
     }
-    let mut ratios: Vec<f64> = many.iter().zip(&plain).map(|(many, plain)| many / plain).collect();
-    for values in [&mut plain, &mut many, &mut ratios] {
+    let ratio_to = |base: &[f64]| {
+        let mut ratios: Vec<f64> = rates[2].iter().zip(base).map(|(many, base)| many / base).collect();
+        ratios.sort_by(f64::total_cmp);
+        ratios[ratios.len() / 2]
+    };
+    let (to_plain, to_joined) = (ratio_to(&rates[0]), ratio_to(&rates[1]));
+    let spreads = rates.each_mut().map(|values| {
         values.sort_by(f64::total_cmp);
-    }
-    let spread = |values: &[f64]| {
         let (least, most) = (values[0], values[values.len() - 1]);
         format!("{:.0} ({least:.0}–{most:.0})", values[values.len() / 2])
-    };
+    });
+    let [plain, joined, many] = spreads;
     println!(
-        "Datagrams of {SIZE} bytes per second through Warren with less than 1 % lost: {} from a sender that makes one call \
-         for each, {} from one that gives the kernel {MANY} at a time (`UDP_SEGMENT`), {:.1} times as many.",
-        spread(&plain),
-        spread(&many),
-        ratios[ratios.len() / 2]
+        "Datagrams of {SIZE} bytes per second through Warren with less than 1 % lost: {plain} where each is sent and taken by \
+         a call of its own; {joined} where the receiver takes what the kernel has joined (`UDP_GRO`); {many} where the \
+         sender also gives the kernel {MANY} at a time (`UDP_SEGMENT`), {to_plain:.1} times the first and {to_joined:.1} \
+         times the second."
     );
     Ok(())
 }
