@@ -261,7 +261,9 @@ impl Netmap {
     /// order, big-endian numbers, every text and list behind its length; capabilities and attributes, which come last, are
     /// left out where there are none of them nor of what follows. Fields of later versions are not part of it.
     pub fn hash(&self) -> [u8; 32] {
-        let mut out = Canonical::default();
+        // About what it comes to, since growing a list costs as much as filling it.
+        let rules = self.ingress.len() + self.egress.len();
+        let mut out = Canonical(Vec::with_capacity(512 + 256 * (self.peers.len() + rules)));
         out.bytes(b"warren netmap v1");
         out.fixed(&self.network.id.to_bytes());
         out.text(&self.network.name);

@@ -206,7 +206,7 @@ fn bytes(n: usize, kind: u8) -> [u8; 32] {
 }
 
 fn device(n: usize) -> Device {
-    let tag = if n % 2_500 == 2_499 { "tag:watch".to_owned() } else { format!("tag:s{}", n / SITE) };
+    let tag = if n % 500 == 499 { "tag:watch".to_owned() } else { format!("tag:s{}", n / SITE) };
     Device {
         id: id(n),
         control: control(n),

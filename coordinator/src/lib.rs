@@ -13,6 +13,7 @@ pub mod embedded_relay;
 pub mod health;
 pub mod keys;
 pub mod os;
+mod parallel;
 pub mod policy_source;
 pub mod push;
 pub mod relays;

@@ -259,7 +259,7 @@ impl Coordinator {
 
     /// The netmap the device should have by the saved state; `None` unless it is an active device.
     pub fn netmap(&self, device: DeviceId) -> Option<warren_common::netmap::Netmap> {
-        self.reach.netmap(&self.state, device, &mut PeerRecords::default())
+        self.reach.netmap(&self.state, device, &self.records)
     }
 
     /// Why the policy in force could not be compiled; nothing is allowed then.

@@ -75,7 +75,7 @@ impl World {
     }
 
     fn netmap(&self, device: &Device) -> Netmap {
-        Reach::compute(&self.state, NOW).netmap(&self.state, device.id, &mut PeerRecords::default()).unwrap()
+        Reach::compute(&self.state, NOW).netmap(&self.state, device.id, &PeerRecords::default()).unwrap()
     }
 }
 

@@ -12,6 +12,7 @@ use warren_common::time::UnixTime;
 use super::State;
 use super::entity::{Device, DeviceState, RelayRecord};
 use super::records::PeerRecords;
+use crate::parallel::side_by_side;
 
 /// How far ahead time windows are worked out: the longest lease and a day, so that an agent that hears nothing for as
 /// long as its lease lasts still opens and closes them on time. Unit: seconds.
@@ -43,8 +44,8 @@ impl Reach {
     /// Compiles the policy in force against the devices that are active at `now`.
     pub fn compute(state: &State, now: UnixTime) -> Self {
         let (compiled, error) = compile_in_force(state, now);
-        let ids = compiled.names().filter_map(|n| n.parse().ok());
-        let peers = ids.map(|id: DeviceId| (id, peers_of(&compiled, id))).collect();
+        let ids = compiled.names().filter_map(|n| n.parse().ok()).collect();
+        let peers = side_by_side(ids, |id: DeviceId| (id, peers_of(&compiled, id))).into_iter().collect();
         Self { compiled, peers, error }
     }
 
@@ -104,9 +105,13 @@ impl Reach {
 
     /// Works out whom these devices need to know now.
     fn meet(&mut self, ids: impl IntoIterator<Item = DeviceId>) -> Difference {
+        let compiled = &self.compiled;
+        let meets: Vec<(DeviceId, Option<Arc<Peers>>)> =
+            side_by_side(ids.into_iter().collect(), |id: DeviceId| {
+                (id, compiled.fingerprint(&id.to_string()).map(|_| peers_of(compiled, id)))
+            });
         let mut difference = Difference::default();
-        for id in ids {
-            let new = self.compiled.fingerprint(&id.to_string()).map(|_| peers_of(&self.compiled, id));
+        for (id, new) in meets {
             let old = match new {
                 Some(peers) => self.peers.insert(id, peers),
                 None => self.peers.remove(&id),
@@ -117,7 +122,7 @@ impl Reach {
     }
 
     /// The netmap of `id`, with the `records` of its peers; `None` unless it is an active device.
-    pub fn netmap(&self, state: &State, id: DeviceId, records: &mut PeerRecords) -> Option<Netmap> {
+    pub fn netmap(&self, state: &State, id: DeviceId, records: &PeerRecords) -> Option<Netmap> {
         let (device, peers) = (state.device(id)?, self.peers.get(&id)?);
         let name = id.to_string();
         let settings = state.settings();

@@ -16,16 +16,27 @@ use super::reach::email_of;
 pub struct PeerRecords(BTreeMap<DeviceId, [Option<Arc<Peer>>; 2]>);
 
 impl PeerRecords {
-    /// The record of `peer` for a device that needs to know it for `need`. The one at hand, if it still holds: comparing
-    /// is cheaper than making one, and nothing needs to say which change touches which record.
-    pub(super) fn get(&mut self, state: &State, peer: &Device, need: &Need) -> Arc<Peer> {
-        if !need.routes.is_empty() {
-            return Arc::new(record(state, peer, need)); // whose routes one may use differs from device to device
+    /// Brings the records of these devices up to date. Those at hand stay, if they still hold: comparing is cheaper than
+    /// making one, and nothing needs to say which change touches which record.
+    pub fn prepare(&mut self, state: &State, devices: impl IntoIterator<Item = DeviceId>) {
+        for peer in devices.into_iter().filter_map(|id| state.device(id)) {
+            let held = self.0.entry(peer.id).or_default();
+            for (may_reach, held) in [false, true].into_iter().zip(held) {
+                if !held.as_ref().is_some_and(|record| holds(record, state, peer)) {
+                    *held = Some(Arc::new(record(state, peer, &Need { may_reach, ..Need::default() })));
+                }
+            }
         }
-        let held = &mut self.0.entry(peer.id).or_default()[usize::from(need.may_reach)];
-        match held {
-            Some(record) if holds(record, state, peer) => Arc::clone(record),
-            _ => Arc::clone(held.insert(Arc::new(record(state, peer, need)))),
+    }
+
+    /// The record of `peer` for a device that needs to know it for `need`: shared, if it was prepared.
+    pub(super) fn get(&self, state: &State, peer: &Device, need: &Need) -> Arc<Peer> {
+        // Whose routes one may use differs from device to device.
+        let held = self.0.get(&peer.id).filter(|_| need.routes.is_empty());
+        let held = held.and_then(|held| held[usize::from(need.may_reach)].as_ref());
+        match held.filter(|record| holds(record, state, peer)) {
+            Some(record) => Arc::clone(record),
+            None => Arc::new(record(state, peer, need)),
         }
     }
 

@@ -169,7 +169,9 @@ pub(super) struct Additions {
 impl Coordinator {
     /// Makes a welcomed session live and brings its agent up to date.
     pub(super) fn go_live(&mut self, id: SessionId, device: DeviceId, known: Option<Known>, now: Now) {
-        let Some(netmap) = self.reach.netmap(&self.state, device, &mut self.records) else { return };
+        let peers = self.reach.peers(device).into_iter().flat_map(|peers| peers.keys().copied());
+        self.records.prepare(&self.state, peers);
+        let Some(netmap) = self.reach.netmap(&self.state, device, &self.records) else { return };
         let epoch = self.state.settings().epoch;
         let newest = (epoch, self.revision);
         if known.as_ref().is_some_and(|k| (k.epoch, k.revision) > newest) {

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use rayon::prelude::*;
 use warren_common::ids::{DeviceId, RelayId};
 use warren_common::netmap::Netmap;
 use warren_common::time::Now;
@@ -11,9 +10,7 @@ use warren_common::wire::control::{ServerBody, Signed, Welcome};
 use super::session::{Phase, Session};
 use super::{CloseReason, Coordinator, Origin, Output, SessionId};
 use crate::domain::{Change, Command, Device, Refusal, Reply, Settings};
-
-/// From how many sessions on they are worked on side by side: fewer are done sooner than threads are woken.
-const MIN_SIDE_BY_SIDE: usize = 32;
+use crate::parallel::{MANY, side_by_side};
 
 /// What a batch of changes can have touched.
 #[derive(Debug, Default)]
@@ -176,13 +173,21 @@ impl Coordinator {
     }
 
     fn refresh_as(&mut self, sessions: &BTreeSet<SessionId>, mut removals: Option<u64>, now: Now) {
-        let targets: Vec<(SessionId, Netmap)> = sessions
+        let devices: Vec<(SessionId, DeviceId)> = sessions
             .iter()
-            .filter_map(|id| {
-                let device = self.sessions.get(id).and_then(Session::live)?.device;
-                Some((*id, self.reach.netmap(&self.state, device, &mut self.records)?))
-            })
+            .filter_map(|id| Some((*id, self.sessions.get(id).and_then(Session::live)?.device)))
             .collect();
+        let (state, reach) = (&self.state, &self.reach);
+        if devices.len() < MANY {
+            let peers = devices.iter().filter_map(|(_, device)| reach.peers(*device));
+            self.records.prepare(state, peers.flat_map(BTreeMap::keys).copied());
+        } else {
+            // Their peers are most of the network, many times over.
+            self.records.prepare(state, state.devices().keys().copied());
+        }
+        let records = &self.records;
+        let targets = side_by_side(devices, |(id, device)| Some((id, reach.netmap(state, device, records)?)));
+        let targets: Vec<(SessionId, Netmap)> = targets.into_iter().flatten().collect();
         let mint = self.mint(now);
         if let Some(number) = removals.or_else(|| self.upcoming_revision()) {
             let by_reference = targets.iter().map(|(id, target)| (*id, target)).collect();
@@ -222,18 +227,16 @@ impl Coordinator {
         targets: Vec<(SessionId, T)>,
         work: impl Fn(&mut Session, T) -> Option<R> + Sync,
     ) -> Vec<(SessionId, R)> {
-        let mut taken: Vec<(SessionId, Session, Option<T>)> = targets
+        let taken: Vec<(SessionId, Session, T)> = targets
             .into_iter()
-            .filter_map(|(id, target)| Some((id, self.sessions.remove(&id)?, Some(target))))
+            .filter_map(|(id, target)| Some((id, self.sessions.remove(&id)?, target)))
             .collect();
-        let work = |(_, session, target): &mut (SessionId, Session, Option<T>)| work(session, target.take()?);
-        let made: Vec<Option<R>> = if taken.len() < MIN_SIDE_BY_SIDE {
-            taken.iter_mut().map(work).collect()
-        } else {
-            taken.par_iter_mut().map(work).collect()
-        };
+        let worked_on = side_by_side(taken, |(id, mut session, target)| {
+            let made = work(&mut session, target);
+            (id, session, made)
+        });
         let mut out = Vec::new();
-        for ((id, session, _), made) in taken.into_iter().zip(made) {
+        for (id, session, made) in worked_on {
             self.sessions.insert(id, session);
             out.extend(made.map(|made| (id, made)));
         }
