@@ -439,7 +439,7 @@ impl Daemon {
     }
 }
 
-fn bound(sockets: &[Udp]) -> Vec<(u8, std::net::SocketAddr)> {
+fn bound(sockets: &[std::sync::Arc<Udp>]) -> Vec<(u8, std::net::SocketAddr)> {
     sockets.iter().map(|s| (s.id(), s.bound())).collect()
 }
 

@@ -7,6 +7,7 @@ pub mod captive;
 pub mod cli;
 pub mod clock;
 pub mod control;
+pub mod crew;
 pub mod daemon;
 pub mod dataplane;
 pub mod entropy;

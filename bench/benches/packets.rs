@@ -25,7 +25,7 @@ fn cut(frame: &[u8]) -> SuperFrame<'_> {
 fn offload(c: &mut Criterion) {
     let mut group = c.benchmark_group("super-frame");
     group.throughput(Throughput::Bytes((SEGMENTS * SEGMENT) as u64));
-    let frame = super_frame(SEGMENTS, SEGMENT);
+    let frame = super_frame([10, 99, 0, 1].into(), [10, 99, 0, 2].into(), SEGMENTS, SEGMENT);
     let frame_to_cut = cut(&frame);
     let mut out = vec![0; 2_048];
     group.bench_function("segment", |b| {

@@ -1,4 +1,4 @@
-//! Two devices that know each other.
+//! Devices that know each other.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -48,18 +48,23 @@ impl Role {
         }
     }
 
-    /// Its device id.
-    pub const fn device(self) -> DeviceId {
-        DeviceId::from_bytes([self as u8 + 1; 16])
+    /// Its place among the devices.
+    pub const fn index(self) -> usize {
+        self as usize
     }
 }
 
-/// Two devices, the same on both sides.
+/// The id of the device at a place.
+pub const fn device_id(index: usize) -> DeviceId {
+    DeviceId::from_bytes([index as u8 + 1; 16])
+}
+
+/// Devices that all know each other, the same on all sides.
 #[derive(Debug)]
-pub struct Pair {
+pub struct Group {
     network: Network,
     signer: NetmapSecretKey,
-    devices: [Device; 2],
+    devices: Vec<Device>,
     policy: Policy,
     mtu: u16,
 }
@@ -72,20 +77,21 @@ struct Device {
     probe: ProbeSecretKey,
 }
 
-impl Pair {
-    /// Devices with these overlay addresses (first a's, then b's) under `policy`; all keys follow from `seed`.
+impl Group {
+    /// Devices with these overlay addresses, at most 255, under `policy`; all keys follow from `seed`.
     ///
     /// # Errors
     /// The policy is invalid.
-    pub fn new(seed: [u8; 32], addrs: [Vec<IpAddr>; 2], policy: &str, mtu: u16) -> Result<Self> {
+    pub fn new(seed: [u8; 32], addrs: Vec<Vec<IpAddr>>, policy: &str, mtu: u16) -> Result<Self> {
         let mut rng = ChaCha20Rng::from_seed(seed);
         let signer = NetmapSecretKey::generate(&mut rng);
-        let devices = addrs.map(|addrs| Device {
+        let mut device = |addrs| Device {
             addrs,
             control: ControlSecretKey::generate(&mut rng),
             wg: WgSecretKey::generate(&mut rng),
             probe: ProbeSecretKey::generate(&mut rng),
-        });
+        };
+        let devices = addrs.into_iter().map(&mut device).collect();
         let policy = Policy::parse(policy).map_err(|found| anyhow!("the policy: {}", lines(&found)))?;
         let network = Network {
             id: NetworkId::from_bytes([7; 16]),
@@ -100,12 +106,12 @@ impl Pair {
     ///
     /// # Errors
     /// The policy doesn't fit the devices, or the engine refuses the netmap.
-    pub fn engine(&self, role: Role, now: Now, seed: [u8; 32]) -> Result<Engine> {
-        let own = &self.devices[role as usize];
+    pub fn engine(&self, index: usize, now: Now, seed: [u8; 32]) -> Result<Engine> {
+        let own = self.devices.get(index).context("no such device")?;
         let mut engine = Engine::new(Config {
             identity: Identity {
                 network: self.network.id,
-                device: role.device(),
+                device: device_id(index),
                 control: own.control.public(),
                 netmap_key: self.signer.public(),
                 epoch: 1,
@@ -117,10 +123,10 @@ impl Pair {
             mtu: self.mtu,
             handshake_floor: UnixTime::default(),
         });
-        let netmap = self.netmap(role, now)?;
+        let netmap = self.netmap(index, now)?;
         let update = NetmapUpdate {
             network: self.network.id,
-            device: role.device(),
+            device: device_id(index),
             device_key: own.control.public(),
             epoch: 1,
             from: 0,
@@ -136,52 +142,57 @@ impl Pair {
         Ok(engine)
     }
 
-    fn netmap(&self, role: Role, now: Now) -> Result<Netmap> {
-        let roles = [Role::A, Role::B];
-        let node = |role: Role| Node {
-            hostname: role.name().to_owned(),
-            tags: [TAG.to_owned()].into(),
-            ipv4: self.devices[role as usize].addrs.iter().find(|a| a.is_ipv4()).copied(),
-            ipv6: self.devices[role as usize].addrs.iter().find(|a| a.is_ipv6()).copied(),
-            ..Node::default()
+    fn netmap(&self, index: usize, now: Now) -> Result<Netmap> {
+        let node = |(at, device): (usize, &Device)| {
+            let node = Node {
+                hostname: name(at),
+                tags: [TAG.to_owned()].into(),
+                ipv4: device.addrs.iter().find(|a| a.is_ipv4()).copied(),
+                ipv6: device.addrs.iter().find(|a| a.is_ipv6()).copied(),
+                ..Node::default()
+            };
+            (name(at), node)
         };
-        let inventory = Inventory {
-            nodes: roles.map(|role| (role.name().to_owned(), node(role))).into(),
-            ..Inventory::default()
-        };
+        let inventory =
+            Inventory { nodes: self.devices.iter().enumerate().map(node).collect(), ..Inventory::default() };
         let compiled = policy::compile(&self.policy, &inventory, now.unix.as_secs(), LEASE.as_secs() as i64)
             .map_err(|found| anyhow!("the policy: {}", lines(&found)))?;
-        let other = role.other();
-        let theirs = &self.devices[other as usize];
-        let peer = Peer {
-            id: other.device(),
-            wg: theirs.wg.public(),
-            probe: theirs.probe.public(),
-            addrs: theirs.addrs.clone(),
-            routes: Vec::new(),
-            name: Some(other.name().to_owned()),
-            user: None,
-            tags: vec![TAG.to_owned()],
-            home_relay: None,
-            key_signature: None,
+        let peer = |(at, device): (usize, &Device)| {
+            let peer = Peer {
+                id: device_id(at),
+                wg: device.wg.public(),
+                probe: device.probe.public(),
+                addrs: device.addrs.clone(),
+                routes: Vec::new(),
+                name: Some(name(at)),
+                user: None,
+                tags: vec![TAG.to_owned()],
+                home_relay: None,
+                key_signature: None,
+            };
+            (device_id(at), peer.into())
         };
         Ok(Netmap {
             network: self.network.clone(),
             device: SelfDevice {
-                id: role.device(),
-                name: role.name().to_owned(),
-                addrs: self.devices[role as usize].addrs.clone(),
+                id: device_id(index),
+                name: name(index),
+                addrs: self.devices[index].addrs.clone(),
                 user: None,
                 tags: vec![TAG.to_owned()],
                 attrs: Vec::new(),
             },
-            peers: [(other.device(), peer.into())].into(),
-            ingress: compiled.ingress(role.name()).into_iter().collect(),
-            egress: compiled.egress(role.name()).into_iter().collect(),
+            peers: self.devices.iter().enumerate().filter(|(at, _)| *at != index).map(peer).collect(),
+            ingress: compiled.ingress(&name(index)).into_iter().collect(),
+            egress: compiled.egress(&name(index)).into_iter().collect(),
             relays: [].into(),
             apps: [].into(),
         })
     }
+}
+
+fn name(index: usize) -> String {
+    format!("device-{index}")
 }
 
 /// A seed of the day for one side's own randomness.

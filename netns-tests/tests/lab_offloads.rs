@@ -182,7 +182,15 @@ fn udp(from: &Host, to: &Host, address: SocketAddr, source: IpAddr) -> Result<()
             let (len, peer) = receiver.recv_from(&mut buffer).context("a datagram")?;
             let expected = first + i as u32;
             ensure!(len == *size, "{len} bytes instead of {size}");
-            ensure!(buffer[..4] == expected.to_be_bytes(), "out of order");
+            let number = u32::from_be_bytes([buffer[0], buffer[1], buffer[2], buffer[3]]);
+            if number != expected {
+                receiver.set_read_timeout(Some(Duration::from_millis(500)))?;
+                let mut rest = vec![];
+                while let Ok((n, _)) = receiver.recv_from(&mut buffer) {
+                    rest.push((u32::from_be_bytes([buffer[0], buffer[1], buffer[2], buffer[3]]), n));
+                }
+                bail!("number {number} came instead of {expected}, then {rest:?}");
+            }
             ensure!((4..len).all(|i| buffer[i] == byte_at(expected as usize * 31 + i)), "another content");
             if i + 1 == sizes.len() {
                 receiver.send_to(b"got", peer)?;

@@ -34,8 +34,12 @@ use crate::stun::lifetime::{Lifetime, SILENT_SOCKET};
 use crate::wg;
 
 mod data;
+mod frame;
 mod install;
+mod jobs;
 mod query;
+
+pub use jobs::{OpenJob, SEND_AT, SealJob};
 
 /// Events waiting for [`Engine::poll_event`]; the oldest goes first.
 pub const MAX_EVENTS: usize = 8_192;
@@ -103,6 +107,7 @@ pub struct Engine {
     next_ping: u64,
     wakes: [u64; WakeReason::ALL.len()],
     drops: data::Drops,
+    busy: jobs::Busy,
 }
 
 /// A peer that WireGuard and paths know.
@@ -163,6 +168,7 @@ impl Engine {
             next_ping: 0,
             wakes: [0; WakeReason::ALL.len()],
             drops: data::Drops::default(),
+            busy: jobs::Busy::default(),
         }
     }
 

@@ -78,6 +78,17 @@ pub struct Arrival {
     pub tell: bool,
 }
 
+impl Arrival {
+    /// Bytes of each datagram of a batch of `len`; at least one.
+    pub(crate) const fn stride_of(&self, len: usize) -> usize {
+        match (self.stride, len) {
+            (0, 0) => 1,
+            (0, len) => len,
+            (stride, _) => stride,
+        }
+    }
+}
+
 /// One UDP socket of ours and one address it can be reached at: a candidate for peers on the same network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LocalSocket {

@@ -12,6 +12,7 @@
 use std::hash::{BuildHasher as _, Hasher as _};
 use std::time::Duration;
 
+use arrayvec::ArrayVec;
 use warren_common::filter::PROTO_TCP;
 use warren_common::time::Instant;
 
@@ -30,6 +31,8 @@ pub const RECEIVED_TARGET: u64 = 192 * 1_024;
 pub const MAX_WAITING_BYTES: usize = 1 << 20;
 /// Frames that wait at most, a count: small packets fill this before they fill the bytes.
 pub const MAX_WAITING_FRAMES: usize = 2_048;
+/// Frames that may be taken out at a time, a count.
+pub const MAX_TAKEN: usize = 128;
 /// Longest frame, in bytes: a virtio header and an IP packet.
 pub const MAX_FRAME: usize = 65_536 + 64;
 
@@ -94,11 +97,16 @@ impl Standing {
         if is_empty {
             self.emptied = now;
         }
-        self.judge(now, self.most.max(self.most_before) >= self.limit)
+        // Only who is in a long queue is told, not who comes right after one.
+        self.is_due(now) && bytes >= self.limit && {
+            self.on_said(now);
+            true
+        }
     }
 
-    fn judge(&mut self, now: Instant, is_long: bool) -> bool {
-        if !is_long {
+    /// True if the queue has been long for so long that it is time to say so.
+    fn is_due(&mut self, now: Instant) -> bool {
+        if self.most.max(self.most_before) < self.limit {
             self.too_long_at = None;
             self.next = None;
             return false;
@@ -107,9 +115,10 @@ impl Standing {
             self.too_long_at = Some(now + INTERVAL);
             return false;
         };
-        if now < at || self.next.is_some_and(|next| now < next) {
-            return false;
-        }
+        now >= at && self.next.is_none_or(|next| now >= next)
+    }
+
+    fn on_said(&mut self, now: Instant) {
         self.said = match self.next {
             Some(_) => self.said.saturating_add(1),
             // Soon after the last time the pace goes on where it was.
@@ -119,7 +128,6 @@ impl Standing {
         self.last = now;
         // Shorter with the square root of how often it was said, to which TCP's rate answers in proportion.
         self.next = Some(self.next.unwrap_or(now) + INTERVAL.div_f64(f64::from(self.said).sqrt()));
-        true
     }
 }
 
@@ -137,8 +145,8 @@ pub struct TunQueue {
     fresh: Chain,
     busy: Chain,
     hash: FlowHash,
-    /// The frame that was taken out last: its memory is free with the next call.
-    taken: Option<u32>,
+    /// Frames that were taken out, whose memory is not free yet.
+    taken: ArrayVec<u32, MAX_TAKEN>,
     dropped: u64,
     told: u64,
 }
@@ -182,6 +190,8 @@ impl std::fmt::Debug for TunQueue {
 pub struct Waited<'a> {
     /// Its bytes.
     pub frame: &'a mut [u8],
+    /// Where they are in [`TunQueue::arena`].
+    pub at: usize,
     /// Its flow makes its packets wait, and is to be told by it.
     pub tell: bool,
 }
@@ -210,7 +220,7 @@ impl TunQueue {
             fresh: EMPTY,
             busy: EMPTY,
             hash: FlowHash::new(seed),
-            taken: None,
+            taken: ArrayVec::new(),
             dropped: 0,
             told: 0,
         }
@@ -276,6 +286,19 @@ impl TunQueue {
     /// Takes out the frame whose turn it is. Its memory stays as it is until the next call.
     pub fn pop(&mut self, now: Instant) -> Option<Waited<'_>> {
         self.release();
+        self.pop_also(now)
+    }
+
+    /// All memory, in which the frames taken out are.
+    pub const fn arena(&self) -> &[u8] {
+        &self.arena
+    }
+
+    /// [`pop`](Self::pop), but what was taken out before stays as well, up to [`MAX_TAKEN`] frames.
+    pub fn pop_also(&mut self, now: Instant) -> Option<Waited<'_>> {
+        if self.taken.is_full() {
+            return None;
+        }
         loop {
             let is_fresh = self.fresh.head != NONE;
             let chain = if is_fresh { &mut self.fresh } else { &mut self.busy };
@@ -307,8 +330,8 @@ impl TunQueue {
             let tell = entry.standing.observe(now, entry.bytes, next == NONE);
             entry.bytes = entry.bytes.saturating_sub(len as u64);
             self.told += u64::from(tell);
-            self.taken = Some(place);
-            return Some(Waited { frame: &mut self.arena[start..start + len], tell });
+            self.taken.push(place);
+            return Some(Waited { frame: &mut self.arena[start..start + len], at: start, tell });
         }
     }
 
@@ -369,8 +392,8 @@ impl TunQueue {
     }
 
     /// Frees the memory of what was taken out, and of whatever else is gone at the old end.
-    fn release(&mut self) {
-        if let Some(place) = self.taken.take() {
+    pub fn release(&mut self) {
+        for place in self.taken.drain(..) {
             self.frames[place as usize].gone = true;
         }
         while self.count > 0 && self.frames[self.oldest].gone {

@@ -58,6 +58,7 @@ impl Daemon {
                     "staged": status.staged,
                     "disagreements": status.disagreements,
                     "queue": {"dropped": self.plane.queue_counts().0, "told": self.plane.queue_counts().1},
+                    "turns_shared": self.plane.shared_turns(),
                 });
                 (status.device, status.peers, status.revision, counters)
             }

@@ -41,12 +41,27 @@ pub struct Udp {
     wanted: Offloads,
 }
 
-/// Memory for one receive call.
+/// Memory for one receive call, and what it brought.
 pub struct ReceiveBuffer {
-    bytes: Box<[u8]>,
+    slots: [Box<[u8]>; SLOTS],
     meta: [RecvMeta; SLOTS],
+    arrivals: [Arrival; SLOTS],
+    count: usize,
     /// Of what waits for us in the socket.
     standing: Standing,
+}
+
+/// What came from one sender: a datagram, or several.
+#[derive(Debug)]
+pub struct Batch<'a> {
+    /// The sender.
+    pub remote: SocketAddr,
+    /// How the datagrams lie.
+    pub arrival: Arrival,
+    /// Where they are. May be taken, and has to be [given back](ReceiveBuffer::give_back) before the next call then.
+    pub slot: &'a mut Box<[u8]>,
+    /// Bytes of all datagrams, at the front of the slot.
+    pub len: usize,
 }
 
 impl std::fmt::Debug for ReceiveBuffer {
@@ -58,9 +73,31 @@ impl std::fmt::Debug for ReceiveBuffer {
 impl Default for ReceiveBuffer {
     fn default() -> Self {
         Self {
-            bytes: vec![0; SLOT * SLOTS].into_boxed_slice(),
+            slots: std::array::from_fn(|_| vec![0; SLOT].into_boxed_slice()),
             meta: [RecvMeta::default(); SLOTS],
+            arrivals: [Arrival::default(); SLOTS],
+            count: 0,
             standing: Standing::new(RECEIVED_TARGET),
+        }
+    }
+}
+
+impl ReceiveBuffer {
+    /// What the last call brought, in the order it came.
+    pub fn batches(&mut self) -> impl Iterator<Item = Batch<'_>> {
+        let received = self.meta.iter().zip(&self.arrivals).take(self.count);
+        received.zip(&mut self.slots).map(|((meta, arrival), slot)| Batch {
+            remote: meta.addr,
+            arrival: *arrival,
+            slot,
+            len: meta.len,
+        })
+    }
+
+    /// Takes back the memory of a [`Batch`].
+    pub fn give_back(&mut self, slot: Box<[u8]>) {
+        if let Some(place) = self.slots.iter_mut().find(|place| place.is_empty()) {
+            *place = slot;
         }
     }
 }
@@ -203,46 +240,36 @@ impl Udp {
         self.socket.readable().await.map(|mut guard| guard.retain_ready())
     }
 
-    /// Receives what is there and calls `each` with sender, bytes and how the datagrams lie in them. True if there may be
-    /// more.
+    /// Receives what is there into `buffer`. True if there may be more.
     ///
     /// # Errors
     /// `WouldBlock` if there is nothing; other errors concern earlier sends (ICMP) and are no reason to stop.
-    pub fn receive(
-        &self,
-        buffer: &mut ReceiveBuffer,
-        now: Now,
-        mut each: impl FnMut(SocketAddr, &mut [u8], Arrival),
-    ) -> io::Result<bool> {
-        let ReceiveBuffer { bytes, meta, standing } = buffer;
-        let mut count = 0;
+    pub fn receive(&self, buffer: &mut ReceiveBuffer, now: Now) -> io::Result<bool> {
+        let ReceiveBuffer { slots, meta, arrivals, count, standing } = buffer;
+        *count = 0;
         let done = {
-            let mut chunks = bytes.chunks_exact_mut(SLOT);
-            let mut slots: [IoSliceMut<'_>; SLOTS] =
-                std::array::from_fn(|_| IoSliceMut::new(chunks.next().unwrap_or_default()));
+            let mut slots = slots.each_mut().map(|slot| IoSliceMut::new(slot));
             self.socket.try_io(Interest::READABLE, |socket| {
-                count = self.state.recv(UdpSockRef::from(socket), &mut slots, meta)?;
+                *count = self.state.recv(UdpSockRef::from(socket), &mut slots, meta)?;
                 // Fewer than there was room for: the runtime may wait for the next ones without another call.
-                if count < SLOTS { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+                if *count < SLOTS { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
             })
         };
         let more = done.is_ok();
-        if count == 0 {
+        if *count == 0 {
             done?;
         }
+        let meta = &meta[..*count];
         // Only one batch is told, and none of single datagrams: who sends one at a time isn't who makes them wait.
         let is_batch = |meta: &RecvMeta| meta.len / meta.stride.max(1) >= TELLING;
-        let mut tell = meta.iter().take(count).any(is_batch) && {
+        let mut tell = meta.iter().any(is_batch) && {
             let waiting = self.waiting();
             standing.observe(now.boot, waiting, waiting == 0)
         };
-        for (slot, meta) in bytes.chunks_exact_mut(SLOT).zip(meta.iter()).take(count) {
-            if meta.len > 0 {
-                let ecn = Ecn::from_bits(meta.ecn.map_or(0, |ecn| ecn as u8));
-                let stride = meta.stride.max(1);
-                let tell = is_batch(meta) && std::mem::take(&mut tell);
-                each(meta.addr, &mut slot[..meta.len], Arrival { stride, ecn, tell });
-            }
+        for (arrival, meta) in arrivals.iter_mut().zip(meta) {
+            let ecn = Ecn::from_bits(meta.ecn.map_or(0, |ecn| ecn as u8));
+            let tell = is_batch(meta) && std::mem::take(&mut tell);
+            *arrival = Arrival { stride: meta.stride.max(1), ecn, tell };
         }
         Ok(more)
     }
@@ -389,11 +416,12 @@ mod tests {
         let (mut buffer, mut got, mut sizes) = (ReceiveBuffer::default(), Vec::new(), Vec::new());
         while got.len() < sent.len() {
             sockets[0].readable().await.unwrap();
-            let result = sockets[0].receive(&mut buffer, crate::clock::now(), |_, bytes, arrival| {
+            let result = sockets[0].receive(&mut buffer, crate::clock::now());
+            for Batch { arrival, slot, len, .. } in buffer.batches() {
                 assert_eq!(arrival.ecn, Ecn::Capable0);
-                sizes.extend(bytes.chunks(arrival.stride).map(<[u8]>::len));
-                got.extend_from_slice(bytes);
-            });
+                sizes.extend(slot[..len].chunks(arrival.stride).map(<[u8]>::len));
+                got.extend_from_slice(&slot[..len]);
+            }
             assert!(result.as_ref().is_ok() || result.is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock));
         }
         assert_eq!((got, sizes), (sent, vec![1_000, 1_000, 500]));

@@ -16,7 +16,7 @@ use warren_agent::dataplane::{DataPlane, NoRelays};
 use warren_agent::entropy::OsEntropy;
 use warren_agent::os::tun::Tun;
 use warren_agent::os::{Offloads, udp};
-use warren_bench::pair::{POLICY, Pair, Role};
+use warren_bench::pair::{Group, POLICY, Role, device_id};
 use warren_engine::event::Event;
 use warren_engine::io::{LocalSocket, Source};
 
@@ -70,13 +70,13 @@ async fn run(args: Args) -> Result<()> {
     let policy =
         args.policy.as_deref().map(std::fs::read_to_string).transpose().context("the policy file")?;
     let addrs = match args.role {
-        Role::A => [vec![args.addr], vec![args.peer_addr]],
-        Role::B => [vec![args.peer_addr], vec![args.addr]],
+        Role::A => vec![vec![args.addr], vec![args.peer_addr]],
+        Role::B => vec![vec![args.peer_addr], vec![args.addr]],
     };
-    let pair = Pair::new([5; 32], addrs, policy.as_deref().unwrap_or(POLICY), args.mtu)?;
+    let pair = Group::new([5; 32], addrs, policy.as_deref().unwrap_or(POLICY), args.mtu)?;
     let mut seed = [0; 32];
     OsEntropy.fill_bytes(&mut seed);
-    let mut engine = pair.engine(args.role, clock::now(), seed)?;
+    let mut engine = pair.engine(args.role.index(), clock::now(), seed)?;
 
     let offloads = Offloads::without(args.without_offload.iter().map(String::as_str))
         .map_err(|name| anyhow::anyhow!("there is no offload {name}"))?;
@@ -120,7 +120,7 @@ async fn run(args: Args) -> Result<()> {
             () = timer.fired() => engine.handle_timeout(clock::now()),
             received = signals.recv(&mut buffer) => {
                 let len = received?;
-                let from = Source::Signal { device: args.role.other().device() };
+                let from = Source::Signal { device: device_id(args.role.other().index()) };
                 plane.from_elsewhere(clock::now(), from, &mut buffer[..len], &mut engine, Some(&tun));
             }
         }

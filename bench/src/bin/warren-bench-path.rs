@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use clap::{Parser, Subcommand};
-use warren_bench::memory::{SEGMENT, SEGMENTS, Tunnel};
+use warren_bench::memory::{Hub, SEGMENT, SEGMENTS, Tunnel};
 
 /// Example: warren-bench-path shards 2
 #[derive(Debug, Parser)]
@@ -31,6 +31,13 @@ enum What {
         /// Threads.
         threads: usize,
     },
+    /// Gbit/s of one engine with several busy peers, alone and with helpers for a turn's sealing and opening.
+    Together {
+        /// Busy peers.
+        peers: usize,
+        /// Threads, the engine's owner included.
+        threads: usize,
+    },
     /// This many super-frames, and nothing else that takes long.
     Fixed {
         /// Super-frames of 47 packets.
@@ -47,8 +54,50 @@ fn main() -> Result<()> {
     match Args::parse().what {
         What::Halves => halves(),
         What::Shards { threads } => shards(threads),
+        What::Together { peers, threads } => together(peers, threads),
         What::Fixed { frames } => fixed(frames),
     }
+}
+
+fn together(peers: usize, threads: usize) -> Result<()> {
+    let mut ratios = [Vec::new(), Vec::new()];
+    for _ in 0..5 {
+        let (one, all) = (hub_rates(peers, 1)?, hub_rates(peers, threads)?);
+        for (way, name) in ["sealing", "opening"].into_iter().enumerate() {
+            let (one, all) = (one[way], all[way]);
+            println!(
+                "{name}: alone {one:.2} Gbit/s, {threads} threads {all:.2} Gbit/s, {:.2} times",
+                all / one
+            );
+            ratios[way].push(all / one);
+        }
+    }
+    for (ratios, name) in ratios.iter_mut().zip(["sealing", "opening"]) {
+        ratios.sort_by(f64::total_cmp);
+        println!("{name}, median: {:.2} times", ratios[ratios.len() / 2]);
+    }
+    Ok(())
+}
+
+/// Payload that a hub seals, and that it opens, with this many peers and threads.
+fn hub_rates(peers: usize, threads: usize) -> Result<[f64; 2]> {
+    let mut hub = Hub::connect(peers, threads)?;
+    let (mut sealing, mut opening, mut sealed, mut opened) = (Duration::ZERO, Duration::ZERO, 0, 0);
+    while sealing + opening < SPAN {
+        for _ in 0..TICK / peers {
+            hub.prepare();
+            let began = Instant::now();
+            opened += hub.open();
+            opening += began.elapsed();
+            let began = Instant::now();
+            hub.seal();
+            sealing += began.elapsed();
+            sealed += peers * SEGMENTS * SEGMENT;
+        }
+        hub.tick();
+    }
+    let gbits = |bytes: usize, time: Duration| bytes as f64 * 8.0 / time.as_nanos() as f64;
+    Ok([gbits(sealed, sealing), gbits(opened, opening)])
 }
 
 fn halves() -> Result<()> {

@@ -10,7 +10,7 @@ use rand_core::RngCore as _;
 use warren_agent::clock;
 use warren_agent::entropy::OsEntropy;
 use warren_agent::os::tun::Tun;
-use warren_agent::os::udp::{self, ReceiveBuffer, Udp};
+use warren_agent::os::udp::{self, Batch, ReceiveBuffer, Udp};
 use warren_agent::os::{self, HostPlan, Offloads};
 use warren_agent::state::StateDir;
 use warren_common::filter::{Action, FilterDst, FilterRule, IpRange, PortRange, RuleId};
@@ -232,14 +232,15 @@ impl<'h> Node<'h> {
                 _ = socket.readable() => {
                     let now = clock::now();
                     // Errors are about what was sent earlier.
-                    let _ = socket.receive(&mut receive, now, |remote, bytes, arrival| {
+                    let _ = socket.receive(&mut receive, now);
+                    for Batch { remote, arrival, slot, len } in receive.batches() {
                         let from = match reached {
                             Reached::ByThem => Source::Direct { socket: socket.id(), remote },
                             Reached::ByUs => Source::Relay { relay: RELAY, device: THEM },
                         };
-                        engine.handle_datagrams(now, from, arrival, bytes, &mut edge.packets);
+                        engine.handle_datagrams(now, from, arrival, &mut slot[..len], &mut edge.packets);
                         edge.deliver();
-                    });
+                    }
                 }
                 () = tokio::time::sleep(due) => engine.handle_timeout(clock::now()),
             }

@@ -7,19 +7,15 @@ use warren_common::time::Now;
 use warren_common::wire::probe;
 
 use super::Engine;
+use super::frame::{FromTun, WG_ROOM, Way};
 use crate::filter::{DropReason, Output, Verdict};
 use crate::flow::Direction;
 use crate::io::{Added, Arrival, Burst, Destination, Outbox, Source, TunOut};
 use crate::offload::Ecn;
-use crate::offload::segment::{SuperFrame, complete_checksum};
-use crate::offload::vnet::{HEADER_LEN, Header};
-use crate::packet::{Addrs, build, mss};
+use crate::packet::{Addrs, build};
 use crate::paths::{Carried, PeerIdx, is_endpoint};
 use crate::stun::is_stun;
 use crate::wg;
-
-/// Room a WireGuard message of up to the MTU may need: padding and overhead.
-const WG_ROOM: usize = 16 + wg::DATA_OVERHEAD;
 
 /// What every IPv6 link carries (RFC 8200 section 5), in bytes.
 const MIN_IPV6_MTU: usize = 1_280;
@@ -31,15 +27,11 @@ pub(super) const MAX_TOO_BIG_PER_SECOND: u32 = 100;
 pub(super) struct Drops {
     pub(super) no_path: u64,
     pub(super) outbox_full: u64,
-    pub(super) tun_full: u64,
     pub(super) queued: u64,
     pub(super) too_long: u64,
     /// Longer than the path to the peer carries; the sender was told.
     pub(super) path_mtu: u64,
-    pub(super) delayed: u64,
     pub(super) bad_frame: u64,
-    /// Not dropped: the host sees for itself.
-    pub(super) bad_checksum: u64,
     pub(super) bad_endpoint: u64,
     pub(super) unknown_protocol: u64,
     pub(super) unknown_sender: u64,
@@ -49,14 +41,34 @@ pub(super) struct Drops {
     pub(super) events: u64,
     pub(super) bad_peers: u64,
     pub(super) presence: u64,
+    /// Packets that the tunnel itself delayed, and so lost to tell their sender.
+    pub(super) delayed: u64,
+    pub(super) inbound: InboundDrops,
+}
+
+/// Of them, those of packets on their way to the host.
+#[derive(Clone, Debug, Default)]
+pub(super) struct InboundDrops {
+    pub(super) tun_full: u64,
+    pub(super) delayed: u64,
+    /// Not dropped: the host sees for itself.
+    pub(super) bad_checksum: u64,
     pub(super) wireguard: [u64; WG_REASONS.len()],
 }
 
-impl Drops {
-    fn count_wireguard(&mut self, reason: wg::DropReason) {
+impl InboundDrops {
+    pub(super) fn count_wireguard(&mut self, reason: wg::DropReason) {
         if let Some(at) = WG_REASONS.iter().position(|r| *r == reason) {
             self.wireguard[at] += 1;
         }
+    }
+
+    /// Adds what was counted elsewhere.
+    pub(super) fn absorb(&mut self, Self { tun_full, delayed, bad_checksum, wireguard }: Self) {
+        self.tun_full += tun_full;
+        self.delayed += delayed;
+        self.bad_checksum += bad_checksum;
+        self.wireguard.iter_mut().zip(wireguard).for_each(|(to, more)| *to += more);
     }
 }
 
@@ -79,56 +91,6 @@ pub(super) const WG_REASONS: [wg::DropReason; 15] = [
     wg::DropReason::NotIp,
 ];
 
-/// What one read of the TUN brought.
-#[derive(Clone, Copy)]
-enum FromTun<'a> {
-    Packet(&'a [u8]),
-    Super(SuperFrame<'a>, &'a [u8]),
-}
-
-impl<'a> FromTun<'a> {
-    /// The packet; of a super-frame as it was read, one long packet.
-    const fn bytes(&self) -> &'a [u8] {
-        match self {
-            Self::Packet(packet) | Self::Super(_, packet) => packet,
-        }
-    }
-
-    fn burst(&self) -> Burst {
-        match self {
-            Self::Packet(packet) => Burst::one(packet.len()),
-            Self::Super(frame, _) => Burst {
-                packets: frame.segments() as u32, // at most MAX_SEGMENTS
-                bytes: frame.total_len(),
-                more_payload: 0, // the one packet has it all
-            },
-        }
-    }
-
-    fn segments(&self) -> usize {
-        match self {
-            Self::Packet(_) => 1,
-            Self::Super(frame, _) => frame.segments(),
-        }
-    }
-
-    fn segment_len(&self, index: usize) -> usize {
-        match self {
-            Self::Packet(packet) => packet.len(),
-            Self::Super(frame, _) => frame.segment_len(index),
-        }
-    }
-
-    fn write(&self, index: usize, out: &mut [u8]) {
-        match self {
-            Self::Packet(packet) => out.copy_from_slice(packet),
-            Self::Super(frame, _) => {
-                frame.write(index, out);
-            }
-        }
-    }
-}
-
 impl Engine {
     /// Takes one IP packet from the TUN. Allowed ones are sealed straight into `out`, where packets of one size to one
     /// destination form one batch; the first ones to a peer wait for its handshake. Drain `out` when it has no room
@@ -144,29 +106,21 @@ impl Engine {
     /// With `tell` its flow makes packets wait ([`crate::queue`]): it is marked if its sender understands that, or else
     /// one packet of it is lost.
     pub fn handle_tun_frame(&mut self, now: Now, frame: &mut [u8], tell: bool, out: &mut Outbox) {
-        let mut lose = false;
-        let sound = match Header::read(frame) {
-            Ok(header) => {
-                let packet = &mut frame[HEADER_LEN..];
-                if tell {
-                    lose = !Ecn::mark_congested(packet);
-                }
-                match header.gso {
-                    None => complete_checksum(&header, packet).map(|()| FromTun::Packet(packet)),
-                    Some(gso) => SuperFrame::new(gso, header.checksum, packet)
-                        .map(|frame| FromTun::Super(frame, packet)),
-                }
-                .ok()
-            }
-            Err(_) => None,
-        };
-        match sound {
-            Some(from_tun) => self.take_from_tun(now, from_tun, lose, out),
+        match FromTun::prepare(frame, tell) {
+            Some((from_tun, lose)) => self.take_from_tun(now, from_tun, lose, out),
             None => self.drops.bad_frame += 1,
         }
     }
 
     fn take_from_tun(&mut self, now: Now, from_tun: FromTun<'_>, lose: bool, out: &mut Outbox) {
+        let Some(peer) = self.admit_from_tun(now, &from_tun) else { return };
+        self.drops.delayed += u64::from(lose);
+        self.send_packets(now, peer, from_tun, usize::from(lose), out);
+        self.resend_handshakes(now);
+    }
+
+    /// Whose it is, if it may go there and fits the path.
+    pub(super) fn admit_from_tun(&mut self, now: Now, from_tun: &FromTun<'_>) -> Option<PeerIdx> {
         self.notice_jump(now);
         self.end_lease_if_over(now);
         let packet = from_tun.bytes();
@@ -174,11 +128,11 @@ impl Engine {
         let Some((src, dst)) = ip_ends(packet) else {
             // The filter knows how to say what is wrong with it; it passes nothing that it can't parse.
             self.filter.judge_burst(Direction::Egress, now, packet, PeerIdx::MAX, burst);
-            return;
+            return None;
         };
         if from_tun.segment_len(0) > self.mtu {
             self.drops.too_long += u64::from(burst.packets);
-            return;
+            return None;
         }
         let reason = if self.enforced.is_none() {
             DropReason::LeaseEnded
@@ -186,16 +140,13 @@ impl Engine {
             DropReason::SpoofedSource
         } else if let Some(owner) = self.routes.lookup(dst) {
             let verdict = self.filter.judge_burst(Direction::Egress, now, packet, owner.peer, burst);
-            if verdict == Verdict::Pass && self.fits_path(now, owner.peer, &from_tun) {
-                self.drops.delayed += u64::from(lose);
-                self.send_packets(now, owner.peer, from_tun, usize::from(lose), out);
-                self.resend_handshakes(now);
-            }
-            return;
+            return (verdict == Verdict::Pass && self.fits_path(now, owner.peer, from_tun))
+                .then_some(owner.peer);
         } else {
             DropReason::NoPeer
         };
         self.filter.record_drops(Direction::Egress, now, packet, burst.packets, reason);
+        None
     }
 
     /// False if the path is too narrow for packets that must not be cut: then their sender is told.
@@ -225,7 +176,7 @@ impl Engine {
     }
 
     /// Seals allowed packets, but the first `lost` of them, and hands them to the path.
-    fn send_packets(
+    pub(super) fn send_packets(
         &mut self,
         now: Now,
         peer: PeerIdx,
@@ -237,12 +188,8 @@ impl Engine {
             return;
         };
         self.before_use(now, peer);
-        let to = self.paths.route(now.boot, peer);
-        let mtu = self.paths.mtu(peer);
-        let narrow = mtu < self.mtu;
         let count = from_tun.segments();
-        let ecn = Ecn::of_packet(from_tun.bytes()).outside();
-        let Some(to) = to else {
+        let Some(to) = self.paths.route(now.boot, peer) else {
             if self.wg.has_session(handle, now) {
                 self.drops.no_path += count as u64;
             } else {
@@ -250,32 +197,21 @@ impl Engine {
             }
             return;
         };
-        let (mut sent, mut bytes) = (lost, 0);
-        let sealed = self.wg.seal_batch(handle, now, |sealer| {
-            while sent < count {
-                let len = from_tun.segment_len(sent);
-                let Some(space) = out.space(len + WG_ROOM) else { return };
-                let Some(datagram) = sealer.seal(len, space, |body| {
-                    from_tun.write(sent, body);
-                    if narrow {
-                        mss::clamp(body, mtu);
-                    }
-                }) else {
-                    return;
-                };
-                out.commit(to, ecn, datagram);
-                bytes += len;
-                sent += 1;
-            }
-        });
-        match sealed {
-            Ok(Some(())) => {
-                self.count_sent(peer, bytes);
-                self.drops.outbox_full += (count - sent) as u64;
+        let way = self.way(peer, to);
+        match self.wg.seal_batch(handle, now, |sealer| from_tun.seal(sealer, way, lost, out)) {
+            Ok(Some(sealed)) => {
+                self.count_sent(now, peer, sealed.bytes);
+                self.drops.outbox_full += sealed.left as u64;
             }
             Ok(None) => self.queue_packets(now, handle, peer, from_tun),
             Err(_) => self.drops.too_long += count as u64,
         }
+    }
+
+    /// How packets get to `peer`, which is reached at `to`.
+    pub(super) fn way(&self, peer: PeerIdx, to: Destination) -> Way {
+        let mtu = self.paths.mtu(peer);
+        Way { to, clamp: (mtu < self.mtu).then_some(mtu) }
     }
 
     /// Keeps packets until there is a session.
@@ -293,14 +229,15 @@ impl Engine {
             };
             from_tun.write(index, packet);
             match self.wg.queue(handle, now, packet) {
-                Ok(()) => self.count_sent(peer, len),
+                Ok(()) => self.count_sent(now, peer, len),
                 Err(wg::SealError::QueueFull) => self.drops.queued += 1,
                 Err(_) => self.drops.too_long += 1,
             }
         }
     }
 
-    fn count_sent(&mut self, peer: PeerIdx, len: usize) {
+    pub(super) fn count_sent(&mut self, now: Now, peer: PeerIdx, len: usize) {
+        self.busy.note(now.boot, peer, len);
         if let Some(state) = self.peers.get_mut(peer as usize).and_then(Option::as_mut) {
             state.tx_bytes += len as u64;
         }
@@ -332,14 +269,26 @@ impl Engine {
     ) {
         self.notice_jump(now);
         self.end_lease_if_over(now);
-        let stride = if arrival.stride == 0 { data.len().max(1) } else { arrival.stride };
         let mut arrival = arrival;
+        self.take_datagrams(now, from, &mut arrival, data, tun);
+        self.settle(now, tun);
+    }
+
+    pub(super) fn take_datagrams(
+        &mut self,
+        now: Now,
+        from: Source,
+        arrival: &mut Arrival,
+        data: &mut [u8],
+        tun: &mut TunOut,
+    ) {
+        let stride = arrival.stride_of(data.len());
         let mut rest = data;
         while !rest.is_empty() {
-            let taken = match self.handle_sealed(now, from, &mut arrival, rest, stride, tun) {
+            let taken = match self.handle_sealed(now, from, arrival, rest, stride, tun) {
                 0 => {
                     let (datagram, _) = rest.split_at_mut(stride.min(rest.len()));
-                    self.handle_one(now, from, &mut arrival, datagram, tun);
+                    self.handle_one(now, from, arrival, datagram, tun);
                     1
                 }
                 taken => taken,
@@ -347,8 +296,22 @@ impl Engine {
             let next = taken.saturating_mul(stride).min(rest.len());
             rest = &mut rest[next..];
         }
+    }
+
+    /// Judges what was put into `tun`.
+    pub(super) fn settle(&mut self, now: Now, tun: &mut TunOut) {
         tun.settle(|peer, packet, burst| self.admit(now, peer, packet, burst));
         self.resend_handshakes(now);
+    }
+
+    /// True if data messages from there may be opened: the sender is at a possible place, and something is granted.
+    pub(super) fn may_open(&self, from: Source) -> bool {
+        self.enforced.is_some()
+            && match from {
+                Source::Direct { remote, .. } => is_endpoint(self.overlay(), remote),
+                Source::Relay { device, .. } => self.paths.find(device).is_some(),
+                Source::Signal { .. } => false,
+            }
     }
 
     /// The way of nearly everything: data messages of one session at the front of a batch. Returns how many it took; none
@@ -362,12 +325,7 @@ impl Engine {
         stride: usize,
         tun: &mut TunOut,
     ) -> usize {
-        let known = match from {
-            Source::Direct { remote, .. } => is_endpoint(self.overlay(), remote),
-            Source::Relay { device, .. } => self.paths.find(device).is_some(),
-            Source::Signal { .. } => false,
-        };
-        if !known || self.enforced.is_none() {
+        if !self.may_open(from) {
             return 0;
         }
         let Self { wg, drops, .. } = self;
@@ -375,19 +333,24 @@ impl Engine {
             Ok(packet) if packet.is_empty() => {}
             Ok(packet) => {
                 if let Some(packet) = datagram.get_mut(packet) {
-                    deliver(drops, tun, peer.slot(), arrival, packet);
+                    deliver(&mut drops.inbound, tun, peer.slot(), arrival, packet);
                 }
             }
-            Err(reason) => drops.count_wireguard(reason),
+            Err(reason) => drops.inbound.count_wireguard(reason),
         });
-        if let Some(peer) = batch.peer.map(wg::PeerHandle::slot) {
-            let carried = if batch.packets > 0 { Carried::Data } else { Carried::Nothing };
-            if carried != Carried::Nothing {
-                self.before_use(now, peer);
-            }
-            self.paths.on_authentic(now.boot, peer, from, carried);
-        }
+        self.on_opened(now, from, batch, data.len());
         batch.datagrams
+    }
+
+    /// A peer provably sent `batch`, of about `bytes`.
+    pub(super) fn on_opened(&mut self, now: Now, from: Source, batch: wg::DataBatch, bytes: usize) {
+        let Some(peer) = batch.peer.map(wg::PeerHandle::slot) else { return };
+        let carried = if batch.packets > 0 { Carried::Data } else { Carried::Nothing };
+        if carried != Carried::Nothing {
+            self.before_use(now, peer);
+        }
+        self.paths.on_authentic(now.boot, peer, from, carried);
+        self.busy.note(now.boot, peer, bytes);
     }
 
     /// Judges packets that a peer sent.
@@ -472,7 +435,7 @@ impl Engine {
         let received = match self.wg.handle(now, from, datagram) {
             Ok(received) => received,
             Err(reason) => {
-                self.drops.count_wireguard(reason);
+                self.drops.inbound.count_wireguard(reason);
                 return;
             }
         };
@@ -489,7 +452,7 @@ impl Engine {
         self.paths.on_authentic(now.boot, peer, from, carried);
         let wg::Received::Data { packet, .. } = received else { return };
         if let Some(packet) = datagram.get_mut(packet) {
-            deliver(&mut self.drops, tun, peer, arrival, packet);
+            deliver(&mut self.drops.inbound, tun, peer, arrival, packet);
         }
     }
 
@@ -569,7 +532,13 @@ impl Engine {
 }
 
 /// Puts a packet that a peer sealed among those for the TUN; the verdict follows.
-fn deliver(drops: &mut Drops, tun: &mut TunOut, peer: PeerIdx, arrival: &mut Arrival, packet: &mut [u8]) {
+pub(super) fn deliver(
+    drops: &mut InboundDrops,
+    tun: &mut TunOut,
+    peer: PeerIdx,
+    arrival: &mut Arrival,
+    packet: &mut [u8],
+) {
     if arrival.ecn == Ecn::Congested {
         Ecn::mark_congested(packet);
     }

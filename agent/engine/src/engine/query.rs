@@ -247,13 +247,13 @@ impl Engine {
         let own = [
             ("no-path", d.no_path),
             ("outbox-full", d.outbox_full),
-            ("tun-full", d.tun_full),
+            ("tun-full", d.inbound.tun_full),
             ("handshake-queue-full", d.queued + self.wg.counters().queued_packets_dropped),
             ("longer-than-mtu", d.too_long),
             ("longer-than-path", d.path_mtu),
-            ("queue-delay", d.delayed),
+            ("queue-delay", d.delayed + d.inbound.delayed),
             ("bad-super-frame", d.bad_frame),
-            ("bad-inner-checksum", d.bad_checksum),
+            ("bad-inner-checksum", d.inbound.bad_checksum),
             ("bad-endpoint", d.bad_endpoint),
             ("unknown-protocol", d.unknown_protocol),
             ("unknown-sender", d.unknown_sender),
@@ -274,8 +274,10 @@ impl Engine {
             ("presence-full", d.presence),
         ];
         let own = own.into_iter().map(|(name, count)| (name.to_owned(), count));
-        let wg =
-            WG_REASONS.iter().zip(d.wireguard).map(|(reason, count)| (format!("wireguard-{reason}"), count));
+        let wg = WG_REASONS
+            .iter()
+            .zip(d.inbound.wireguard)
+            .map(|(reason, count)| (format!("wireguard-{reason}"), count));
         let filter = [(Direction::Egress, "egress"), (Direction::Ingress, "ingress")];
         let filter = filter.into_iter().flat_map(|(direction, name)| {
             self.filter

@@ -107,6 +107,11 @@ impl TunOut {
         Self::with_capacity(DEFAULT_ARENA_BYTES, vnet::HEADER_LEN, offload)
     }
 
+    /// Another arena, empty, for the same TUN.
+    pub fn alike(&self) -> Self {
+        Self::with_capacity(self.buffer.len(), self.headroom, self.offload)
+    }
+
     fn with_capacity(bytes: usize, headroom: usize, offload: TunOffload) -> Self {
         Self {
             buffer: vec![0; bytes.max(MAX_BATCH_BYTES)].into_boxed_slice(),

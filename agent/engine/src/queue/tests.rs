@@ -117,6 +117,22 @@ fn only_a_wait_that_lasts_is_told_and_ever_more_often() {
 }
 
 #[test]
+fn who_comes_right_after_a_long_queue_is_not_told() {
+    let mut standing = Standing::new(1_000);
+    let mut now = START;
+    while now < START + 2 * INTERVAL {
+        standing.observe(now, 3_000, false);
+        now += Duration::from_micros(100);
+    }
+    // The one who filled it is done; the last that was seen of it was a long queue. Others come, a few packets at a time.
+    for _ in 0..200 {
+        assert!(!standing.observe(now, 0, true));
+        assert!(!standing.observe(now, 100, false));
+        now += Duration::from_millis(1);
+    }
+}
+
+#[test]
 fn a_fragment_overtakes_nothing_of_its_addresses() {
     for ipv6 in [false, true] {
         let make = |number: u32, fragment: bool| {

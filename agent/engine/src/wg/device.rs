@@ -65,7 +65,16 @@ impl fmt::Debug for Sealer<'_> {
     }
 }
 
-impl Sealer<'_> {
+impl<'a> Sealer<'a> {
+    pub(super) fn new(session: &'a mut Session, mtu: usize) -> Self {
+        Self { key: session.sealing_key(), session, mtu, bytes: 0 }
+    }
+
+    /// Bytes of the datagrams so far.
+    pub(super) const fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     /// Seals a packet of `len` bytes, which `write` writes where they are to be, into the front of `out`; returns the
     /// datagram's length. `None` if `out` is too short for the padded packet and [`DATA_OVERHEAD`], if a packet of that
     /// length can't be, or if the session's last number is used up.
@@ -144,6 +153,10 @@ impl Device {
     /// Sets the packet size up to which packets are padded, in bytes: the overlay's MTU.
     pub const fn set_mtu(&mut self, mtu: usize) {
         self.mtu = mtu;
+    }
+
+    pub(super) const fn mtu(&self) -> usize {
+        self.mtu
     }
 
     /// Initiations from now on carry time stamps after `floor`. A shell that keeps [`Self::timestamp_floor`] over
@@ -309,18 +322,26 @@ impl Device {
     ) -> Result<Option<R>, SealError> {
         let mtu = self.mtu;
         let state = peer_in(&mut self.slots, peer).ok_or(SealError::UnknownPeer)?;
-        let keepalive = state.persistent_keepalive;
         let Some(active) = &mut state.active else { return Ok(None) };
         let Some(session) = active.usable(now.boot) else { return Ok(None) };
-        let mut sealer = Sealer { key: session.sealing_key(), session, mtu, bytes: 0 };
+        let mut sealer = Sealer::new(session, mtu);
         let result = fill(&mut sealer);
         let bytes = sealer.bytes;
-        if bytes > 0 {
+        self.count_sealed(peer, now, bytes);
+        Ok(Some(result))
+    }
+
+    /// Sees to counters and timers after datagrams of `bytes` together were sealed for `peer`.
+    pub(super) fn count_sealed(&mut self, peer: PeerHandle, now: Now, bytes: u64) {
+        let Some(state) = peer_in(&mut self.slots, peer) else { return };
+        let keepalive = state.persistent_keepalive;
+        if bytes > 0
+            && let Some(active) = &mut state.active
+        {
             state.tx_bytes += bytes;
             active.on_data_sent(now.boot, keepalive, false, &mut self.rng);
             self.settle(peer.slot, now.boot);
         }
-        Ok(Some(result))
     }
 
     /// Keeps a packet until there is a session, and asks for one.
@@ -590,6 +611,10 @@ impl Device {
     /// The peer in `slot`, with what handling its messages needs beside it.
     pub(super) fn peer_and_indices(&mut self, slot: u32) -> Option<(&mut Peer, &mut IndexTable)> {
         peer_at(&mut self.slots, slot).map(|peer| (peer, &mut self.indices))
+    }
+
+    pub(super) fn active_of(&mut self, peer: PeerHandle) -> Option<&mut Active> {
+        peer_in(&mut self.slots, peer)?.active.as_deref_mut()
     }
 
     fn peer(&self, peer: PeerHandle) -> Option<&Peer> {

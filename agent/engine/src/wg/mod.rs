@@ -21,6 +21,7 @@ mod device;
 mod handshake;
 mod index;
 mod limiter;
+mod loan;
 mod mac;
 mod message;
 mod peer;
@@ -39,6 +40,7 @@ pub use limiter::{
     FREE_HANDSHAKES_PER_SECOND, MAX_FREE_BURST, MAX_PROVED_BURST, MAX_SOURCE_BURST, MAX_SOURCES,
     PROVED_HANDSHAKES_PER_SECOND, SOURCE_HANDSHAKES_PER_SECOND,
 };
+pub use loan::Loan;
 pub use message::DATA_OVERHEAD;
 pub use receive::{DataBatch, Initiation};
 pub use replay::{MAX_REORDER, REPLAY_WINDOW_BITS};

@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::Range;
 
 use warren_common::keys::WgPublicKey;
-use warren_common::time::Now;
+use warren_common::time::{Instant, Now};
 
 use crate::io::Source;
 
@@ -240,44 +240,32 @@ impl Device {
         stride: usize,
         mut each: impl FnMut(PeerHandle, Result<Range<usize>, DropReason>, &mut [u8]),
     ) -> DataBatch {
-        let mut batch = DataBatch::default();
+        let batch = DataBatch::default();
         let first = data.get(..stride.min(data.len())).unwrap_or_default();
         let Ok(Message::Data { receiver, .. }) = message::parse(first) else { return batch };
         let Some(slot) = self.indices.get(receiver) else { return batch };
         let peer = self.handle_of(slot);
         let Some((state, _)) = self.peer_and_indices(slot) else { return batch };
-        let keepalive = state.persistent_keepalive;
         let Some(active) = state.active.as_deref_mut() else { return batch };
         if active.next.as_ref().is_some_and(|next| next.local == receiver) {
             return batch; // its first message changes which session is current: see `handle`
         }
         let Some(session) = active.sessions().find(|session| session.local == receiver) else { return batch };
-        let key = session.opening_key();
-        let mut bytes = 0;
-        for datagram in data.chunks_mut(stride.max(1)) {
-            let counter = match message::parse(datagram) {
-                Ok(Message::Data { receiver: to, counter }) if to == receiver => counter,
-                _ => break,
-            };
-            batch.datagrams += 1;
-            let opened = session.open(&key, counter, datagram, now.boot);
-            if let Ok(packet) = &opened {
-                bytes += datagram.len() as u64;
-                batch.keepalives += usize::from(packet.is_empty());
-                batch.packets += usize::from(!packet.is_empty());
-            }
-            let packet = opened.and_then(|packet| match ip_len(&datagram[packet.clone()]) {
-                _ if packet.is_empty() => Ok(packet),
-                Some(len) => Ok(packet.start..packet.start + len),
-                None => Err(DropReason::NotIp),
-            });
-            each(peer, packet, datagram);
+        let (mut batch, bytes) =
+            open_batch(session, now.boot, data, stride, |opened, datagram| each(peer, opened, datagram));
+        if bytes > 0 {
+            batch.peer = Some(peer);
+            self.count_opened(peer, now, batch, bytes);
         }
-        if bytes == 0 {
-            return batch;
-        }
-        batch.peer = Some(peer);
+        batch
+    }
+
+    /// Sees to counters and timers after `batch` of a peer with authentic datagrams of `bytes` together.
+    pub(super) fn count_opened(&mut self, peer: PeerHandle, now: Now, batch: DataBatch, bytes: u64) {
+        let Some((state, _)) = self.peer_and_indices(peer.slot) else { return };
         state.rx_bytes += bytes;
+        let keepalive = state.persistent_keepalive;
+        let Some(active) = state.active.as_deref_mut() else { return };
         // Twice says that there was another one; more say no more.
         for _ in 0..batch.packets.min(2) {
             active.on_data_received(now.boot, keepalive, false);
@@ -285,8 +273,7 @@ impl Device {
         if batch.packets == 0 {
             active.on_data_received(now.boot, keepalive, true);
         }
-        self.settle(slot, now.boot);
-        batch
+        self.settle(peer.slot, now.boot);
     }
 
     fn handle_data(
@@ -325,4 +312,38 @@ impl Device {
         let len = ip_len(&datagram[packet.clone()]).ok_or(DropReason::NotIp)?;
         Ok(Received::Data { peer, packet: packet.start..packet.start + len })
     }
+}
+
+/// Opens in place the datagrams at the front of `data` that are for `session`, each `stride` bytes long, and hands `each`
+/// every one. Returns what it took, and the bytes of the authentic ones.
+pub(super) fn open_batch(
+    session: &mut Session,
+    now: Instant,
+    data: &mut [u8],
+    stride: usize,
+    mut each: impl FnMut(Result<Range<usize>, DropReason>, &mut [u8]),
+) -> (DataBatch, u64) {
+    let mut batch = DataBatch::default();
+    let key = session.opening_key();
+    let mut bytes = 0;
+    for datagram in data.chunks_mut(stride.max(1)) {
+        let counter = match message::parse(datagram) {
+            Ok(Message::Data { receiver, counter }) if receiver == session.local => counter,
+            _ => break,
+        };
+        batch.datagrams += 1;
+        let opened = session.open(&key, counter, datagram, now);
+        if let Ok(packet) = &opened {
+            bytes += datagram.len() as u64;
+            batch.keepalives += usize::from(packet.is_empty());
+            batch.packets += usize::from(!packet.is_empty());
+        }
+        let packet = opened.and_then(|packet| match ip_len(&datagram[packet.clone()]) {
+            _ if packet.is_empty() => Ok(packet),
+            Some(len) => Ok(packet.start..packet.start + len),
+            None => Err(DropReason::NotIp),
+        });
+        each(packet, datagram);
+    }
+    (batch, bytes)
 }

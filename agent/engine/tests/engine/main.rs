@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a failed test panics")]
 
 mod day;
+mod jobs;
 mod net;
 mod offload;
 mod paths;
