@@ -23,6 +23,8 @@ use warren_coordinator::push::{Config, Coordinator, Origin, Output, SessionId};
 
 /// Devices of one site, which see each other.
 const SITE: usize = 50;
+/// Devices that see all others: monitoring servers.
+const WATCHERS: usize = 3;
 /// Runs of each edit; the middle one is shown.
 const RUNS: usize = 5;
 
@@ -32,7 +34,7 @@ fn main() {
     println!("devices | edit touches | first update out | all out | updates | bytes in all | largest");
     for devices in sizes {
         let mut lab = Lab::new(devices);
-        for (what, edits) in [("one site", [1, 2]), ("everybody", [3, 4])] {
+        for (what, edits) in [("two sites", [1, 2]), ("everybody", [3, 4])] {
             let mut runs: Vec<Run> = (0..2 * RUNS).map(|i| lab.edit(edits[i % 2])).collect();
             runs.sort_by_key(|run| run.all);
             let run = &runs[RUNS];
@@ -206,7 +208,11 @@ fn bytes(n: usize, kind: u8) -> [u8; 32] {
 }
 
 fn device(n: usize) -> Device {
-    let tag = if n % 500 == 499 { "tag:watch".to_owned() } else { format!("tag:s{}", n / SITE) };
+    let tag = if n % 500 == 499 && n / 500 < WATCHERS {
+        "tag:watch".to_owned()
+    } else {
+        format!("tag:s{}", n / SITE)
+    };
     Device {
         id: id(n),
         control: control(n),
