@@ -1,0 +1,244 @@
+//! What a peer in use says to us: packets and probes of it, and what they prove.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use warren_common::ids::RelayId;
+use warren_common::time::Instant;
+use warren_common::wire::probe::{Candidate, CandidateKind, Message, TxId};
+
+use super::{
+    Active, CONFIRMED_FRESH, Current, FORMER_FRESH, Remote, SAFE_PERCENT, SECOND, TRIGGERED_INTERVAL,
+};
+use crate::event::{Event, Path};
+use crate::io::{Destination, Source};
+use crate::paths::score::Score;
+use crate::paths::shared::Shared;
+use crate::paths::{ELSEWHERE, MAX_PONGS_PER_SECOND, TRUST, Way};
+
+impl Active {
+    /// An authentic packet came from there. True if that is worth a closer look.
+    pub(in crate::paths) fn on_heard(&mut self, now: Instant, from: Source) -> bool {
+        match from {
+            Source::Direct { socket, remote } => {
+                let way = Way { socket, remote };
+                if let Some(current) = &mut self.current {
+                    if current.way == way {
+                        current.last_rx = now;
+                        return false;
+                    }
+                    // The peer may be somewhere else now.
+                    if now.since(current.last_rx) >= ELSEWHERE {
+                        current.check(now, now, false);
+                    }
+                }
+                self.reply_to = Some((way, now));
+                let Some(remote) = self.remotes.iter_mut().find(|r| r.way == way) else { return true };
+                // The first sign of life is worth a ping though one is under way: that one went before the NAT on the
+                // other side was open.
+                let first = !std::mem::replace(&mut remote.heard, true);
+                first || remote.pinged.is_none_or(|at| now.since(at) >= TRIGGERED_INTERVAL)
+            }
+            Source::Relay { relay, .. } => {
+                let news = self.relay_seen.is_none_or(|(seen, _)| seen != relay);
+                self.relay_seen = Some((relay, now));
+                // The peer may have no direct way any more.
+                let silent =
+                    self.current.as_mut().filter(|c| now.since(c.last_rx) >= ELSEWHERE && !c.is_checked());
+                let suspicious = silent.is_some();
+                if let Some(current) = silent {
+                    current.check(now, now, true);
+                }
+                news || suspicious
+            }
+            Source::Signal { .. } => false,
+        }
+    }
+
+    /// An authentic packet came from an address that isn't proved: prove it.
+    pub(in crate::paths) fn on_heard_news(
+        &mut self,
+        now: Instant,
+        from: Source,
+        _home: Option<RelayId>,
+        shared: &mut Shared,
+    ) {
+        if let Source::Direct { socket, remote } = from {
+            let way = Way { socket, remote };
+            if !shared.accepts(remote) {
+                shared.counters.candidate_refused += 1;
+                return;
+            }
+            self.learn(now, way, CandidateKind::Observed, &mut shared.counters);
+            self.probe(now, way, shared);
+            // Of several ports that the peer has hit, the one that it uses.
+            let works = self.remotes.iter().any(|r| r.way == way && r.confirmed.is_some());
+            if let Some(current) = &mut self.current
+                && current.way.is_extra()
+                && way.is_extra()
+                && works
+            {
+                *current = Current::new(now, way, shared.mtu);
+            }
+        }
+    }
+
+    pub(in crate::paths) fn on_probe(
+        &mut self,
+        now: Instant,
+        from: Source,
+        message: Message,
+        home: Option<RelayId>,
+        shared: &mut Shared,
+    ) {
+        let news = self.on_heard(now, from);
+        match message {
+            Message::Ping { txid } => {
+                self.answer(now, from, txid, shared);
+                if news {
+                    self.on_heard_news(now, from, home, shared);
+                }
+            }
+            Message::Pong { txid, observed } => self.on_pong(now, from, txid, observed, shared),
+            Message::Candidates { request, candidates, ports } => {
+                self.peer_ports = ports.or(self.peer_ports);
+                self.on_candidates(now, request, &candidates, shared);
+            }
+            Message::Guess { near } => self.on_guess(now, near, shared),
+            Message::Unknown => {}
+        }
+    }
+
+    pub(super) fn answer(&mut self, now: Instant, from: Source, txid: TxId, shared: &mut Shared) {
+        let (to, observed) = match from {
+            Source::Direct { socket, remote } => (Destination::Direct { socket, remote }, Some(remote)),
+            Source::Relay { relay, device } => (Destination::Relay { relay, device }, None),
+            Source::Signal { .. } => return,
+        };
+        if observed.is_some_and(|addr| !shared.accepts(addr)) {
+            shared.counters.candidate_refused += 1;
+        } else if self.pongs.take(now, SECOND, MAX_PONGS_PER_SECOND) {
+            self.note_word(now, to);
+            self.send(to, &Message::Pong { txid, observed }, shared);
+        } else {
+            shared.counters.probe_limited += 1;
+        }
+    }
+
+    pub(super) fn on_pong(
+        &mut self,
+        now: Instant,
+        from: Source,
+        txid: TxId,
+        observed: Option<SocketAddr>,
+        shared: &mut Shared,
+    ) {
+        let came = match from {
+            Source::Direct { socket, remote } => Destination::Direct { socket, remote },
+            Source::Relay { relay, device } => Destination::Relay { relay, device },
+            Source::Signal { .. } => return,
+        };
+        let Some(at) = self.inflight.iter().position(|i| i.txid == txid && i.to == came) else {
+            shared.counters.pong_unexpected += 1;
+            return;
+        };
+        let ping = self.inflight.remove(at);
+        let rtt = now.since(ping.sent);
+        let path = match ping.to {
+            Destination::Direct { socket, remote } => {
+                let way = Way { socket, remote };
+                self.confirm(now, way, rtt, shared);
+                if let (Some(length), Some(current)) = (ping.length, &mut self.current)
+                    && current.way == way
+                {
+                    current.mtu.on_answer(now, length);
+                }
+                if let Some(addr) = observed {
+                    shared.observe(addr);
+                }
+                Path::Direct { endpoint: remote }
+            }
+            Destination::Relay { relay, .. } => {
+                self.relay_rtt = Some(rtt);
+                Path::Relay { relay }
+            }
+        };
+        if let Some(token) = ping.token {
+            shared.push_event(Event::PingResult { token, path, rtt: Some(rtt) });
+        }
+    }
+
+    /// A pong came over `way`: it works. Take the best of all that do.
+    pub(super) fn confirm(&mut self, now: Instant, way: Way, rtt: Duration, shared: &mut Shared) {
+        let Some(remote) = self.remotes.iter_mut().find(|r| r.way == way) else { return };
+        let former = remote.confirmed.map_or(rtt, |_| remote.smoothed);
+        (remote.confirmed, remote.rtt, remote.smoothed) = (Some(now), rtt, (3 * former + rtt) / 4);
+        remote.losses.note(false);
+        // It was only the NAT that forgot: silences must be shorter.
+        if let Some((_, silent, _)) =
+            self.former.filter(|(w, _, at)| *w == way && now.since(*at) < FORMER_FRESH)
+            && silent >= TRUST
+        {
+            let safe = silent * SAFE_PERCENT / 100;
+            self.early_death = Some(self.early_death.map_or(safe, |known| known.min(safe)));
+        }
+        // A way that is being checked and has not answered is no incumbent any more.
+        let incumbent = self.current.as_ref().filter(|c| !c.is_checked() || c.way == way).map(|c| c.way);
+        let fresh = |r: &&Remote| {
+            Some(r.way) == incumbent || r.confirmed.is_some_and(|at| now.since(at) < CONFIRMED_FRESH)
+        };
+        let score =
+            |r: &&Remote| Score::new(r.way.remote, r.kind, r.smoothed, r.losses, Some(r.way) == incumbent);
+        let best = self.remotes.iter().filter(fresh).min_by_key(score).map(|r| r.way);
+        match (&mut self.current, best) {
+            (Some(current), Some(best)) if current.way == best => {}
+            (_, Some(best)) => {
+                self.current = Some(Current::new(now, best, shared.mtu));
+                self.former = None;
+                shared.wants_keepalive |= best.remote.is_ipv4();
+                shared.sockets_changed |= best.is_extra();
+            }
+            (_, None) => {}
+        }
+    }
+
+    pub(super) fn on_candidates(
+        &mut self,
+        now: Instant,
+        request: bool,
+        candidates: &[Candidate],
+        shared: &mut Shared,
+    ) {
+        self.listed = true;
+        let mut news = false;
+        for candidate in candidates {
+            if candidate.kind == CandidateKind::Predicted && shared.varies() {
+                continue;
+            }
+            if shared.accepts(candidate.addr) {
+                // Another port alone is no news: a symmetric NAT shows one at each look, and two peers behind such
+                // would never come to rest. The next round pings it, as does what follows a request.
+                let known = self.remotes.iter().any(|r| r.way.remote.ip() == candidate.addr.ip());
+                let learned = self.learn_on_all(now, candidate.addr, candidate.kind, shared);
+                news |= learned && !known;
+            } else {
+                shared.counters.candidate_refused += 1;
+            }
+        }
+        self.forget_former_ports(candidates);
+        if request {
+            self.owe(now, false);
+            // The peer has no direct way to us; see whether ours to it still works.
+            if let Some(current) = &mut self.current {
+                current.check(now, now, false);
+            }
+        }
+        if news {
+            self.restart_rounds(now);
+        } else if request && self.current.is_none() {
+            // It is pinging now: so do we, for both NATs to be open at once. No round of ours, or two peers that can't
+            // meet would keep each other at it.
+            self.probe_all(now, shared);
+        }
+    }
+}
