@@ -25,7 +25,7 @@ use warren_common::wire::relay::{
     Binding, Class, DATA_QUEUE_BYTES, Frame, FrameQueue, GoneReason, MAX_PAYLOAD, Proven, Pushed,
     QueuedFrame, RefusalCode, TokenRef, is_handshake,
 };
-use warren_engine::relay_link::{Check, Liveness};
+use warren_engine::relay_link::{Check, KEEPALIVE, Liveness};
 
 use crate::clock;
 use crate::entropy::OsEntropy;
@@ -182,6 +182,8 @@ struct Shared {
     udp: AtomicBool,
     /// In microseconds; `u64::MAX` before the first measurement of a connection.
     rtt: AtomicU64,
+    /// How long UDP may be silent.
+    keepalive: watch::Sender<Duration>,
 }
 
 impl Shared {
@@ -236,6 +238,7 @@ impl RelayClient {
             quic: AtomicBool::new(false),
             udp: AtomicBool::new(false),
             rtt: AtomicU64::new(u64::MAX),
+            keepalive: watch::Sender::new(KEEPALIVE),
         });
         let task = Task {
             events: Events { relay: config.relay.id, sender: events },
@@ -277,6 +280,11 @@ impl RelayClient {
     pub fn network_changed(&self) {
         // If the queue is full, the task is awake anyway.
         let _ = self.commands.try_send(Command::NetworkChanged);
+    }
+
+    /// How long UDP to the relay may be silent before it needs a word: [`KEEPALIVE`] unless told otherwise.
+    pub fn set_keepalive(&self, keepalive: Duration) {
+        self.shared.keepalive.send_replace(keepalive);
     }
 
     /// True while packets flow.
@@ -490,11 +498,11 @@ impl Task {
     async fn session(&mut self, link: Link, keys: UdpKeys) -> Outcome {
         let Link { mut reader, mut writer, transport, addr } = link;
         let (shared, config, events) = (self.shared.clone(), self.config.clone(), self.events.clone());
-        let signs = Signs::new(clock::now().boot);
+        let signs = Signs::new();
         tokio::select! {
             end = read(&mut reader, &shared, &events, &signs) => Outcome::End(end),
             end = write(&mut writer, &shared, &signs) => Outcome::End(end),
-            () = self.watch(&signs) => Outcome::End(End::Lost("it stopped answering".to_owned())),
+            () = self.watch(&signs, transport) => Outcome::End(End::Lost("it stopped answering".to_owned())),
             link = upgrade(&config, &signs), if transport == Transport::Tls => Outcome::Upgrade(Box::new(link)),
             () = over_udp(addr, config.mark, keys, &shared, &events, &signs) => {
                 Outcome::End(End::Lost("the host is shutting down".to_owned()))
@@ -503,9 +511,14 @@ impl Task {
     }
 
     /// Pings and passes tokens on, until the relay is silent.
-    async fn watch(&mut self, signs: &Signs) {
+    async fn watch(&mut self, signs: &Signs, transport: Transport) {
+        let mut keepalive = self.shared.keepalive.subscribe();
         loop {
             let now = clock::now().boot;
+            // Routers remember TCP for long; and where packets take plain UDP it is that way which is kept open.
+            let forgotten = transport == Transport::Quic && signs.udp().is_none();
+            let pause = if forgotten { *keepalive.borrow_and_update() } else { KEEPALIVE };
+            signs.liveness().set_keepalive(pause);
             if signs.stalled.load(Ordering::Relaxed) > 0 {
                 signs.liveness().on_heard(); // it is us who don't listen
             }
@@ -520,6 +533,7 @@ impl Task {
             let ask_at = self.asked.map(|at| at + ASK_INTERVAL);
             tokio::select! {
                 () = sleep(due.since(now)) => {}
+                Ok(()) = keepalive.changed() => {}
                 () = signs.sent.notified() => {}
                 () = signs.suspect.notified() => signs.liveness().suspect(now),
                 () = signs.token_wanted.notified() => self.ask().await,
@@ -562,9 +576,9 @@ struct Signs {
 }
 
 impl Signs {
-    fn new(now: warren_common::time::Instant) -> Self {
+    fn new() -> Self {
         Self {
-            liveness: Mutex::new(Liveness::new(now, MIN_PING_PAUSE)),
+            liveness: Mutex::new(Liveness::new(MIN_PING_PAUSE)),
             sent: Notify::new(),
             suspect: Notify::new(),
             token_wanted: Notify::new(),

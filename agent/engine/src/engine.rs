@@ -28,6 +28,7 @@ use crate::home::Home;
 use crate::io::{LocalSocket, Outbox, TunOut};
 use crate::netmap::{self, Held, Identity, PendingUpdate, RestoreError, SavedNetmap, UpdateRefused};
 use crate::paths::{MAX_HINTS, PathHint, Paths, PeerIdx, Rate};
+use crate::relay_link;
 use crate::routes::Routes;
 use crate::stun::Stun;
 use crate::stun::lifetime::{Lifetime, SILENT_SOCKET};
@@ -91,6 +92,8 @@ pub struct Engine {
     paths: Paths,
     stun: Stun,
     lifetime: Lifetime,
+    /// How often the shell was told to ping relays.
+    relay_keepalive: Duration,
     /// Extra sockets that paths want, and those that the shell was told of.
     path_sockets: Vec<u8>,
     told_sockets: Vec<u8>,
@@ -156,6 +159,7 @@ impl Engine {
             paths: Paths::new(config.probe, paths_seed, usize::from(config.mtu)),
             stun: Stun::default(),
             lifetime: Lifetime::default(),
+            relay_keepalive: relay_link::KEEPALIVE,
             path_sockets: Vec::new(),
             told_sockets: Vec::new(),
             promised: None,
@@ -377,16 +381,27 @@ impl Engine {
 
     fn forget_lifetime(&mut self) {
         self.lifetime.forget();
-        self.paths.set_keepalive(self.lifetime.keepalive(), self.lifetime.survived());
+        self.follow_lifetime();
+    }
+
+    /// Keeps open by what is known of the NAT.
+    fn follow_lifetime(&mut self) {
+        let measured = self.lifetime.keepalive();
+        self.paths.set_keepalive(measured, self.lifetime.survived());
+        let pause = measured.map_or(relay_link::KEEPALIVE, |pause| pause.min(relay_link::KEEPALIVE));
+        if std::mem::replace(&mut self.relay_keepalive, pause) != pause {
+            self.push_event(Event::RelayKeepalive { pause });
+        }
     }
 
     /// Finds out how long the NAT remembers, once there is a way for which it matters.
     fn look_after_lifetime(&mut self, now: Now) {
         self.lifetime.handle_timeout(now.boot);
-        self.paths.set_keepalive(self.lifetime.keepalive(), self.lifetime.survived());
+        self.follow_lifetime();
+        let at_home = self.home.current().is_some_and(|home| self.paths.relay_connected(home));
         if self.lifetime.is_due()
             && let Some(server) = self.stun.server(true)
-            && self.paths.take_keepalive_wish()
+            && (self.paths.take_keepalive_wish() || at_home)
         {
             self.lifetime.start(now.boot, server);
         }

@@ -52,6 +52,12 @@ pub enum Event {
         /// The relay; `None` if the netmap has none.
         relay: Option<RelayId>,
     },
+    /// How long a connection to a relay over UDP may be silent before it needs a word, or the NAT forgets it: at most
+    /// [`KEEPALIVE`](crate::relay_link::KEEPALIVE), which holds until this says otherwise.
+    RelayKeepalive {
+        /// So long.
+        pause: Duration,
+    },
     /// Packets to a peer take another way now.
     PathChanged {
         /// The peer.

@@ -45,7 +45,6 @@ mod shared;
 mod why;
 
 use crate::stun::PortUse;
-pub use crate::stun::lifetime::KEEPALIVE;
 use active::Active;
 pub use guess::{
     MAX_GUESSES, MAX_GUESSES_PER_MINUTE, MAX_OPENED_PORTS, MAX_PREDICTED, OPEN_SOCKETS, SEARCH_PAUSE,
@@ -73,6 +72,9 @@ pub const CHECK_INTERVAL: Duration = Duration::from_millis(350);
 /// Silence after which a direct way is in doubt while nobody knows how long the NAT in front of us remembers: then the next
 /// packet takes the relay, and a round trip later the direct way again. Shorter than any NAT forgets.
 pub const UNKNOWN_SILENCE: Duration = Duration::from_millis(2_500);
+/// Keep-alives when nothing was measured: shorter than the 30 s after which common NATs forget (RFC 4787 asks for 2
+/// minutes, few give them).
+pub const KEEPALIVE: Duration = Duration::from_secs(22);
 /// Shortest silence after which a direct way is kept open by a ping, however early it died before.
 pub const MIN_KEEPALIVE: Duration = Duration::from_secs(6);
 /// Time without data after which a peer is idle: as long as a WireGuard session lasts.
@@ -342,9 +344,10 @@ impl Paths {
         }
     }
 
-    /// After how much silence a way over IPv4 needs a word, and in how much the NAT is known not to forget, if it is.
-    pub(crate) fn set_keepalive(&mut self, keepalive: Duration, survived: Option<Duration>) {
-        self.shared.keepalive = keepalive;
+    /// After how much silence the IPv4 NAT needs a word, and in how much it is known not to forget, if that is known. A way
+    /// that would need one more often than [`MIN_KEEPALIVE`] is not kept open, but asked before it is used.
+    pub(crate) fn set_keepalive(&mut self, keepalive: Option<Duration>, survived: Option<Duration>) {
+        self.shared.keepalive = keepalive.map_or(KEEPALIVE, |keepalive| keepalive.max(MIN_KEEPALIVE));
         self.shared.trusted = survived.unwrap_or(UNKNOWN_SILENCE);
     }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use warren_common::time::Instant;
 
-/// How often a quiet way is pinged: half of the 30 s after which many NATs forget UDP.
+/// How often a quiet way is pinged unless the NAT needs it more often: half of the 30 s after which many NATs forget UDP.
 pub const KEEPALIVE: Duration = Duration::from_secs(15);
 /// What was sent may stay unanswered for so long before that is a suspicion.
 const SUSPECT_AFTER: Duration = Duration::from_millis(300);
@@ -47,7 +47,9 @@ pub enum Check {
 pub struct Liveness {
     /// Shortest pause between two pings of a suspicion.
     min_pause: Duration,
-    keepalive_at: Instant,
+    keepalive: Duration,
+    /// The last ping; none yet, and one is due at once.
+    kept: Option<Instant>,
     rtt: Duration,
     suspicion: Option<Suspicion>,
 }
@@ -59,9 +61,15 @@ struct Suspicion {
 }
 
 impl Liveness {
-    /// A way that works now. `min_pause` is what an answer may take on a way with a short round trip.
-    pub fn new(now: Instant, min_pause: Duration) -> Self {
-        Self { min_pause, keepalive_at: now, rtt: Duration::ZERO, suspicion: None }
+    /// A way that works; whether it still does is asked at once. `min_pause` is what an answer may take on a way with a
+    /// short round trip.
+    pub const fn new(min_pause: Duration) -> Self {
+        Self { min_pause, keepalive: KEEPALIVE, kept: None, rtt: Duration::ZERO, suspicion: None }
+    }
+
+    /// How often to ping it when it is quiet. True if the next deadline came nearer.
+    pub fn set_keepalive(&mut self, keepalive: Duration) -> bool {
+        std::mem::replace(&mut self.keepalive, keepalive) > keepalive
     }
 
     /// Something was sent that is usually followed by something else. True if the next deadline came nearer.
@@ -89,7 +97,11 @@ impl Liveness {
 
     /// When [`Liveness::check`] is due.
     pub fn deadline(&self) -> Instant {
-        self.suspicion.map_or(self.keepalive_at, |s| s.at.min(self.keepalive_at))
+        self.suspicion.map_or(self.keepalive_at(), |s| s.at.min(self.keepalive_at()))
+    }
+
+    fn keepalive_at(&self) -> Instant {
+        self.kept.map_or(Instant::ZERO, |at| at + self.keepalive)
     }
 
     /// What is due.
@@ -103,12 +115,12 @@ impl Liveness {
             }
             suspicion.pings += 1;
             suspicion.at = now + pause;
-        } else if self.keepalive_at <= now {
+        } else if self.keepalive_at() <= now {
             self.suspicion.get_or_insert(Suspicion { at: now + pause, pings: 1 });
         } else {
             return Check::Fine;
         }
-        self.keepalive_at = now + KEEPALIVE;
+        self.kept = Some(now);
         Check::Ping
     }
 }
@@ -135,6 +147,7 @@ pub struct UdpWay {
     state: State,
     /// Before the next try.
     pause: Duration,
+    keepalive: Duration,
     actions: VecDeque<UdpAction>,
 }
 
@@ -151,7 +164,20 @@ const UDP_MIN_PAUSE: Duration = Duration::from_millis(250);
 impl UdpWay {
     /// Nothing is known; proving starts at once.
     pub fn new(now: Instant) -> Self {
-        Self { state: State::Proving { at: now, pings: 0 }, pause: MIN_UDP_PAUSE, actions: VecDeque::new() }
+        Self {
+            state: State::Proving { at: now, pings: 0 },
+            pause: MIN_UDP_PAUSE,
+            keepalive: KEEPALIVE,
+            actions: VecDeque::new(),
+        }
+    }
+
+    /// How often to ping it when it is quiet, so that the NAT in front of us remembers.
+    pub fn set_keepalive(&mut self, keepalive: Duration) {
+        self.keepalive = keepalive;
+        if let State::Up { liveness, .. } = &mut self.state {
+            liveness.set_keepalive(keepalive);
+        }
     }
 
     /// Packets go over UDP.
@@ -179,7 +205,9 @@ impl UdpWay {
         match &mut self.state {
             State::Up { liveness, .. } => liveness.on_pong(rtt),
             State::Proving { .. } if full => {
-                let mut liveness = Liveness::new(now + KEEPALIVE, UDP_MIN_PAUSE);
+                let mut liveness = Liveness::new(UDP_MIN_PAUSE);
+                liveness.kept = Some(now);
+                liveness.set_keepalive(self.keepalive);
                 liveness.on_pong(rtt);
                 self.state = State::Up { since: now, liveness };
                 self.actions.extend([UdpAction::Up, UdpAction::Ping { full: false, settle: true }]);
@@ -351,6 +379,24 @@ mod tests {
     }
 
     #[test]
+    fn a_forgetful_nat_is_reminded_in_time() {
+        let mut world = World::new(true);
+        world.run(Duration::from_secs(20), false);
+        world.way.set_keepalive(Duration::from_millis(1_700));
+        let before = world.pings;
+        world.run(Duration::from_secs(60), false);
+        assert!((35..=36).contains(&(world.pings - before)), "{}", world.pings - before);
+        // Also after it has gone away and come back.
+        world.passes = false;
+        world.down_after(true);
+        world.passes = true;
+        world.run(MIN_UDP_PAUSE + Duration::from_secs(1), false);
+        let before = world.pings;
+        world.run(Duration::from_secs(17), false);
+        assert_eq!(world.pings - before, 10);
+    }
+
+    #[test]
     fn a_change_of_the_network_asks_at_once() {
         let mut world = World::new(false);
         world.run(Duration::from_secs(3_600), false);
@@ -371,7 +417,7 @@ mod tests {
         ) {
             let rtt = Duration::from_millis(rtt_ms);
             let mut now = Instant::from_nanos(1_000_000_000);
-            let mut liveness = Liveness::new(now, Duration::from_millis(min_pause_ms));
+            let mut liveness = Liveness::new(Duration::from_millis(min_pause_ms));
             liveness.on_pong(rtt);
             let mut pong_at = None;
             for (step, send) in steps {

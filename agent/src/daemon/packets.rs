@@ -92,6 +92,7 @@ impl Up {
             Event::RelayWanted { relay } => self.want_relay(now, relay),
             Event::NetworkSuspect => self.relays.network_changed(),
             Event::SocketsWanted { .. } => {} // only without an engine, which is gone
+            Event::RelayKeepalive { pause } => self.relays.set_keepalive(pause),
             Event::HomeRelay { relay } => self.set_home_relay(now, relay),
         }
     }

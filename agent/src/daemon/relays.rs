@@ -10,6 +10,7 @@ use warren_common::netmap::{Netmap, Relay};
 use warren_common::time::{Instant, Now};
 use warren_common::wire::control::{ClientBody, RelayTokenGrant, RelayTokenRequest};
 use warren_engine::io::Source;
+use warren_engine::relay_link::KEEPALIVE;
 
 use super::{Daemon, Up};
 use crate::dataplane::{DataPlane, RelayLinks};
@@ -32,6 +33,8 @@ pub(super) struct Relays {
     home: Option<RelayId>,
     /// Why the last connection failed or ended.
     trouble: Option<String>,
+    /// How long UDP to a relay may be silent.
+    keepalive: Duration,
     sender: mpsc::Sender<RelayEvent>,
     events: mpsc::Receiver<RelayEvent>,
     drops: RelayDrops,
@@ -60,6 +63,7 @@ impl Default for Relays {
             chosen: None,
             home: None,
             trouble: None,
+            keepalive: KEEPALIVE,
             sender,
             events,
             drops: RelayDrops::default(),
@@ -105,6 +109,11 @@ impl Relays {
     pub(super) fn network_changed(&self) {
         self.clients.values().for_each(|c| c.client.network_changed());
     }
+
+    pub(super) fn set_keepalive(&mut self, keepalive: Duration) {
+        self.keepalive = keepalive;
+        self.clients.values().for_each(|c| c.client.set_keepalive(keepalive));
+    }
 }
 
 impl RelayLinks for Relays {
@@ -138,6 +147,7 @@ impl Up {
             mark: MARK,
         };
         let client = RelayClient::spawn(config, self.relays.sender.clone());
+        client.set_keepalive(self.relays.keepalive);
         if let Some(token) = self.restored_token(now, id) {
             client.provide_token(token);
         }

@@ -129,7 +129,9 @@ impl UdpLink {
     /// Receives, pings, and says whether packets go this way, for as long as the session lasts.
     pub(super) async fn run(&self, shared: &Shared, events: &super::Events, signs: &Signs) {
         let mut memory = vec![0; SLOT * SLOTS].into_boxed_slice();
+        let mut keepalive = shared.keepalive.subscribe();
         loop {
+            self.way().set_keepalive(*keepalive.borrow_and_update());
             self.act(shared, events, signs).await;
             let due = self.way().deadline();
             tokio::select! {
@@ -143,6 +145,7 @@ impl UdpLink {
                 }
                 () = sleep(due.since(clock::now().boot)) => self.way().handle_timeout(clock::now().boot),
                 () = self.wake.notified() => {}
+                Ok(()) = keepalive.changed() => {}
             }
         }
     }

@@ -475,7 +475,7 @@ fn after_a_silence_that_a_nat_may_not_survive_packets_take_the_relay_until_the_w
     answer(&mut paths, now + Duration::from_millis(20), 3);
     assert!(is_direct(paths.route(now + Duration::from_millis(20), 0)), "a round trip later");
     // Where the NAT is known not to forget so soon, there is no doubt.
-    paths.set_keepalive(Duration::from_secs(23), Some(Duration::from_secs(27)));
+    paths.set_keepalive(Some(Duration::from_secs(23)), Some(Duration::from_secs(27)));
     assert!(is_direct(paths.route(now + Duration::from_secs(20), 0)));
 }
 

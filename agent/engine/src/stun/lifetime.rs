@@ -15,8 +15,11 @@ use super::codec::{self, TXID_LEN};
 
 /// The extra socket that is silent.
 pub(crate) const SILENT_SOCKET: u8 = 16;
-/// Silences that are tried. NATs are seen to forget after 10 s to 5 min; the last is as long as a peer counts as in use.
-pub(crate) const SILENCES: [Duration; 8] = [
+/// Silences that are tried. NATs are seen to forget after 10 s to 5 min, broken ones sooner; the last is as long as a peer
+/// counts as in use.
+pub(crate) const SILENCES: [Duration; 10] = [
+    Duration::from_secs(2),
+    Duration::from_millis(4_500),
     Duration::from_secs(8),
     Duration::from_secs(12),
     Duration::from_secs(18),
@@ -27,10 +30,9 @@ pub(crate) const SILENCES: [Duration; 8] = [
     Duration::from_secs(175),
 ];
 /// The one to begin with: below the 30 s of many NATs.
-const FIRST: usize = 3;
-/// Keep-alives when nothing was measured: shorter than the 30 s after which common NATs forget (RFC 4787 asks for 2
-/// minutes, few give them).
-pub const KEEPALIVE: Duration = Duration::from_secs(22);
+const FIRST: usize = 5;
+/// The next one if that was too long: which NATs there are below it tells this one best.
+const SHORT: usize = 2;
 /// Between two questions that make firewalls see a conversation, for which they remember longer than for one question.
 const SECOND_QUESTION: Duration = Duration::from_secs(3);
 /// Pause between attempts of a question.
@@ -141,17 +143,14 @@ impl Lifetime {
         }
     }
 
-    /// After how much silence to say something on a path.
-    pub(crate) fn keepalive(&self) -> Duration {
-        let sure = |silence: Duration| silence * 17 / 20;
+    /// After how much silence to say something where the NAT must not forget; `None` while nothing is known.
+    pub(crate) fn keepalive(&self) -> Option<Duration> {
+        let sure = |index: usize| SILENCES[index] * 17 / 20;
         match (self.survived, self.forgotten) {
-            (Some(index), _) => sure(SILENCES[index]),
-            (None, Some(_)) => sure(SILENCES[0]),
+            (Some(index), _) => Some(sure(index)),
+            (None, Some(_)) => Some(sure(0)),
             // While the answer is to come, the shortest is the safest.
-            (None, None) if matches!(self.state, State::Silent { .. } | State::Asks { .. }) => {
-                sure(SILENCES[0])
-            }
-            (None, None) => KEEPALIVE,
+            (None, None) => matches!(self.state, State::Silent { .. } | State::Asks { .. }).then(|| sure(0)),
         }
     }
 
@@ -165,6 +164,7 @@ impl Lifetime {
         let next = match (self.survived, self.forgotten) {
             (None, None) => FIRST,
             (Some(survived), _) => survived + 1,
+            (None, Some(FIRST)) => SHORT,
             (None, Some(forgotten)) => forgotten.checked_sub(1)?,
         };
         (next < self.forgotten.unwrap_or(SILENCES.len())).then_some(next)
@@ -312,10 +312,10 @@ mod tests {
 
     #[test]
     fn the_keepalive_is_as_long_as_the_nat_allows_and_no_longer() {
-        for memory in [9, 10, 13, 20, 30, 31, 60, 120, 180, 300] {
+        for memory in [3, 5, 9, 10, 13, 20, 30, 31, 60, 120, 180, 300] {
             let memory = Duration::from_secs(memory);
             let (lifetime, took, questions) = play(memory, true);
-            let keepalive = lifetime.keepalive();
+            let keepalive = lifetime.keepalive().unwrap();
             assert!(keepalive < memory, "{keepalive:?} behind a NAT of {memory:?}");
             let longest = SILENCES.last().copied().unwrap();
             assert!(
@@ -328,15 +328,22 @@ mod tests {
     }
 
     #[test]
+    fn how_soon_a_broken_nat_forgets_is_known_within_a_minute() {
+        let (lifetime, took, _) = play(Duration::from_secs(3), true);
+        assert_eq!(lifetime.survived(), Some(SILENCES[0]));
+        assert!(took <= Duration::from_secs(65), "{took:?}");
+    }
+
+    #[test]
     fn without_the_server_s_help_or_a_socket_the_usual_holds() {
         let (lifetime, _, questions) = play(Duration::from_secs(30), false);
-        assert_eq!((lifetime.keepalive(), lifetime.is_due(), questions), (KEEPALIVE, false, 3));
+        assert_eq!((lifetime.keepalive(), lifetime.is_due(), questions), (None, false, 3));
         let mut lifetime = Lifetime::default();
         assert!(lifetime.is_due());
         lifetime.start(Instant::ZERO, SERVER);
         assert!(lifetime.wants_socket());
         lifetime.handle_timeout(lifetime.poll_timeout().unwrap());
-        assert_eq!((lifetime.keepalive(), lifetime.is_due()), (KEEPALIVE, false));
+        assert_eq!((lifetime.keepalive(), lifetime.is_due()), (None, false));
         lifetime.forget();
         assert!(lifetime.is_due());
     }
