@@ -38,6 +38,8 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 pub const PING_INTERVAL: Duration = Duration::from_secs(25);
 /// A session that has been silent for so long is dead: one lost ping and its answer's time.
 pub const SILENCE_TIMEOUT: Duration = Duration::from_secs(60);
+/// The same after a hint that the network is another one: a lost packet, its repetition and a round trip around the world.
+const SUSPECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// Messages waiting for the coordinator; more are refused to the daemon, which keeps what must not be lost.
 pub const MAX_QUEUED: usize = 256;
 /// A session that stood for so long resets the back-off.
@@ -200,7 +202,7 @@ async fn serve(
                 Some(Command::Send(body)) => Some(body),
                 Some(Command::RetryNow) => {
                     // Ask now; silence ends the session after a short grace instead of the usual one.
-                    heard = heard.min(Instant::now() - (SILENCE_TIMEOUT - Duration::from_secs(5)));
+                    heard = heard.min(Instant::now() - (SILENCE_TIMEOUT - SUSPECT_TIMEOUT));
                     nonce += 1;
                     Some(ClientBody::Ping(Ping { nonce }))
                 }

@@ -438,9 +438,14 @@ impl Task {
                 } else {
                     DIAL_TIMEOUT
                 };
-                timeout(longest, link::dial(&self.config, Some(head_start.min(longest / 2))))
-                    .await
-                    .map_err(|_| End::Lost("it does not answer".to_owned()))??
+                let config = self.config.clone();
+                tokio::select! {
+                    dialled = timeout(longest, link::dial(&config, Some(head_start.min(longest / 2)))) => {
+                        dialled.map_err(|_| End::Lost("it does not answer".to_owned()))??
+                    }
+                    // What was sent in the former network is lost, and QUIC repeats it only after a second.
+                    true = self.pause(2 * DIAL_TIMEOUT) => return Err(End::Lost("the network changed".to_owned())),
+                }
             }
         };
         self.quic_failed = link.transport == Transport::Tls;
@@ -502,7 +507,7 @@ impl Task {
         tokio::select! {
             end = read(&mut reader, &shared, &events, &signs) => Outcome::End(end),
             end = write(&mut writer, &shared, &signs) => Outcome::End(end),
-            () = self.watch(&signs, transport) => Outcome::End(End::Lost("it stopped answering".to_owned())),
+            end = self.watch(&signs, transport, addr) => Outcome::End(end),
             link = upgrade(&config, &signs), if transport == Transport::Tls => Outcome::Upgrade(Box::new(link)),
             () = over_udp(addr, config.mark, keys, &shared, &events, &signs) => {
                 Outcome::End(End::Lost("the host is shutting down".to_owned()))
@@ -511,7 +516,7 @@ impl Task {
     }
 
     /// Pings and passes tokens on, until the relay is silent.
-    async fn watch(&mut self, signs: &Signs, transport: Transport) {
+    async fn watch(&mut self, signs: &Signs, transport: Transport, addr: SocketAddr) -> End {
         let mut keepalive = self.shared.keepalive.subscribe();
         loop {
             let now = clock::now().boot;
@@ -527,7 +532,7 @@ impl Task {
                 Check::Ping => {
                     self.shared.push(Class::Control, &Frame::Ping { nonce: micros() });
                 }
-                Check::Dead => return,
+                Check::Dead => return End::Lost("it stopped answering".to_owned()),
             }
             let due = signs.liveness().deadline();
             let ask_at = self.asked.map(|at| at + ASK_INTERVAL);
@@ -546,6 +551,9 @@ impl Task {
                         self.keep(token);
                     }
                     Some(Command::NetworkChanged) => {
+                        if let Err(error) = link::check_route(addr, self.config.mark) {
+                            return error.into();
+                        }
                         signs.liveness().suspect(clock::now().boot);
                         if let Some(udp) = signs.udp.get() {
                             udp.network_changed();

@@ -31,12 +31,15 @@ fn across(what: &str, from: &Agent, to: IpAddr, event: impl FnOnce() -> Result<(
     let transfer = Transfer::start(&from.host, SocketAddr::new(to, TCP))?;
     let datagrams = Datagrams::start(&from.host, SocketAddr::new(to, UDP))?;
     datagrams.go_on(10)?;
+    let watch = Stopwatch::start();
     event().context("the event")?;
+    let took = watch.elapsed();
     transfer.goes_on(Duration::from_secs(2)).with_context(|| what.to_owned())?;
     datagrams.go_on(20).with_context(|| what.to_owned())?;
     let (gap, delivered) = (transfer.finish()?, datagrams.finish()?);
     lab::say(&format!(
-        "{what}: longest gap {} ms for TCP, {} ms for UDP; {} of {} datagrams came back",
+        "{what} (takes {} ms): longest gap {} ms for TCP, {} ms for UDP; {} of {} datagrams came back",
+        took.as_millis(),
         gap.as_millis(),
         delivered.gap.as_millis(),
         delivered.received,

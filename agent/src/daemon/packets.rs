@@ -90,7 +90,10 @@ impl Up {
                 let _ = reply.send(super::verbs::done(&pong));
             }
             Event::RelayWanted { relay } => self.want_relay(now, relay),
-            Event::NetworkSuspect => self.relays.network_changed(),
+            Event::NetworkSuspect => {
+                self.relays.network_changed();
+                self.control.retry_now();
+            }
             Event::SocketsWanted { .. } => {} // only without an engine, which is gone
             Event::RelayKeepalive { pause } => self.relays.set_keepalive(pause),
             Event::HomeRelay { relay } => self.set_home_relay(now, relay),

@@ -157,7 +157,13 @@ fn tried(addrs: &[SocketAddr]) -> impl Iterator<Item = SocketAddr> {
     addrs.iter().copied().take(MAX_ADDRESSES)
 }
 
+/// Fails if this host has no route there: what is sent would be lost without a word.
+pub(super) fn check_route(addr: SocketAddr, mark: u32) -> io::Result<()> {
+    socket(addr, Type::DGRAM, Protocol::UDP, mark)?.connect(&addr.into())
+}
+
 async fn dial_quic(addr: SocketAddr, mark: u32, tls: rustls::ClientConfig) -> Result<Link, End> {
+    check_route(addr, mark)?;
     let socket = socket(addr, Type::DGRAM, Protocol::UDP, mark)?;
     let any: SocketAddr = match addr {
         SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),

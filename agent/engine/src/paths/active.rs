@@ -38,6 +38,11 @@ const TRIGGERED_INTERVAL: Duration = Duration::from_millis(200);
 const CONFIRMED_FRESH: Duration = Duration::from_secs(10);
 /// Beyond two round trips, what a ping's answer may be late by before packets take another way.
 const SLACK: Duration = Duration::from_millis(300);
+/// Packets that come in within so short a time count as one sign of life.
+const BURST: Duration = Duration::from_millis(10);
+/// Least silence that is suspicious, however lively the way was; what three round trips and three of its usual pauses take is
+/// added.
+const MIN_ALARM: Duration = Duration::from_millis(150);
 /// How long a way that was given up is still better than none, and how soon it must answer again for its death to have
 /// been a NAT's forgetting.
 const FORMER_FRESH: Duration = Duration::from_secs(10);
@@ -87,6 +92,12 @@ pub(super) struct Current {
     way: Way,
     last_rx: Instant,
     last_tx: Instant,
+    /// The round trip, smoothed.
+    rtt: Duration,
+    /// When the last burst of packets began to come in.
+    burst: Instant,
+    /// The usual time from one burst to the next, at most [`TRUST`].
+    rhythm: Duration,
     check: Option<Check>,
     mtu: PathMtu,
 }
@@ -96,32 +107,79 @@ struct Check {
     next_ping: Instant,
     /// How long we had said nothing on the way before.
     silent: Duration,
-    /// It is more likely dead than not: no packet is risked on it.
-    doubt: bool,
+    /// Without an answer until then, packets take another way.
+    hedge_at: Instant,
     /// Data brought it about.
     by_data: bool,
 }
 
 impl Current {
-    fn new(now: Instant, way: Way, mtu: usize) -> Self {
-        Self { way, last_rx: now, last_tx: now, check: None, mtu: PathMtu::new(now, mtu) }
+    fn new(now: Instant, way: Way, rtt: Duration, mtu: usize) -> Self {
+        Self {
+            way,
+            rtt,
+            last_rx: now,
+            last_tx: now,
+            burst: now,
+            rhythm: TRUST,
+            check: None,
+            mtu: PathMtu::new(now, mtu),
+        }
     }
 
     /// Asks whether the way still works, from `next_ping` on.
-    fn check(&mut self, now: Instant, next_ping: Instant, doubt: bool) {
+    fn check(&mut self, now: Instant, next_ping: Instant, doubt: Doubt) {
+        let hedge_at = match doubt {
+            Doubt::None => now + HEDGE_AFTER.max(self.patience()),
+            Doubt::Lively => now + self.patience(),
+            Doubt::Dead => now,
+        };
         if !self.is_checked() {
             let silent = now.since(self.last_tx);
-            self.check = Some(Check { started: now, next_ping, silent, doubt, by_data: false });
+            self.check = Some(Check { started: now, next_ping, silent, hedge_at, by_data: false });
         } else if let Some(check) = &mut self.check {
             check.next_ping = check.next_ping.min(next_ping);
-            check.doubt |= doubt;
+            check.hedge_at = check.hedge_at.min(hedge_at);
         }
+    }
+
+    /// How long the answer to a ping may take.
+    fn patience(&self) -> Duration {
+        2 * self.rtt + SLACK
+    }
+
+    /// After how much silence, while we send, the way is suspicious: soon if it was lively.
+    fn alarm_after(&self) -> Duration {
+        TRUST.min(MIN_ALARM + 3 * self.rhythm + 3 * self.rtt)
+    }
+
+    /// Something authentic came in on the way.
+    fn heard(&mut self, now: Instant) {
+        let since = now.since(self.burst);
+        if since >= BURST {
+            // Longer pauses count at once, shorter ones when they are usual.
+            let since = since.min(TRUST);
+            self.rhythm = since.max((7 * self.rhythm + since) / 8);
+            self.burst = now;
+        }
+        self.last_rx = now;
     }
 
     /// True while a check has had no answer.
     fn is_checked(&self) -> bool {
         self.check.as_ref().is_some_and(|check| self.last_rx <= check.started)
     }
+}
+
+/// What the silence of a way in use is taken for, and so how soon packets take another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Doubt {
+    /// A pause, perhaps: after [`HEDGE_AFTER`].
+    None,
+    /// It was lively a moment ago: as soon as an answer is late.
+    Lively,
+    /// It is more likely dead than not: no packet is risked on it.
+    Dead,
 }
 
 pub(super) struct Remote {
@@ -254,18 +312,24 @@ impl Active {
         let early_death = self.early_death;
         let current = self.current.as_mut()?;
         let silence = now.since(current.last_rx);
-        let silent = silence >= TRUST && !current.is_checked();
+        let alarm = current.alarm_after();
+        let silent = silence >= alarm && !current.is_checked();
         let trusted = shared.trusted_silence(current.way.remote);
-        let doubt = silence >= early_death.map_or(trusted, |fatal| trusted.min(fatal));
-        let next_ping = if doubt { now } else { now + CHECK_PATIENCE };
+        let forgotten = silence >= early_death.map_or(trusted, |fatal| trusted.min(fatal));
+        let doubt = match (forgotten, alarm < TRUST) {
+            (true, _) => Doubt::Dead,
+            (false, true) => Doubt::Lively,
+            (false, false) => Doubt::None,
+        };
+        let next_ping = if doubt == Doubt::None { now + CHECK_PATIENCE } else { now };
         if silent {
             current.check(now, next_ping, doubt);
             if let Some(check) = &mut current.check {
                 check.by_data = true;
             }
-        } else if doubt && let Some(check) = &mut current.check {
+        } else if forgotten && let Some(check) = &mut current.check {
             // A keep-alive asks already.
-            check.doubt = true;
+            check.hedge_at = now;
         }
         current.last_tx = now;
         silent.then_some(next_ping)
@@ -330,15 +394,7 @@ impl Active {
 
     /// True if a check of the way in use has been unanswered for so long that packets should not be risked on it.
     fn is_in_doubt(&self, now: Instant, current: &Current) -> bool {
-        let patience = || HEDGE_AFTER.max(self.patience(current.way));
-        current.is_checked()
-            && current.check.as_ref().is_some_and(|c| c.doubt || now.since(c.started) >= patience())
-    }
-
-    /// How long the answer to a ping may take.
-    fn patience(&self, way: Way) -> Duration {
-        let rtt = self.remotes.iter().find(|r| r.way == way).map_or(Duration::ZERO, |r| r.smoothed);
-        2 * rtt + SLACK
+        current.is_checked() && current.check.as_ref().is_some_and(|c| now >= c.hedge_at)
     }
 
     /// The relay to use, as a destination.

@@ -3,6 +3,8 @@
 use super::*;
 use warren_common::wire::probe::{Candidate, CandidateKind, Ports, TXID_LEN};
 
+mod lively;
+
 const B: DeviceId = DeviceId::from_bytes([2; 16]);
 const RELAY: RelayId = RelayId::from_bytes([3; 16]);
 const START: Instant = Instant::from_nanos(1_000_000_000_000);

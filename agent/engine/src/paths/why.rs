@@ -32,41 +32,41 @@ pub enum WhyNotDirect {
 }
 
 impl WhyNotDirect {
-    /// The same for people.
-    pub const fn text(self) -> &'static str {
-        match self {
-            Self::Idle => "nothing was sent to it lately, so no path is kept",
-            Self::NoNetwork => "this device has no network",
-            Self::NoProbeKey => "its probe key in the netmap is unusable",
-            Self::UdpBlocked => "no UDP comes back into this network",
-            Self::Probing => "a direct path is being looked for",
-            Self::PeerSilent => "it has not told its addresses yet",
-            Self::NoCommonFamily => "it has no address of a family (IPv4 or IPv6) that this network has",
-            Self::PeerUdpBlocked => "it knows no address of its own from outside: UDP may be blocked there",
-            Self::BothSymmetric => "both NATs have another port for each destination (symmetric)",
-            Self::HardNat => {
-                "one NAT has another port for each destination (symmetric), and the other lets in only whom it knows"
-            }
-            Self::NoAnswer => {
-                "nothing comes back from its addresses: a NAT or firewall, there or here, lets nothing in"
-            }
-        }
-    }
-
     /// The stable word for it.
     pub const fn as_str(self) -> &'static str {
+        self.words().0
+    }
+
+    /// The same for people.
+    pub const fn text(self) -> &'static str {
+        self.words().1
+    }
+
+    const fn words(self) -> (&'static str, &'static str) {
         match self {
-            Self::Idle => "idle",
-            Self::NoNetwork => "no-network",
-            Self::NoProbeKey => "no-probe-key",
-            Self::UdpBlocked => "udp-blocked",
-            Self::Probing => "probing",
-            Self::PeerSilent => "peer-silent",
-            Self::NoCommonFamily => "no-common-family",
-            Self::PeerUdpBlocked => "peer-udp-blocked",
-            Self::BothSymmetric => "both-symmetric",
-            Self::HardNat => "hard-nat",
-            Self::NoAnswer => "no-answer",
+            Self::Idle => ("idle", "nothing was sent to it lately, so no path is kept"),
+            Self::NoNetwork => ("no-network", "this device has no network"),
+            Self::NoProbeKey => ("no-probe-key", "its probe key in the netmap is unusable"),
+            Self::UdpBlocked => ("udp-blocked", "no UDP comes back into this network"),
+            Self::Probing => ("probing", "a direct path is being looked for"),
+            Self::PeerSilent => ("peer-silent", "it has not told its addresses yet"),
+            Self::NoCommonFamily => {
+                ("no-common-family", "it has no address of a family (IPv4 or IPv6) that this network has")
+            }
+            Self::PeerUdpBlocked => {
+                ("peer-udp-blocked", "it knows no address of its own from outside: UDP may be blocked there")
+            }
+            Self::BothSymmetric => {
+                ("both-symmetric", "both NATs have another port for each destination (symmetric)")
+            }
+            Self::HardNat => (
+                "hard-nat",
+                "one NAT has another port for each destination (symmetric), and the other lets in only whom it knows",
+            ),
+            Self::NoAnswer => (
+                "no-answer",
+                "nothing comes back from its addresses: a NAT or firewall, there or here, lets nothing in",
+            ),
         }
     }
 }

@@ -8,11 +8,11 @@ use warren_common::ids::RelayId;
 use warren_common::time::Instant;
 use warren_common::wire::probe::{CandidateKind, Ports};
 
-use super::{Active, SECOND};
+use super::{Active, Doubt, SECOND};
 use crate::event::{Event, PingToken};
 use crate::io::Destination;
 use crate::paths::shared::Shared;
-use crate::paths::{MAX_REMOTES, MAX_USER_PINGS_PER_SECOND, PING_TIMEOUT, Way};
+use crate::paths::{MAX_REMOTES, MAX_USER_PINGS_PER_SECOND, PING_TIMEOUT, Rate, Way};
 
 impl Active {
     /// Queues a ping; it goes out when there is a way and its turn has come.
@@ -47,7 +47,7 @@ impl Active {
     /// The clock jumped.
     pub(in crate::paths) fn on_jump(&mut self, now: Instant, _shared: &mut Shared) {
         if let Some(current) = &mut self.current {
-            current.check(now, now, true);
+            current.check(now, now, Doubt::Dead);
         }
         self.owe(now, true);
         self.restart_rounds(now);
@@ -91,6 +91,8 @@ impl Active {
             self.remotes.iter().map(|r| (r.way.remote, r.kind)).collect();
         self.remotes.clear();
         self.early_death = None;
+        // No peer can bring this about, so what was spent in the former network does not count.
+        self.probes = Rate::default();
         self.inflight.retain(|i| i.token.is_some());
         self.reply_to = None;
         for (addr, kind) in known {
@@ -105,7 +107,7 @@ impl Active {
             self.former = Some((lost.way, Duration::ZERO, now));
         }
         if let Some(current) = &mut self.current {
-            current.check(now, now, true);
+            current.check(now, now, Doubt::Dead);
         }
         self.owe(now, true);
         self.restart_rounds(now);

@@ -8,7 +8,7 @@ use warren_common::time::Instant;
 use warren_common::wire::probe::{Candidate, CandidateKind, Message, TxId};
 
 use super::{
-    Active, CONFIRMED_FRESH, Current, FORMER_FRESH, Remote, SAFE_PERCENT, SECOND, TRIGGERED_INTERVAL,
+    Active, CONFIRMED_FRESH, Current, Doubt, FORMER_FRESH, Remote, SAFE_PERCENT, SECOND, TRIGGERED_INTERVAL,
 };
 use crate::event::{Event, Path};
 use crate::io::{Destination, Source};
@@ -24,12 +24,12 @@ impl Active {
                 let way = Way { socket, remote };
                 if let Some(current) = &mut self.current {
                     if current.way == way {
-                        current.last_rx = now;
+                        current.heard(now);
                         return false;
                     }
                     // The peer may be somewhere else now.
                     if now.since(current.last_rx) >= ELSEWHERE {
-                        current.check(now, now, false);
+                        current.check(now, now, Doubt::None);
                     }
                 }
                 self.reply_to = Some((way, now));
@@ -47,7 +47,7 @@ impl Active {
                     self.current.as_mut().filter(|c| now.since(c.last_rx) >= ELSEWHERE && !c.is_checked());
                 let suspicious = silent.is_some();
                 if let Some(current) = silent {
-                    current.check(now, now, true);
+                    current.check(now, now, Doubt::Dead);
                 }
                 news || suspicious
             }
@@ -72,13 +72,12 @@ impl Active {
             self.learn(now, way, CandidateKind::Observed, &mut shared.counters);
             self.probe(now, way, shared);
             // Of several ports that the peer has hit, the one that it uses.
-            let works = self.remotes.iter().any(|r| r.way == way && r.confirmed.is_some());
-            if let Some(current) = &mut self.current
+            let works = self.remotes.iter().find(|r| r.way == way && r.confirmed.is_some());
+            if let (Some(current), Some(works)) = (&mut self.current, works)
                 && current.way.is_extra()
                 && way.is_extra()
-                && works
             {
-                *current = Current::new(now, way, shared.mtu);
+                *current = Current::new(now, way, works.smoothed, shared.mtu);
             }
         }
     }
@@ -189,11 +188,11 @@ impl Active {
         };
         let score =
             |r: &&Remote| Score::new(r.way.remote, r.kind, r.smoothed, r.losses, Some(r.way) == incumbent);
-        let best = self.remotes.iter().filter(fresh).min_by_key(score).map(|r| r.way);
+        let best = self.remotes.iter().filter(fresh).min_by_key(score).map(|r| (r.way, r.smoothed));
         match (&mut self.current, best) {
-            (Some(current), Some(best)) if current.way == best => {}
-            (_, Some(best)) => {
-                self.current = Some(Current::new(now, best, shared.mtu));
+            (Some(current), Some((best, rtt))) if current.way == best => current.rtt = rtt,
+            (_, Some((best, rtt))) => {
+                self.current = Some(Current::new(now, best, rtt, shared.mtu));
                 self.former = None;
                 shared.wants_keepalive |= best.remote.is_ipv4();
                 shared.sockets_changed |= best.is_extra();
@@ -230,7 +229,7 @@ impl Active {
             self.owe(now, false);
             // The peer has no direct way to us; see whether ours to it still works.
             if let Some(current) = &mut self.current {
-                current.check(now, now, false);
+                current.check(now, now, Doubt::None);
             }
         }
         if news {

@@ -7,14 +7,13 @@ use warren_common::ids::RelayId;
 use warren_common::time::Instant;
 use warren_common::wire::probe::{CandidateKind, Message};
 
-use super::{Active, MINUTE, SECOND};
+use super::{Active, Doubt, MINUTE, SECOND};
 use crate::event::{Event, Path};
 use crate::io::Destination;
 use crate::paths::shared::Shared;
 use crate::paths::{
-    ANNOUNCE_INTERVAL, CANDIDATE_AGE, CHECK_INTERVAL, DISTRESS_AFTER, HEDGE_AFTER, IDLE_AFTER,
-    MAX_CHECKS_PER_MINUTE, MAX_REMOTES, PING_TIMEOUT, ROUND_PAUSES, ROUNDS_AFTER_PROMOTION, UPGRADE_INTERVAL,
-    Way,
+    ANNOUNCE_INTERVAL, CANDIDATE_AGE, CHECK_INTERVAL, DISTRESS_AFTER, IDLE_AFTER, MAX_CHECKS_PER_MINUTE,
+    MAX_REMOTES, PING_TIMEOUT, ROUND_PAUSES, ROUNDS_AFTER_PROMOTION, UPGRADE_INTERVAL, Way,
 };
 
 /// How long an extra socket that the peer has hit, and neither end uses, stays open.
@@ -61,6 +60,7 @@ impl Active {
     fn next_wake(&self, now: Instant, idle_at: Instant, shared: &Shared) -> Instant {
         let mtu = self.current.as_ref().filter(|c| !c.is_checked()).map(|c| c.mtu.due());
         let keep = self.current.as_ref().map(|c| match &c.check {
+            Some(check) if check.hedge_at > now => check.next_ping.min(check.hedge_at),
             Some(check) => check.next_ping.min(check.started + DISTRESS_AFTER),
             None => c.last_rx.min(c.last_tx) + self.keepalive(shared),
         });
@@ -125,11 +125,11 @@ impl Active {
             }
             let silent = now.since(current.last_rx.min(current.last_tx));
             if silent >= keepalive {
-                current.check(now, now, false);
+                current.check(now, now, Doubt::None);
             }
         }
         let Some(check) = &mut current.check else { return };
-        if now.since(check.started) >= HEDGE_AFTER || check.doubt {
+        if now >= check.hedge_at {
             shared.suspect(now);
         }
         if now.since(check.started) >= DISTRESS_AFTER {
@@ -153,9 +153,9 @@ impl Active {
 
     /// Finds out how long packets may be. While the way is in doubt, losses tell nothing of that.
     fn look_after_mtu(&mut self, now: Instant, shared: &mut Shared) {
-        let Some(way) = self.current.as_ref().filter(|c| !c.is_checked()).map(|c| c.way) else { return };
-        let patience = self.patience(way);
-        let lengths = self.current.as_mut().map(|c| c.mtu.poll(now, patience)).unwrap_or_default();
+        let Some(current) = self.current.as_mut().filter(|c| !c.is_checked()) else { return };
+        let (way, patience) = (current.way, current.patience());
+        let lengths = current.mtu.poll(now, patience);
         for length in lengths {
             self.ping_long(now, way, length, shared);
         }

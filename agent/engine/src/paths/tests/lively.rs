@@ -1,0 +1,123 @@
+//! A way that was lively and falls silent is noticed by its own rhythm.
+
+use super::*;
+
+const MS: Duration = Duration::from_millis(1);
+
+/// A pair with a direct way of 20 ms.
+struct Talk {
+    paths: Paths,
+    keys: ProbeKeys,
+    now: Instant,
+    way: Source,
+    words: u32,
+}
+
+impl Talk {
+    fn new() -> Self {
+        let (mut paths, keys) = pair();
+        let one = Candidate { kind: CandidateKind::Local, addr: "203.0.113.1:5000".parse().unwrap() };
+        let list =
+            Message::Candidates { request: false, candidates: [one].into_iter().collect(), ports: None };
+        paths.handle_probe(START, relayed(), &keys.seal(&list, nonce(0)));
+        let way = Source::Direct { socket: 0, remote: one.addr };
+        let mut talk = Self { paths, keys, now: START, way, words: 1 };
+        assert_eq!(talk.answer(20 * MS), 1);
+        // The rounds that follow the first one, and what finds out how long packets may be.
+        for _ in 0..40 {
+            talk.now += 50 * MS;
+            talk.paths.handle_timeout(talk.now);
+            talk.answer(Duration::ZERO);
+        }
+        talk
+    }
+
+    /// Answers short pings on the way after `rtt`. How many there were.
+    fn answer(&mut self, rtt: Duration) -> usize {
+        let mut out = Outbox::new();
+        self.paths.poll_transmit(&mut out);
+        let txids: Vec<_> = out
+            .datagrams()
+            .filter_map(|(to, probe)| match (to, self.keys.open(probe)) {
+                (Destination::Direct { .. }, Ok(Message::Ping { txid })) => Some(txid),
+                _ => None,
+            })
+            .collect();
+        self.now += rtt;
+        for txid in &txids {
+            let pong = self.keys.seal(&Message::Pong { txid: *txid, observed: None }, nonce(self.words));
+            self.words += 1;
+            self.paths.handle_probe(self.now, self.way, &pong);
+        }
+        txids.len()
+    }
+
+    /// Packets go out and come in for a while, so far apart.
+    fn talk(&mut self, pause: Duration, times: u32) {
+        for _ in 0..times {
+            self.now += pause;
+            self.paths.handle_timeout(self.now);
+            self.paths.on_authentic(self.now, 0, self.way, Carried::Data);
+            assert!(self.send(), "it answers");
+            self.answer(Duration::ZERO);
+        }
+    }
+
+    /// A packet goes out. True if it takes the direct way.
+    fn send(&mut self) -> bool {
+        matches!(self.paths.route(self.now, 0), Some(Destination::Direct { .. }))
+    }
+
+    /// Packets go out and nothing comes in. After how long the first of them takes the relay.
+    fn until_hedged(&mut self) -> Duration {
+        let since = self.now;
+        while self.send() {
+            self.now += 10 * MS;
+            self.paths.handle_timeout(self.now);
+            assert!(self.now.since(since) < Duration::from_secs(10));
+        }
+        self.now.since(since)
+    }
+}
+
+#[test]
+fn a_lively_way_that_falls_silent_is_hedged_within_a_second() {
+    for (pause, most) in [(1, 700), (20, 700), (50, 750), (100, 900), (1_000, 1_900)] {
+        let mut talk = Talk::new();
+        talk.talk(pause * MS, (3_000 / pause).max(30));
+        let took = talk.until_hedged();
+        assert!(took <= most * MS, "a packet each {pause} ms: {took:?}");
+    }
+}
+
+#[test]
+fn who_has_nothing_more_to_say_is_asked_once_and_then_at_the_usual_pace() {
+    let mut talk = Talk::new();
+    talk.talk(20 * MS, 100);
+    // From now on we send, and the peer only answers pings.
+    let mut asked = 0;
+    for _ in 0..1_000 {
+        talk.now += 20 * MS;
+        talk.paths.handle_timeout(talk.now);
+        assert!(talk.send(), "it answers");
+        asked += talk.answer(Duration::ZERO);
+    }
+    assert!((10..=22).contains(&asked), "{asked} pings in 20 s");
+}
+
+#[test]
+fn packets_in_bursts_are_as_far_apart_as_the_bursts() {
+    let mut talk = Talk::new();
+    for _ in 0..50 {
+        for _ in 0..10 {
+            talk.now += MS;
+            talk.paths.on_authentic(talk.now, 0, talk.way, Carried::Data);
+        }
+        talk.paths.handle_timeout(talk.now);
+        talk.answer(Duration::ZERO);
+        talk.now += 400 * MS;
+        talk.send();
+        assert_eq!(talk.answer(Duration::ZERO), 0, "that pause is usual");
+        talk.now += 90 * MS;
+    }
+}
