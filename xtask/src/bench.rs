@@ -1,6 +1,6 @@
 //! `cargo xtask bench`: the tunnel against others on this machine, with the comparison script that lies beside the
 //! repository, and the table of it in `docs/performance.md`. `cargo xtask bench paths`: how soon machines in different
-//! places meet.
+//! places meet. `cargo xtask bench relay`: the relay against coturn, and its table there.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -15,10 +15,14 @@ use crate::test::in_namespaces;
 
 /// Where the script is, unless `PEERS_SH` says otherwise.
 const SCRIPT: &str = "../shared/bench/peers.sh";
-/// The page, and the lines between which the table is.
+/// The page, and the lines between which a table is.
 const PAGE: &str = "docs/performance.md";
-const BEGIN: &str = "<!-- table: written by cargo xtask bench -->";
+const TUNNEL: &str = "<!-- table: written by cargo xtask bench -->";
+const RELAY: &str = "<!-- table: written by cargo xtask bench relay -->";
 const END: &str = "<!-- end of table -->";
+/// How often the relay's packets are measured, and its idle clients.
+const RELAY_REPEATS: &str = "3";
+const IDLE_CLIENTS: &str = "10000";
 /// Our name in the script, and whom it compares with.
 const OURS: &str = "cand";
 const PEERS: &str = "wggo wggo2 boring gota nebaes cand";
@@ -72,7 +76,7 @@ pub(crate) fn rewrite() -> Result<bool> {
     let read =
         |name: &str| std::fs::read_to_string(measured.join(name)).with_context(|| format!("no {name} yet"));
     let values = Values::parse(&read("bench.tsv")?);
-    write_page(&format!("{}\n{}", table(&values, values.repeats()), read("bench-udp.txt")?))?;
+    write_page(TUNNEL, &format!("{}\n{}", table(&values, values.repeats()), read("bench-udp.txt")?))?;
     say(&format!("{PAGE} has the table"));
     Ok(true)
 }
@@ -85,6 +89,26 @@ pub(crate) fn paths() -> Result<bool> {
         return Ok(false);
     }
     attached(&mut in_namespaces(Command::new(target().join("debug/path-bench"))))
+}
+
+/// The relay against coturn: packets, and idle clients. The servers take core 0, the load core 1.
+pub(crate) fn relay() -> Result<bool> {
+    setup::for_relay_bench()?;
+    if !attached(cargo().args(["build", "--locked", "--release", "-p", "warren-bench"]))? {
+        return Ok(false);
+    }
+    let mut text = String::new();
+    for words in [["packets", RELAY_REPEATS], ["idle", IDLE_CLIENTS]] {
+        let mut bench = Command::new("taskset");
+        bench.args(["-c", "1"]).arg(target().join("release/warren-bench-relay")).args(words);
+        let done = bench.stderr(Stdio::inherit()).output()?;
+        ensure!(done.status.success(), "warren-bench-relay {} failed", words.join(" "));
+        let _ = writeln!(text, "\n`warren-bench-relay {}`\n", words.join(" "));
+        text.push_str(&String::from_utf8(done.stdout)?);
+    }
+    write_page(RELAY, &text)?;
+    say(&format!("{PAGE} has the table"));
+    Ok(true)
 }
 
 fn target() -> PathBuf {
@@ -178,12 +202,12 @@ fn full_name(peer: &str) -> &str {
     }
 }
 
-fn write_page(table: &str) -> Result<()> {
+fn write_page(begin: &str, table: &str) -> Result<()> {
     let path = root().join(PAGE);
     let page = std::fs::read_to_string(&path).with_context(|| format!("reading {PAGE}"))?;
-    let (before, rest) = page.split_once(BEGIN).context("the page's mark for the table")?;
+    let (before, rest) = page.split_once(begin).context("the page's mark for the table")?;
     let (_, after) = rest.split_once(END).context("the page's mark for the table's end")?;
-    std::fs::write(&path, format!("{before}{BEGIN}\n{table}{END}{after}"))?;
+    std::fs::write(&path, format!("{before}{begin}\n{table}{END}{after}"))?;
     Ok(())
 }
 

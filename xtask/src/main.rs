@@ -21,6 +21,7 @@ cargo xtask lab [FILTER]       only the tests with real packets between network 
 cargo xtask bench [REPEATS]    the tunnel against others on this machine; writes the table of docs/performance.md
 cargo xtask bench table        writes that table again from what was measured last
 cargo xtask bench paths        how soon machines behind NATs meet: the table of docs/performance.md (minutes)
+cargo xtask bench relay        the relay against coturn, and its idle clients; writes their table (minutes)
 cargo xtask fuzz [ITERATIONS]  only the fuzz targets, with this many random inputs each
 
 Logs of all steps are in target/xtask. Exit code: 0 good, 1 something failed, 2 wrong command line.
@@ -46,12 +47,13 @@ fn main() -> ExitCode {
         ["lab", filter] => focus::lab(Some(filter)),
         ["bench"] => bench::run(3),
         ["bench", "paths"] => bench::paths(),
+        ["bench", "relay"] => bench::relay(),
         ["bench", "table"] => bench::rewrite(),
         ["bench", repeats] => match repeats.parse() {
             Ok(repeats) => bench::run(repeats),
             Err(_) => {
                 return usage(&format!(
-                    "the repeats are a whole number, `paths` or `table`, not {repeats:?}"
+                    "the repeats are a whole number, `paths`, `relay` or `table`, not {repeats:?}"
                 ));
             }
         },

@@ -41,10 +41,17 @@ pub(crate) fn run() -> Result<()> {
 
 /// Only what the demo shells out to: no minutes of compiling for what it does not need.
 pub(crate) fn for_demo() -> Result<()> {
-    let needed = ["cc", "ip", "nft", "ping", "conntrack", "unshare"];
-    let programs_needed: Vec<_> =
-        PROGRAMS.into_iter().filter(|(program, _)| needed.contains(program)).collect();
-    programs(&programs_needed)
+    only(&["cc", "ip", "nft", "ping", "conntrack", "unshare"])
+}
+
+/// Only what the relay is compared with.
+pub(crate) fn for_relay_bench() -> Result<()> {
+    only(&["turnserver"])
+}
+
+fn only(needed: &[&str]) -> Result<()> {
+    let wanted: Vec<_> = PROGRAMS.into_iter().filter(|(program, _)| needed.contains(program)).collect();
+    programs(&wanted)
 }
 
 fn programs(wanted: &[(&str, &'static str)]) -> Result<()> {

@@ -4,10 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime as TlsTime};
-use rustls::{DigitallySignedStruct, SignatureScheme};
-use sha2::{Digest as _, Sha256};
+use rustls::pki_types::ServerName;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
@@ -16,11 +13,12 @@ use warren_common::keys::{NetmapSecretKey, ProbeSecretKey};
 use warren_common::time::UnixTime;
 use warren_common::wire::control::Signed;
 use warren_common::wire::relay::{
-    ALPN, Binding, Deframer, Frame, RefusalCode, SERVER_NAME, TokenRef, put_on_stream,
+    Binding, Deframer, Frame, RefusalCode, SERVER_NAME, TokenRef, put_on_stream,
 };
 use warren_common::wire::token::RelayToken;
 use warren_relay::core::Limits;
 use warren_relay::server::{RelayServer, RelayServerConfig};
+use warren_relay::tls::pinned_client_config;
 
 /// A test that waits this long for anything has failed.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -119,7 +117,7 @@ impl Device {
     }
 
     pub(crate) async fn connect_at(addr: SocketAddr, cert_sha256: [u8; 32], transport: Transport) -> Self {
-        let tls = tls_config(cert_sha256);
+        let tls = pinned_client_config(cert_sha256).unwrap();
         let link = patient(async {
             match transport {
                 Transport::Quic => quic(addr, tls).await,
@@ -276,60 +274,4 @@ async fn quic(addr: SocketAddr, tls: rustls::ClientConfig) -> Link {
     let connection = endpoint.connect_with(config, addr, SERVER_NAME).unwrap().await.unwrap();
     let (send, recv) = connection.accept_bi().await.unwrap();
     Link::Quic { _endpoint: endpoint, connection, send, recv }
-}
-
-fn tls_config(cert_sha256: [u8; 32]) -> rustls::ClientConfig {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let verifier = Arc::new(Pin { cert_sha256, provider: provider.clone() });
-    let mut config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .unwrap()
-        .dangerous()
-        .with_custom_certificate_verifier(verifier)
-        .with_no_client_auth();
-    config.alpn_protocols = vec![ALPN.to_vec()];
-    config
-}
-
-#[derive(Debug)]
-struct Pin {
-    cert_sha256: [u8; 32],
-    provider: Arc<rustls::crypto::CryptoProvider>,
-}
-
-impl ServerCertVerifier for Pin {
-    fn verify_server_cert(
-        &self,
-        cert: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: TlsTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        assert_eq!(<[u8; 32]>::from(Sha256::digest(cert)), self.cert_sha256, "another certificate");
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(rustls::Error::General("TLS 1.2".to_owned()))
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        rustls::crypto::verify_tls13_signature(message, cert, dss, algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
-    }
 }

@@ -1,0 +1,248 @@
+//! A device as a relay of ours sees it, with nothing but what the protocol asks for.
+
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use quinn::congestion::CubicConfig;
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio_rustls::client::TlsStream;
+use warren_common::time::UnixTime;
+use warren_common::wire::relay::udp::UdpKeys;
+use warren_common::wire::relay::{
+    Binding, Deframer, Frame, Proven, SERVER_NAME, STREAM_HEADER, TokenRef, put_on_stream,
+};
+use warren_common::wire::token::{MAX_TOKEN_LIFE_S, RelayToken};
+
+use super::server::{NETWORK, RELAY, RelayAt, coordinator, device, probe};
+
+/// Bytes read at once.
+const READ_BYTES: usize = 64 * 1024;
+/// QUIC's datagrams that wait each way, in bytes, and its first congestion window: as in the agent.
+const DATAGRAM_BUFFER: usize = 1 << 20;
+const INITIAL_WINDOW: u64 = 256 * 1_200;
+
+/// What packets run over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// QUIC: packets in datagrams.
+    Quic,
+    /// TLS over TCP.
+    Tls,
+}
+
+enum Link {
+    Quic { connection: quinn::Connection, send: quinn::SendStream, recv: quinn::RecvStream },
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+/// An authenticated connection.
+pub struct Device {
+    link: Link,
+    deframer: Deframer,
+    buffer: Vec<u8>,
+    keys: Option<UdpKeys>,
+    session: Option<u64>,
+}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Device")
+    }
+}
+
+/// A QUIC endpoint for many devices.
+///
+/// # Errors
+/// There is no socket.
+pub fn endpoint() -> Result<quinn::Endpoint> {
+    Ok(quinn::Endpoint::client((Ipv4Addr::LOCALHOST, 0).into())?)
+}
+
+impl Device {
+    /// Connects and authenticates as device `n`, which may send to `peers`.
+    ///
+    /// # Errors
+    /// The relay won't have it.
+    pub async fn join(
+        relay: RelayAt,
+        transport: Transport,
+        endpoint: &quinn::Endpoint,
+        n: u32,
+        peers: &[u32],
+    ) -> Result<Self> {
+        let link = Link::connect(relay, transport, endpoint).await?;
+        let (deframer, buffer) = (Deframer::default(), Vec::new());
+        let mut device = Self { link, deframer, buffer, keys: None, session: None };
+        device.authenticate(relay, n, peers).await?;
+        Ok(device)
+    }
+
+    /// Keys and number of the plain UDP session beside it.
+    ///
+    /// # Errors
+    /// The relay has offered none.
+    pub fn udp(&self) -> Result<(UdpKeys, u64)> {
+        self.keys.clone().zip(self.session).context("no offer of plain UDP")
+    }
+
+    /// Sends `count` packets of `payload` bytes to `to`; waits while the transport has no room.
+    ///
+    /// # Errors
+    /// The connection is gone.
+    pub async fn send(&mut self, to: u32, payload: &[u8], count: usize) -> Result<()> {
+        let frame = Frame::Send { dst: device(to), payload }.to_vec();
+        match &mut self.link {
+            Link::Quic { connection, .. } => {
+                for _ in 0..count {
+                    connection.send_datagram_wait(frame.clone().into()).await?;
+                }
+            }
+            Link::Tls(stream) => {
+                self.buffer.clear();
+                (0..count).for_each(|_| put_on_stream(&frame, &mut self.buffer));
+                stream.write_all(&self.buffer).await?;
+                stream.flush().await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The stream itself, over TLS.
+    pub fn stream(&mut self) -> Option<&mut TlsStream<TcpStream>> {
+        match &mut self.link {
+            Link::Tls(stream) => Some(stream),
+            Link::Quic { .. } => None,
+        }
+    }
+
+    /// Writes a frame to the stream.
+    ///
+    /// # Errors
+    /// The connection is gone.
+    pub async fn control(&mut self, frame: &Frame<'_>) -> Result<()> {
+        self.link.control(frame).await
+    }
+
+    /// The packets that have come since: at least one. Cancel safe.
+    ///
+    /// # Errors
+    /// The connection is gone.
+    pub async fn receive(&mut self) -> Result<u64> {
+        loop {
+            let mut packets = 0;
+            while let Some(frame) = self.deframer.next_frame()? {
+                packets += u64::from(matches!(Frame::decode(frame), Ok(Some(Frame::Recv { .. }))));
+            }
+            if packets > 0 {
+                return Ok(packets);
+            }
+            if self.link.read(&mut self.deframer).await? {
+                return Ok(1);
+            }
+        }
+    }
+
+    async fn authenticate(&mut self, relay: RelayAt, n: u32, peers: &[u32]) -> Result<()> {
+        let signed = token(n, peers).sign(&coordinator());
+        let token = TokenRef::new(&signed).context("the token fits")?;
+        let binding = Binding { network: NETWORK, relay: RELAY, cert_sha256: relay.cert_sha256 };
+        loop {
+            while let Some(frame) = self.deframer.next_frame()? {
+                match Frame::decode(frame)?.context("a known frame")? {
+                    Frame::Challenge(challenge) => {
+                        let Proven { proof, udp } =
+                            challenge.prove(&probe(n), &binding, token).context("a challenge")?;
+                        self.keys = Some(udp);
+                        self.link.control(&Frame::Auth { proof, token }).await?;
+                    }
+                    Frame::UdpOffer { session } => {
+                        self.session = Some(session);
+                        return Ok(());
+                    }
+                    Frame::Refused { code, .. } => bail!("refused: {code}"),
+                    _ => {}
+                }
+            }
+            self.link.read(&mut self.deframer).await?;
+        }
+    }
+}
+
+impl Link {
+    async fn connect(relay: RelayAt, transport: Transport, endpoint: &quinn::Endpoint) -> Result<Self> {
+        let tls = warren_relay::tls::pinned_client_config(relay.cert_sha256)?;
+        if transport == Transport::Tls {
+            let stream = TcpStream::connect(relay.addr).await?;
+            stream.set_nodelay(true)?;
+            let name = ServerName::try_from(SERVER_NAME)?;
+            let stream = tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, stream).await?;
+            return Ok(Self::Tls(Box::new(stream)));
+        }
+        let mut transport = quinn::TransportConfig::default();
+        let mut congestion = CubicConfig::default();
+        congestion.initial_window(INITIAL_WINDOW);
+        transport
+            .datagram_receive_buffer_size(Some(DATAGRAM_BUFFER))
+            .datagram_send_buffer_size(DATAGRAM_BUFFER)
+            .congestion_controller_factory(Arc::new(congestion));
+        let tls = quinn::crypto::rustls::QuicClientConfig::try_from(tls)?;
+        let mut config = quinn::ClientConfig::new(Arc::new(tls));
+        config.transport_config(Arc::new(transport));
+        let connection = endpoint.connect_with(config, relay.addr, SERVER_NAME)?.await?;
+        let (send, recv) = connection.accept_bi().await?;
+        Ok(Self::Quic { connection, send, recv })
+    }
+
+    async fn control(&mut self, frame: &Frame<'_>) -> Result<()> {
+        let mut bytes = Vec::new();
+        put_on_stream(&frame.to_vec(), &mut bytes);
+        match self {
+            Self::Quic { send, .. } => send.write_all(&bytes).await?,
+            Self::Tls(stream) => stream.write_all(&bytes).await?,
+        }
+        Ok(())
+    }
+
+    /// Reads what is there; true if it was a packet in a datagram.
+    async fn read(&mut self, deframer: &mut Deframer) -> Result<bool> {
+        match self {
+            Self::Quic { connection, recv, .. } => tokio::select! {
+                biased;
+                datagram = connection.read_datagram() => return Ok(datagram.map(|_| true)?),
+                chunk = recv.read_chunk(READ_BYTES, true) => {
+                    let chunk = chunk?.context("the stream ended")?;
+                    deframer.buffer().extend_from_slice(&chunk.bytes);
+                }
+            },
+            Self::Tls(stream) => {
+                let buffer = deframer.buffer();
+                buffer.reserve(READ_BYTES);
+                ensure!(stream.read_buf(buffer).await? > 0, "the stream ended");
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// Bytes that a packet of `payload` bytes takes on a stream.
+pub const fn on_stream(payload: usize) -> usize {
+    STREAM_HEADER + warren_common::wire::relay::DATA_HEADER + payload
+}
+
+fn token(n: u32, peers: &[u32]) -> RelayToken {
+    #[expect(clippy::disallowed_methods, reason = "the relay that is measured reads the same clock")]
+    let unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    RelayToken {
+        network: NETWORK,
+        relay: RELAY,
+        device: device(n),
+        probe: probe(n).public(),
+        revision: 1,
+        expires: UnixTime::default() + unix + Duration::from_secs(MAX_TOKEN_LIFE_S as u64),
+        peers: peers.iter().map(|peer| device(*peer)).collect(),
+    }
+}
