@@ -57,6 +57,9 @@ const NOTICE_BURST: Duration = Duration::from_secs(1);
 /// One `TokenRefresh` (a signature check, 50 µs) per second and device in the long run, ten at once.
 const REFRESH_COST: Duration = Duration::from_secs(1);
 const REFRESH_BURST: Duration = Duration::from_secs(10);
+/// A queue may hold this part of what is still free for all of them together: whoever does not read leaves room for the
+/// others, however many they are.
+const SHARE_OF_FREE: usize = 16;
 /// What a packet costs of the rate limit beside its payload: the headers around it.
 const PACKET_OVERHEAD: usize = 64;
 
@@ -513,11 +516,6 @@ impl Relay {
     /// Lets a packet wait for the connection of its destination.
     fn deliver(&mut self, to: ConnId, src: DeviceId, payload: &[u8]) {
         let class = if is_handshake(payload) { Class::Handshake } else { Class::Data };
-        if class == Class::Data
-            && self.queued_bytes + payload.len() + PACKET_OVERHEAD > self.config.limits.total_queue_bytes
-        {
-            return self.counters.drop(DropReason::MemoryFull, 1);
-        }
         let frame: Arc<[u8]> = Frame::Recv { src, payload }.to_vec().into();
         if self.enqueue(to, class, frame) {
             self.counters.forward(payload.len(), false);
@@ -557,11 +555,17 @@ impl Relay {
     fn enqueue(&mut self, conn: ConnId, class: Class, frame: Arc<[u8]>) -> bool {
         let Some(entry) = self.conns.get_mut(&conn) else { return false };
         let before = entry.queue.data_bytes();
-        let pushed = entry.queue.push(class, frame);
+        let room = self.config.limits.total_queue_bytes.saturating_sub(self.queued_bytes) / SHARE_OF_FREE;
+        let pushed = entry.queue.push_within(class, frame, room);
         self.queued_bytes = self.queued_bytes - before + entry.queue.data_bytes();
         match pushed {
             Pushed::Queued { dropped } => {
-                self.counters.drop(DropReason::QueueFull, dropped as u64);
+                let reason = match class {
+                    Class::Handshake => DropReason::HandshakeQueueFull,
+                    Class::Data if room < self.config.limits.queue_bytes => DropReason::MemoryFull,
+                    Class::Control | Class::Data => DropReason::QueueFull,
+                };
+                self.counters.drop(reason, dropped as u64);
                 if self.woken.insert(conn) {
                     self.outputs.push_back(Output::Wake(conn));
                 }
@@ -571,7 +575,7 @@ impl Relay {
             Pushed::Full if class == Class::Handshake => {
                 self.counters.drop(DropReason::HandshakeQueueFull, 1);
             }
-            Pushed::Full => self.counters.drop(DropReason::QueueFull, 1),
+            Pushed::Full => self.counters.drop(DropReason::MemoryFull, 1),
         }
         false
     }

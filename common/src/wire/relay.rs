@@ -26,7 +26,8 @@ mod queue;
 pub mod udp;
 
 pub use queue::{
-    Class, DATA_QUEUE_BYTES, FrameQueue, MAX_CONTROL_FRAMES, MAX_HANDSHAKE_FRAMES, Pushed, QueuedFrame,
+    Class, DATA_QUEUE_BYTES, FrameQueue, MAX_CONTROL_FRAMES, MAX_FLOWS, MAX_HANDSHAKE_FRAMES, Pushed,
+    QueuedFrame,
 };
 use udp::UdpKeys;
 

@@ -35,11 +35,11 @@ drop_reasons!(
     NotPermitted = "not-permitted",
     /// The destination is not connected.
     NotConnected = "not-connected",
-    /// The destination's queue was full: its oldest data went.
+    /// The destination's queue was full: the oldest data of whoever sent most of it went.
     QueueFull = "queue-full",
     /// The destination's queue was full of handshake messages.
     HandshakeQueueFull = "handshake-queue-full",
-    /// What waits for all devices together has reached its bound.
+    /// The destination's queue had its part of what may wait for all devices together.
     MemoryFull = "memory-full",
     /// Queued, but then access was withdrawn.
     Withdrawn = "withdrawn",

@@ -29,7 +29,7 @@ fn limits() -> Limits {
         max_clients: 6,
         max_half_open: 3,
         queue_bytes: 10_000,
-        total_queue_bytes: 25_000,
+        total_queue_bytes: 320_000,
         ..Limits::default()
     }
 }
@@ -419,15 +419,66 @@ fn a_slow_reader_loses_old_data_but_no_handshake() {
 }
 
 #[test]
-fn memory_for_all_queues_is_bounded() {
-    let mut world = World::new(limits());
-    let a = world.join(0, 1, &[1, 2, 3, 4]);
-    let _others: Vec<ConnId> = (1..5).map(|n| world.join(n, 1, &[])).collect();
-    for n in 0..80 {
-        world.send(a, 1 + n % 4, &[9; 1_000]);
-        assert!(world.relay.stats().queued_bytes <= limits().total_queue_bytes);
+fn memory_for_all_queues_is_bounded_and_who_reads_always_gets_some() {
+    const SLOW: u8 = 100;
+    let limits = Limits {
+        max_clients: 200,
+        queue_bytes: 20_000,
+        total_queue_bytes: 320_000,
+        rate: u64::MAX,
+        ..Limits::default()
+    };
+    let mut world = World::new(limits.clone());
+    let (slow, reader): (Vec<u8>, u8) = ((1..=SLOW).collect(), SLOW + 1);
+    let a = world.join(0, 1, &[&slow[..], &[reader]].concat());
+    for n in &slow {
+        world.join(*n, 1, &[]);
     }
-    assert!(world.dropped(DropReason::MemoryFull) > 0);
+    let conn = world.join(reader, 1, &[]);
+    for _ in 0..20 {
+        for n in &slow {
+            world.send(a, *n, &[9; 1_000]);
+            assert!(world.relay.stats().queued_bytes <= limits.total_queue_bytes);
+        }
+        world.send(a, reader, &[9; 1_000]);
+        assert_eq!(world.received(conn).len(), 1, "{:?}", world.relay.stats());
+    }
+    assert!(world.dropped(DropReason::MemoryFull) > 500);
+}
+
+#[test]
+fn who_floods_a_device_delays_and_loses_only_own_packets() {
+    let mut world = World::new(Limits { max_clients: 6, ..Limits::default() });
+    let [flood, calm] = [1, 2].map(|n| world.join(n, 1, &[3]));
+    let to = world.join(3, 1, &[]);
+    world.read(to);
+    let mut calm_at = Vec::new();
+    // The receiver takes 100 packets in the time in which one device sends 200 and the other 10.
+    for turn in 0..100u8 {
+        world.pass(Duration::from_millis(100));
+        for n in 0..200 {
+            world.send(flood, 3, &[9; 1_300]);
+            if n % 20 == 0 {
+                world.send(calm, 3, &[turn; 1_300]);
+            }
+        }
+        for at in 0..100 {
+            let Some(frame) = world.relay.next_frame(to) else { break };
+            if let Ok(Some(Frame::Recv { src, payload })) = Frame::decode(&frame.bytes)
+                && src == device(2)
+            {
+                assert_eq!(payload[0], turn, "it never waits for the next turn");
+                calm_at.push(at);
+            }
+        }
+    }
+    assert_eq!(calm_at.len(), 1_000, "it loses nothing");
+    assert!(calm_at.iter().all(|at| *at < 2 * 10 + 1), "at most one packet of the flood goes before each");
+    assert_eq!(world.dropped(DropReason::QueueFull) + world.dropped(DropReason::RateLimited), {
+        let taken = 100 * 100 - 1_000;
+        let waiting = world.received(to).len() as u64;
+        100 * 200 - taken - waiting
+    });
 }
 
 #[test]
