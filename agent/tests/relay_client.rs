@@ -291,7 +291,8 @@ async fn tls_where_udp_does_not_pass_and_quic_when_it_does() {
     gate.quic.store(true, Ordering::Relaxed);
     a.client.network_changed();
     assert_eq!(a.connected().await, Transport::Quic);
-    b.reaches(&mut a, b"over QUIC").await;
+    b.client.send(device(1), b"over QUIC");
+    assert_eq!(a.received().await, (device(2), b"over QUIC".to_vec()));
 }
 
 #[tokio::test]

@@ -170,8 +170,10 @@ async fn dial_quic(addr: SocketAddr, mark: u32, tls: rustls::ClientConfig) -> Re
         SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
     };
     socket.bind(&any.into())?;
-    let endpoint =
-        Endpoint::new(EndpointConfig::default(), None, socket.into(), Arc::new(quinn::TokioRuntime))?;
+    // Both kinds of datagrams share a port, and this bit tells them apart for firewalls that look.
+    let mut endpoint = EndpointConfig::default();
+    endpoint.grease_quic_bit(false);
+    let endpoint = Endpoint::new(endpoint, None, socket.into(), Arc::new(quinn::TokioRuntime))?;
     let mut transport = quinn::TransportConfig::default();
     let mut congestion = CubicConfig::default();
     congestion.initial_window(INITIAL_WINDOW);
