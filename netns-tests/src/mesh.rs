@@ -249,7 +249,7 @@ pub fn meet(from: &mut Site, to: &mut Site) -> Result<Timing> {
     let ip: IpAddr = *to.agent.addresses()?.first().context("it has an address")?;
     let watch = Stopwatch::start();
     // With a deadline it goes on until one is answered: cables may lose the first.
-    let ping = from.agent.host.run("ping", &["-n", "-c", "1", "-i", "0.2", "-w", "10", &ip.to_string()])?;
+    let ping = from.agent.host.run("ping", &["-n", "-c", "1", "-i", "0.2", "-w", "30", &ip.to_string()])?;
     let first_byte = watch.elapsed();
     ensure!(ping.status.success(), "{} got no answer from {}", from.name(), to.name());
     eventually(&format!("{} and {} meet over {kind}", from.name(), to.name()), LIMIT, || {
