@@ -148,8 +148,11 @@ pub struct RelayLink {
     pub name: String,
     /// True if it is the one that peers find us at.
     pub home: bool,
-    /// What packets run over, best first: `udp`, `quic`, `tls`; absent while not connected.
+    /// What packets run over, best first: `udp`, `quic`, `websocket`; absent while not connected.
     pub transport: Option<String>,
+    /// The proxy that they go through, if they do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy: Option<String>,
     /// Round-trip time of the connection, or to its STUN service, in milliseconds.
     pub rtt_ms: Option<f64>,
 }
@@ -216,6 +219,12 @@ pub struct RelayRtt {
     pub name: String,
     /// Round-trip time in milliseconds.
     pub rtt_ms: Option<f64>,
+    /// What packets run over, as in [`RelayLink`]; absent while not connected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transport: Option<String>,
+    /// The proxy that they go through, if they do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy: Option<String>,
 }
 
 #[cfg(test)]
@@ -278,6 +287,7 @@ mod tests {
                 name: "fra".into(),
                 home: true,
                 transport: Some("udp".into()),
+                proxy: None,
                 rtt_ms: Some(12.5),
             }],
             health: vec![HealthItem {
@@ -306,7 +316,12 @@ mod tests {
             ipv6: None,
             nat: Nat { mapping: Some("endpoint-independent".into()), filtering: None, hairpin: Some(false) },
             port_mapping: vec![],
-            relays: vec![RelayRtt { name: "fra".into(), rtt_ms: Some(12.5) }],
+            relays: vec![RelayRtt {
+                name: "fra".into(),
+                rtt_ms: Some(12.5),
+                transport: Some("websocket".into()),
+                proxy: Some("proxy:3128".into()),
+            }],
         };
         for (document, golden) in [
             (
@@ -342,7 +357,8 @@ mod tests {
                 serde_json::to_string(&check),
                 concat!(
                     r#"{"udp":true,"ipv4":"192.0.2.1:5","ipv6":null,"nat":{"mapping":"endpoint-independent","#,
-                    r#""filtering":null,"hairpin":false},"port_mapping":[],"relays":[{"name":"fra","rtt_ms":12.5}]}"#
+                    r#""filtering":null,"hairpin":false},"port_mapping":[],"relays":[{"name":"fra","rtt_ms":12.5,"#,
+                    r#""transport":"websocket","proxy":"proxy:3128"}]}"#
                 ),
             ),
         ] {

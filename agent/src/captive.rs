@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 use warren_common::url::CoordinatorUrl;
 
-use crate::control::connect_marked;
+use crate::egress::{Egress, connect_marked};
 
 /// How long one look may take.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -36,11 +36,13 @@ impl Watch {
         self.found.load(Ordering::Relaxed)
     }
 
-    /// The coordinator can't be reached: why?
-    pub fn look(&mut self, url: &CoordinatorUrl, mark: u32) {
-        if self.look.as_ref().is_some_and(|look| !look.is_finished()) {
+    /// The coordinator can't be reached: why? Behind a proxy there is no telling.
+    pub fn look(&mut self, url: &CoordinatorUrl, egress: &Egress) {
+        let under_way = self.look.as_ref().is_some_and(|look| !look.is_finished());
+        if under_way || egress.proxy_for(url.host(), url.port()).is_some() {
             return;
         }
+        let mark = egress.mark();
         let (url, found) = (url.clone(), Arc::clone(&self.found));
         #[expect(clippy::disallowed_methods, reason = "owned by the handle: dropping it aborts the task")]
         let task = tokio::task::spawn(async move {

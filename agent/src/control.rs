@@ -1,13 +1,14 @@
 //! The control session's client: finds the coordinator, checks who it is, keeps one session open.
 //!
 //! A task of its own does the I/O. It knows nothing of netmaps: it hands decoded messages to the daemon and sends what
-//! the daemon says. Each connection: TCP (marked, addresses raced), TLS for `https`, a WebSocket at `/control/v1`, the
+//! the daemon says. Each connection: TCP (see [`Egress`]), TLS for `https`, a WebSocket at `/control/v1`, the
 //! coordinator's root-signed identity, Noise_IK. Back-off doubles to [`MAX_BACKOFF`] with jitter; a network change
 //! skips the wait.
 
 mod session;
 mod transport;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use prost::Message as _;
@@ -22,11 +23,11 @@ use warren_common::wire::control::{
     ClientBody, ClientMessage, CoordinatorIdentity, Ping, ServerBody, ServerMessage,
 };
 
+use crate::egress::Egress;
 use crate::entropy::OsEntropy;
 use crate::problem::Problem;
 use session::Link;
 pub use session::look;
-pub(crate) use transport::connect_marked;
 
 /// First wait after a lost or failed connection.
 pub const MIN_BACKOFF: Duration = Duration::from_millis(250);
@@ -58,8 +59,8 @@ pub struct ControlConfig {
     pub min_epoch: u64,
     /// The device's control key.
     pub secret: ControlSecretKey,
-    /// Mark of our sockets, so that no overlay route captures them; 0 for none.
-    pub mark: u32,
+    /// The way out of this host.
+    pub egress: Arc<Egress>,
 }
 
 /// What the client tells the daemon.

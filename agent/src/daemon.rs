@@ -17,6 +17,7 @@ mod verdicts;
 mod why;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rand_core::RngCore as _;
@@ -33,6 +34,7 @@ use crate::captive;
 use crate::clock::{self, BootTimer, MAX_SLEEP};
 use crate::control::{ControlClient, ControlConfig, ControlEvent};
 use crate::dataplane::DataPlane;
+use crate::egress::Egress;
 use crate::entropy::OsEntropy;
 use crate::os::journal::Journal;
 use crate::os::tun::{self, Tun};
@@ -75,6 +77,8 @@ pub struct Options {
     pub offloads: Offloads,
     /// Asks the gateway to forward a port.
     pub port_mapping: bool,
+    /// The way out for TCP.
+    pub egress: Arc<Egress>,
 }
 
 /// Runs until SIGTERM, SIGINT or SIGHUP, then puts the host back.
@@ -102,7 +106,7 @@ pub async fn run(options: Options) -> Result<(), Problem> {
 struct Daemon {
     options: Options,
     boot_id: String,
-    state: std::sync::Arc<StateDir>,
+    state: Arc<StateDir>,
     settings: Settings,
     host: Host,
     changes: NetworkChanges,
@@ -231,7 +235,7 @@ impl Daemon {
             changes: host.watch()?,
             timer: BootTimer::new().map_err(no_timer)?,
             options,
-            state: std::sync::Arc::new(state),
+            state: Arc::new(state),
             settings,
             host,
             surroundings: Surroundings::default(),
@@ -439,7 +443,7 @@ impl Daemon {
     }
 }
 
-fn bound(sockets: &[std::sync::Arc<Udp>]) -> Vec<(u8, std::net::SocketAddr)> {
+fn bound(sockets: &[Arc<Udp>]) -> Vec<(u8, std::net::SocketAddr)> {
     sockets.iter().map(|s| (s.id(), s.bound())).collect()
 }
 

@@ -10,6 +10,7 @@ pub mod control;
 pub mod crew;
 pub mod daemon;
 pub mod dataplane;
+pub mod egress;
 pub mod entropy;
 pub mod netcheck;
 pub mod os;

@@ -85,7 +85,7 @@ impl Agent {
     fn with_key(n: u8, key: ProbeSecretKey, cert_sha256: [u8; 32], addr: SocketAddr, peers: &[u8]) -> Self {
         let relay = Relay { id: relay_id(), name: "r".into(), addrs: vec![addr], stun: vec![], cert_sha256 };
         let (sender, events) = mpsc::channel(64);
-        let config = RelayClientConfig { relay, network: network(), probe: key, mark: 0 };
+        let config = RelayClientConfig { relay, network: network(), probe: key, egress: Arc::default() };
         let client = RelayClient::spawn(config, sender);
         Self { n, client, events, revision: 1, peers: peers.to_vec(), tokens: 0, moved: None }
     }
@@ -201,8 +201,8 @@ async fn packets_of_any_length_cross_over_quic() {
 async fn another_certificate_is_refused() {
     let (_dir, server) = start();
     let mut a = Agent::new(1, [0; 32], server.local_addr(), &[2]);
-    let RelayEventKind::Disconnected { why, refused } = a.event().await else { panic!("connected") };
-    assert!(why.contains("certificate"), "{why}");
+    let RelayEventKind::Disconnected { refused, problem, .. } = a.event().await else { panic!("connected") };
+    assert_eq!(problem.map(|problem| problem.code).as_deref(), Some("relay-certificate"));
     assert_eq!((refused, a.client.is_connected()), (None, false));
     assert_eq!(a.client.send(device(2), b"x"), Sent::NotConnected);
     assert_eq!(server.stats().core.clients, 0);
@@ -276,12 +276,12 @@ async fn a_relay_that_comes_back_is_found_again() {
 }
 
 #[tokio::test]
-async fn tls_where_udp_does_not_pass_and_quic_when_it_does() {
+async fn a_websocket_where_udp_does_not_pass_and_quic_when_it_does() {
     let (_dir, server) = start();
     let gate = Gate::open(server.local_addr(), false, false).await;
     let mut a = Agent::new(1, server.cert_sha256(), gate.addr, &[2]);
     let mut b = Agent::of(2, &server, &[1]);
-    assert_eq!((a.connected().await, b.connected().await), (Transport::Tls, Transport::Quic));
+    assert_eq!((a.connected().await, b.connected().await), (Transport::WebSocket, Transport::Quic));
     for len in [1, MAX_PAYLOAD] {
         a.client.send(device(2), &vec![len as u8; len]);
         assert_eq!(b.received().await, (device(1), vec![len as u8; len]));
@@ -300,7 +300,7 @@ async fn plain_udp_carries_packets_while_it_passes_and_the_connection_does_when_
     let (_dir, server) = start();
     for (n, quic) in [(1, true), (3, false)] {
         let gate = Gate::open(server.local_addr(), quic, true).await;
-        let over = if quic { Transport::Quic } else { Transport::Tls };
+        let over = if quic { Transport::Quic } else { Transport::WebSocket };
         let mut a = Agent::new(n, server.cert_sha256(), gate.addr, &[n + 1]);
         let mut b = Agent::of(n + 1, &server, &[n]);
         assert_eq!((a.connected().await, b.connected().await), (over, Transport::Quic));

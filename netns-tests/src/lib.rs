@@ -5,6 +5,7 @@ pub mod fuzz;
 pub mod gateway;
 pub mod lab;
 pub mod mesh;
+pub mod office;
 pub mod programs;
 pub mod sim;
 pub mod traffic;

@@ -5,8 +5,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::lab::{Egress, Host, Lab, Link, NatKind, Refusal, Router, RouterSpec, Stopwatch, eventually};
-use crate::programs::{Agent, Coordinator, Relay};
+use crate::lab::{
+    Egress, Host, Lab, Link, NatKind, Process, Refusal, Router, RouterSpec, Stopwatch, eventually,
+};
+use crate::office::{self, HttpProxy};
+use crate::programs::{Agent, CONTROL, Coordinator, RELAY, Relay};
 
 /// Bound for what must happen; only a failing run waits this long.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -34,6 +37,8 @@ pub enum Place {
     DoubleNat,
     /// A firewall that lets out TCP only.
     UdpBlocked,
+    /// A firewall that lets nothing out but what an HTTP proxy connects.
+    ProxyOnly,
     /// No IPv4 at all, and nothing in between.
     Ipv6Only,
 }
@@ -59,7 +64,7 @@ impl Expected {
 
 impl Place {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Public,
         Self::EndpointIndependent,
         Self::AddressRestricted,
@@ -67,6 +72,7 @@ impl Place {
         Self::Symmetric,
         Self::DoubleNat,
         Self::UdpBlocked,
+        Self::ProxyOnly,
         Self::Ipv6Only,
     ];
 
@@ -80,6 +86,7 @@ impl Place {
             Self::Symmetric => "symmetric",
             Self::DoubleNat => "double NAT",
             Self::UdpBlocked => "UDP blocked",
+            Self::ProxyOnly => "HTTP proxy only",
             Self::Ipv6Only => "IPv6 only",
         }
     }
@@ -94,6 +101,7 @@ impl Place {
             Self::Symmetric => "sym",
             Self::DoubleNat => "dbl",
             Self::UdpBlocked => "tcp",
+            Self::ProxyOnly => "web",
             Self::Ipv6Only => "v6",
         }
     }
@@ -113,7 +121,7 @@ impl Place {
         let strict = |place| matches!(place, Self::PortRestricted | Self::Symmetric | Self::DoubleNat);
         // A symmetric NAT's port for the peer is one that nobody was told: the peer must let in any port.
         let unknown_port = (one == Self::Symmetric && strict(two)) || (two == Self::Symmetric && strict(one));
-        let blocked = one == Self::UdpBlocked || two == Self::UdpBlocked;
+        let blocked = [one, two].iter().any(|place| matches!(place, Self::UdpBlocked | Self::ProxyOnly));
         if same_family && !unknown_port && !blocked { Expected::Direct } else { Expected::Relay }
     }
 
@@ -133,6 +141,7 @@ pub struct Site {
     pub agent: Agent,
     /// What is in front of it, the nearest first.
     pub routers: Vec<Router>,
+    _proxy: Option<Process>,
 }
 
 impl Site {
@@ -190,6 +199,7 @@ impl<'a> World<'a> {
                 let egress = Egress::TcpOnly { ports: Vec::new(), refusal: Refusal::Drop };
                 routed(RouterSpec::new(NatKind::PortRestricted).egress(egress))?
             }
+            Place::ProxyOnly => routed(office::router())?,
             Place::DoubleNat => {
                 let carrier = RouterSpec::new(NatKind::PortRestricted).lan("10.64.0.0/16".parse()?);
                 let carrier = match link {
@@ -206,10 +216,17 @@ impl<'a> World<'a> {
                 (host, Vec::new())
             }
         };
+        let proxy = match (place, routers.first()) {
+            (Place::ProxyOnly, Some(router)) => {
+                host.set_env("HTTPS_PROXY", &office::url(router, "")?);
+                Some(HttpProxy { credentials: None, ports: &[CONTROL, RELAY] }.start(router)?)
+            }
+            _ => None,
+        };
         let agent = Agent::start(host)?;
         let url = if place.has_ipv4() { self.coordinator.url.clone() } else { self.coordinator.url_v6()? };
         agent.up(&url, &self.coordinator.auth_key("tag:all")?)?;
-        Ok(Site { place, agent, routers })
+        Ok(Site { place, agent, routers, _proxy: proxy })
     }
 }
 
@@ -275,6 +292,8 @@ mod tests {
             (DoubleNat, PortRestricted, Direct),
             (DoubleNat, Symmetric, Relay),
             (UdpBlocked, Public, Relay),
+            (ProxyOnly, Public, Relay),
+            (ProxyOnly, ProxyOnly, Relay),
             (Ipv6Only, Public, Direct),
             (Ipv6Only, Ipv6Only, Direct),
             (Ipv6Only, EndpointIndependent, Relay),

@@ -15,9 +15,10 @@ use crate::lab::{Host, Process, eventually, workspace_binary};
 /// Bound for a start; only a failing run waits this long.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// Ports of the coordinator's host: control, relay, STUN.
-const CONTROL: u16 = 8080;
-const RELAY: u16 = 3340;
+/// The coordinator's port.
+pub const CONTROL: u16 = 8080;
+/// A relay's port, on the coordinator's host as well.
+pub const RELAY: u16 = 3340;
 const STUN: u16 = 3478;
 
 /// A running coordinator, with its embedded relay or without.
@@ -79,6 +80,19 @@ impl Coordinator {
         Self::with_file(host, policy_text, false, ANY)
     }
 
+    /// Starts one with an embedded relay that agents reach by https, with this certificate and key (PEM).
+    ///
+    /// # Errors
+    /// It does not come to serve.
+    pub fn start_https(host: Host, policy_text: &str, certificate: &Path, key: &Path) -> Result<Self> {
+        let policy = host.dir().join("policy.hujson");
+        fs::write(&policy, policy_text)?;
+        let source = [OsString::from("--policy"), policy.into(), "--tls-cert".into(), certificate.into()];
+        let source = source.into_iter().chain(["--tls-key".into(), key.into()]).collect();
+        let url = format!("https://{}:{CONTROL}", host.v4());
+        Self::at(host, url, source, true, ANY_V4)
+    }
+
     /// What agents without IPv4 are told.
     ///
     /// # Errors
@@ -94,8 +108,18 @@ impl Coordinator {
     }
 
     fn new(host: Host, source: Vec<OsString>, embedded_relay: bool, any: &'static str) -> Result<Self> {
-        let (state_dir, policy) = (host.dir().join("state"), host.dir().join("policy.hujson"));
         let url = format!("http://{}:{CONTROL}", host.v4());
+        Self::at(host, url, source, embedded_relay, any)
+    }
+
+    fn at(
+        host: Host,
+        url: String,
+        source: Vec<OsString>,
+        embedded_relay: bool,
+        any: &'static str,
+    ) -> Result<Self> {
+        let (state_dir, policy) = (host.dir().join("state"), host.dir().join("policy.hujson"));
         let process = Self::spawn(&host, &url, &state_dir, &source, embedded_relay, any)?;
         Ok(Self { host, url, state_dir, policy, process, source, embedded_relay, any })
     }
@@ -253,6 +277,8 @@ pub struct Agent {
     pub state_dir: PathBuf,
     /// The daemon itself.
     pub process: Process,
+    /// What it is told on its command line beside where its things are, the next time that it starts.
+    pub args: Vec<OsString>,
 }
 
 impl Agent {
@@ -261,10 +287,18 @@ impl Agent {
     /// # Errors
     /// It does not answer.
     pub fn start(host: Host) -> Result<Self> {
+        Self::start_with(host, Vec::new())
+    }
+
+    /// The same with more on its command line.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn start_with(host: Host, args: Vec<OsString>) -> Result<Self> {
         let socket = host.dir().join("agent").join("warren.sock");
         let state_dir = host.dir().join("state");
-        let process = Self::spawn(&host, &state_dir, &socket)?;
-        let agent = Self { host, socket, state_dir, process };
+        let process = Self::spawn(&host, &state_dir, &socket, &args)?;
+        let agent = Self { host, socket, state_dir, process, args };
         agent.wait_until_it_answers()?;
         Ok(agent)
     }
@@ -274,13 +308,13 @@ impl Agent {
     /// # Errors
     /// It does not answer.
     pub fn start_again(&mut self) -> Result<()> {
-        self.process = Self::spawn(&self.host, &self.state_dir, &self.socket)?;
+        self.process = Self::spawn(&self.host, &self.state_dir, &self.socket, &self.args)?;
         self.wait_until_it_answers()
     }
 
-    fn spawn(host: &Host, state_dir: &Path, socket: &Path) -> Result<Process> {
+    fn spawn(host: &Host, state_dir: &Path, socket: &Path, args: &[OsString]) -> Result<Process> {
         let mut command = host.command(workspace_binary("warrend")?);
-        command.arg("--state-dir").arg(state_dir).arg("--socket").arg(socket);
+        command.arg("--state-dir").arg(state_dir).arg("--socket").arg(socket).args(args);
         host.spawn(command)
     }
 
@@ -344,6 +378,16 @@ impl Agent {
             }
         }
         Ok(())
+    }
+
+    /// The codes of what is not as it should be.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn health(&self) -> Result<Vec<String>> {
+        let status = self.json(&["status", "--json"])?;
+        let items = status["health"].as_array().context("health")?;
+        Ok(items.iter().filter_map(|item| item["code"].as_str().map(str::to_owned)).collect())
     }
 
     /// Waits until packets to a peer take this kind of path: `direct` or `relay`. Makes some, so that one is looked for.

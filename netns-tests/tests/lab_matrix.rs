@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use warren_netns_tests::lab::{self, Lab, Link, Stopwatch, eventually};
 use warren_netns_tests::mesh::{Expected, Place, Site, World};
+use warren_netns_tests::office::TINYPROXY;
 
 /// Bound for what must happen; only a failing test waits this long.
 const LIMIT: Duration = Duration::from_secs(90);
@@ -118,7 +119,7 @@ fn matrix(lab: &Lab, places: &[Place], link: Option<Link>) -> Result<()> {
 
 #[test]
 fn every_place_meets_every_other_as_theory_says() -> Result<()> {
-    lab::test("matrix", |lab| matrix(lab, &Place::ALL, None))
+    lab::test_with("matrix", &[TINYPROXY], |lab| matrix(lab, &Place::ALL, None))
 }
 
 /// 5 % loss and 50 ms with jitter in each direction: half of it at each end.

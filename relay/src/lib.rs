@@ -1,7 +1,7 @@
 //! The relay: carries sealed packets between devices that can't reach each other, and can't read, forge or replay them.
 //!
 //! [`core`] decides everything and does no I/O; [`stun`] answers questions about addresses, as bytes. [`server`] is the
-//! shell: QUIC, TLS over TCP and STUN sockets on tokio. [`join`] makes it a program of its own.
+//! shell: QUIC, WebSocket, plain UDP and STUN sockets on tokio. [`join`] makes it a program of its own.
 #![forbid(unsafe_code)]
 
 pub mod core;
@@ -12,4 +12,5 @@ pub mod server;
 pub mod stun;
 pub mod tls;
 
+mod http;
 mod os;

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use warren_common::ids::{DeviceId, NetworkId, RelayId};
 use warren_common::keys::NetmapPublicKey;
 use warren_common::time::Now;
-use warren_common::wire::relay::{QueuedFrame, RefusalCode};
+use warren_common::wire::relay::{ALPN, QueuedFrame, RefusalCode, WEBSOCKET_ALPN};
 
 use crate::core::{Config, ConnId, Limits, Output, Relay, Stats};
 use crate::os;
@@ -29,12 +29,13 @@ use crate::tls::{Identity, IdentityError};
 
 mod quic;
 mod stun;
-mod tcp;
 mod udp;
+mod websocket;
 
-/// Most connections in their TLS handshake, per transport; more are refused. Each costs some 20 KiB and a signature.
+/// Most connections in their handshake (TLS, and the upgrade to a WebSocket), per transport; more are refused. Each costs some
+/// 20 KiB and a signature.
 pub const MAX_HANDSHAKES: usize = 256;
-/// How long a TLS handshake may take.
+/// How long a handshake may take.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a write may stand still before its connection is given up.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -50,7 +51,7 @@ const PORT_TRIES: usize = 16;
 /// What a relay server needs to know.
 #[derive(Clone, Debug)]
 pub struct RelayServerConfig {
-    /// Where to listen: QUIC and plain UDP on UDP, TLS on TCP. Port 0 takes any port that is free for both.
+    /// Where to listen: QUIC and plain UDP on UDP, WebSockets inside TLS on TCP. Port 0 takes any port that is free for both.
     pub listen: SocketAddr,
     /// Where to answer STUN (UDP), if at all.
     pub stun_listen: Option<SocketAddr>,
@@ -80,7 +81,7 @@ pub enum StartError {
     Listen {
         /// The address.
         addr: SocketAddr,
-        /// QUIC and TLS, or STUN.
+        /// QUIC and WebSocket, or STUN.
         what: &'static str,
         /// What the system said.
         source: io::Error,
@@ -131,11 +132,12 @@ impl RelayServer {
     pub fn start(config: RelayServerConfig) -> Result<Self, StartError> {
         let identity = Identity::load_or_create(&config.state_dir)?;
         let cert_sha256 = identity.sha256();
-        let tls = identity.server_config().map_err(|e| StartError::Tls(e.to_string()))?;
-        let quic_tls = QuicServerConfig::try_from(tls.clone()).map_err(|e| StartError::Tls(e.to_string()))?;
+        let tls = |alpn| identity.server_config(alpn).map_err(|e| StartError::Tls(e.to_string()));
+        let quic_tls = QuicServerConfig::try_from(tls(ALPN)?).map_err(|e| StartError::Tls(e.to_string()))?;
+        let websocket_tls = Arc::new(tls(WEBSOCKET_ALPN)?);
         let listen_error = |what, addr| move |source| StartError::Listen { addr, what, source };
-        let (tcp, udp) = bind(config.listen).map_err(listen_error("QUIC and TLS", config.listen))?;
-        let local_addr = tcp.local_addr().map_err(listen_error("QUIC and TLS", config.listen))?;
+        let (tcp, udp) = bind(config.listen).map_err(listen_error("QUIC and WebSocket", config.listen))?;
+        let local_addr = tcp.local_addr().map_err(listen_error("QUIC and WebSocket", config.listen))?;
         let stun = config
             .stun_listen
             .map(|addr| stun::Sockets::bind(addr, config.stun_second).map_err(listen_error("STUN", addr)))
@@ -162,7 +164,7 @@ impl RelayServer {
         tasks.spawn(keep_time(shared.clone()));
         tasks.spawn(udp::serve(shared.clone(), socket));
         tasks.spawn(quic::accept(shared.clone(), endpoint, stop.clone()));
-        tasks.spawn(tcp::accept(shared.clone(), listener, Arc::new(tls), stop.clone()));
+        tasks.spawn(websocket::accept(shared.clone(), listener, websocket_tls, stop.clone()));
         if let Some(sockets) = stun {
             tasks.spawn(stun::serve(shared.clone(), sockets));
         }
@@ -170,7 +172,7 @@ impl RelayServer {
         Ok(Self { shared, local_addr, stun_addr, cert_sha256, stop, tasks })
     }
 
-    /// Where it listens (QUIC and TLS).
+    /// Where it listens (QUIC, plain UDP and WebSockets).
     pub const fn local_addr(&self) -> SocketAddr {
         self.local_addr
     }

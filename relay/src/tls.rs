@@ -73,7 +73,7 @@ impl Identity {
         let cert = CertificateDer::from_pem_slice(pem).map_err(|e| e.to_string())?;
         let key = PrivateKeyDer::from_pem_slice(pem).map_err(|e| e.to_string())?;
         let identity = Self { cert, key };
-        identity.server_config().map(|_| identity).map_err(|e| e.to_string()) // certificate and key belong together
+        identity.server_config(ALPN).map(|_| identity).map_err(|e| e.to_string()) // certificate and key belong together
     }
 
     /// What clients pin.
@@ -91,17 +91,17 @@ impl Identity {
         hash.finalize().into()
     }
 
-    /// TLS 1.3 with this certificate, our ALPN, no resumption.
+    /// TLS 1.3 with this certificate, one application protocol, no resumption.
     ///
     /// # Errors
     /// Key and certificate don't belong together.
-    pub(crate) fn server_config(&self) -> Result<rustls::ServerConfig, rustls::Error> {
+    pub(crate) fn server_config(&self, alpn: &[u8]) -> Result<rustls::ServerConfig, rustls::Error> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut config = rustls::ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_no_client_auth()
             .with_single_cert(vec![self.cert.clone()], self.key.clone_key())?;
-        config.alpn_protocols = vec![ALPN.to_vec()];
+        config.alpn_protocols = vec![alpn.to_vec()];
         // Sessions last for hours and a ticket would only be one more secret to keep.
         config.send_tls13_tickets = 0;
         config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
@@ -109,12 +109,15 @@ impl Identity {
     }
 }
 
-/// TLS 1.3 as a client that accepts the one certificate of this hash, and offers our ALPN: for tools that speak to a relay
-/// themselves.
+/// TLS 1.3 as a client that accepts the one certificate of this hash, and offers one application protocol: for tools that speak
+/// to a relay themselves.
 ///
 /// # Errors
 /// The provider lacks what TLS 1.3 needs.
-pub fn pinned_client_config(cert_sha256: [u8; 32]) -> Result<rustls::ClientConfig, rustls::Error> {
+pub fn pinned_client_config(
+    cert_sha256: [u8; 32],
+    alpn: &[u8],
+) -> Result<rustls::ClientConfig, rustls::Error> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let pin = Arc::new(Pin { cert_sha256, algorithms: provider.signature_verification_algorithms });
     let mut config = rustls::ClientConfig::builder_with_provider(provider)
@@ -122,7 +125,7 @@ pub fn pinned_client_config(cert_sha256: [u8; 32]) -> Result<rustls::ClientConfi
         .dangerous()
         .with_custom_certificate_verifier(pin)
         .with_no_client_auth();
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.alpn_protocols = vec![alpn.to_vec()];
     Ok(config)
 }
 

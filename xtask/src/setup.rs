@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use crate::shell::{cargo, find, is_root, logged, say};
 
 /// Programs and the Debian packages that hold them.
-const PROGRAMS: [(&str, &str); 16] = [
+const PROGRAMS: [(&str, &str); 17] = [
     ("cc", "gcc"),
     ("ip", "iproute2"),
     ("nft", "nftables"),
@@ -24,6 +24,7 @@ const PROGRAMS: [(&str, &str); 16] = [
     ("valgrind", "valgrind"),
     ("miniupnpd", "miniupnpd-nftables"),
     ("turnserver", "coturn"),
+    ("tinyproxy", "tinyproxy"),
 ];
 
 /// Cargo subcommands, at the versions that this repository is known to work with.

@@ -3,12 +3,14 @@
 use std::io::{self, IsTerminal as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
 use warren_agent::api::DEFAULT_SOCKET;
 use warren_agent::daemon::{self, DEFAULT_TUN, Options};
-use warren_agent::os::Offloads;
+use warren_agent::egress::Egress;
+use warren_agent::os::{MARK, Offloads};
 use warren_agent::problem::Problem;
 
 /// The agent of this device: holds its keys, its tunnels and its filter. Runs in the foreground; SIGTERM stops it and
@@ -40,6 +42,14 @@ struct Args {
     /// Don't ask the router to forward a port (PCP, NAT-PMP, UPnP).
     #[arg(long)]
     no_port_mapping: bool,
+    /// HTTP proxy for the coordinator and, where UDP does not pass, for relays: http://[user:password@]host:port, or `none`.
+    /// By default HTTPS_PROXY of the environment, where a password does not show in the list of processes; NO_PROXY lists
+    /// exceptions either way.
+    #[arg(long, value_name = "URL")]
+    proxy: Option<String>,
+    /// Certificate authorities (PEM) that may vouch for an https coordinator, beside the system's.
+    #[arg(long, value_name = "FILE")]
+    ca: Option<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -69,6 +79,9 @@ fn start(args: Args) -> Result<(), Problem> {
             "name some of tun, tun-udp, udp-send, udp-receive, or all",
         )
     })?;
+    let egress = Egress::from_settings(MARK, args.proxy.as_deref(), args.ca.as_deref(), |name| {
+        std::env::var(name).ok()
+    })?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| {
         Problem::new(
             "runtime",
@@ -84,6 +97,7 @@ fn start(args: Args) -> Result<(), Problem> {
         operator,
         offloads,
         port_mapping: !args.no_port_mapping,
+        egress: Arc::new(egress),
     }))
 }
 

@@ -46,8 +46,7 @@ pub(super) fn status(answer: &Value) -> Result<String, Problem> {
         );
     }
     for relay in &status.relays {
-        let over =
-            relay.transport.as_ref().map_or("not connected".into(), |t| format!("over {}", t.to_uppercase()));
+        let over = over(relay.transport.as_deref(), relay.proxy.as_deref());
         let rtt = relay.rtt_ms.map_or(String::new(), |ms| format!(", {ms:.1} ms"));
         let home = if relay.home { ", home" } else { "" };
         let _ = writeln!(out, "relay: {} ({over}{rtt}{home})", relay.name);
@@ -78,6 +77,17 @@ pub(super) fn status(answer: &Value) -> Result<String, Problem> {
     Ok(out)
 }
 
+/// What packets to and from a relay run over.
+fn over(transport: Option<&str>, proxy: Option<&str>) -> String {
+    let transport = match transport {
+        None => return "not connected".to_owned(),
+        Some("websocket") => "WebSocket".to_owned(),
+        Some(other) => other.to_uppercase(),
+    };
+    let through = proxy.map_or_else(String::new, |proxy| format!(" through the proxy {proxy}"));
+    format!("over {transport}{through}")
+}
+
 fn health(status: &Status, out: &mut String) {
     for item in &status.health {
         let severity = format!("{:?}", item.severity).to_lowercase();
@@ -103,7 +113,8 @@ pub(super) fn netcheck(answer: &Value) -> Result<String, Problem> {
     let _ = writeln!(out, "mapping: {mapped}");
     for relay in &check.relays {
         let rtt = relay.rtt_ms.map_or_else(|| "no answer".to_owned(), |ms| format!("{ms:.1} ms"));
-        let _ = writeln!(out, "relay:   {} {rtt}", relay.name);
+        let over = over(relay.transport.as_deref(), relay.proxy.as_deref());
+        let _ = writeln!(out, "relay:   {} {rtt} ({over})", relay.name);
     }
     Ok(out)
 }

@@ -24,6 +24,7 @@ pub(super) fn netcheck(mut check: Value, names: bool) -> Value {
         for relay in check["relays"].as_array_mut().into_iter().flatten() {
             if let Some(relay) = relay.as_object_mut() {
                 relay.remove("name");
+                relay.remove("proxy");
             }
         }
     }

@@ -93,6 +93,7 @@ fn people_see_paths_owners_and_fixes() {
         "relays": [
             {"name": "eu", "home": true, "transport": "udp", "rtt_ms": 1.25},
             {"name": "us", "home": false, "transport": null, "rtt_ms": null},
+            {"name": "in", "home": false, "transport": "websocket", "proxy": "p.corp:3128", "rtt_ms": null},
         ],
         "health": [{"code": "coordinator-away", "severity": "warning", "text": "away", "fix": "wait"}],
         "counters": {},
@@ -105,6 +106,7 @@ this device: laptop (100.64.0.1)
 coordinator: http://c (not connected, revision 7)
 relay: eu (over UDP, 1.2 ms, home)
 relay: us (not connected)
+relay: in (over WebSocket through the proxy p.corp:3128)
 
  PEER  ADDRESSES   OWNER   ONLINE  PATH      RECEIVED  SENT    
  db1   100.64.0.2  tag:db  yes     relay eu  5 B       3.3 MiB 

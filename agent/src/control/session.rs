@@ -12,6 +12,7 @@ use warren_common::wire::session::{ClientHandshake, Session};
 
 use super::ControlConfig;
 use super::transport::{Stream, dial};
+use crate::egress::Egress;
 use crate::entropy::OsEntropy;
 use crate::problem::Problem;
 
@@ -62,9 +63,9 @@ pub(super) struct Link {
 pub async fn look(
     url: &CoordinatorUrl,
     root: Option<Fingerprint>,
-    mark: u32,
+    egress: &Egress,
 ) -> Result<CoordinatorIdentity, Problem> {
-    let (_socket, signed) = greet(url, mark).await.map_err(|failure| failure.problem)?;
+    let (_socket, signed) = greet(url, egress).await.map_err(|failure| failure.problem)?;
     let shown = CoordinatorIdentity::claimed_fingerprint(&signed);
     let root = root.or(shown).ok_or_else(|| stranger(url, "its first message is no identity"))?;
     check_root(url, &signed, &root)
@@ -72,7 +73,7 @@ pub async fn look(
 
 /// Connects, checks who is there, shakes hands.
 pub(super) async fn connect(config: &ControlConfig) -> Result<(CoordinatorIdentity, Link), Failure> {
-    let (mut socket, signed) = greet(&config.url, config.mark).await?;
+    let (mut socket, signed) = greet(&config.url, &config.egress).await?;
     let identity = check_identity(config, &signed)?;
     let (handshake, frame) =
         ClientHandshake::start(&config.secret, &identity.control, identity.network, &mut OsEntropy)
@@ -99,8 +100,8 @@ pub(super) async fn connect(config: &ControlConfig) -> Result<(CoordinatorIdenti
 }
 
 /// Opens the WebSocket and takes what the coordinator says first: who it claims to be.
-async fn greet(url: &CoordinatorUrl, mark: u32) -> Result<(WebSocketStream<Stream>, Signed), Failure> {
-    let stream = dial(url, mark).await?;
+async fn greet(url: &CoordinatorUrl, egress: &Egress) -> Result<(WebSocketStream<Stream>, Signed), Failure> {
+    let stream = dial(url, egress).await?;
     let settings = WebSocketConfig::default()
         .read_buffer_size(READ_BUFFER)
         .write_buffer_size(0)

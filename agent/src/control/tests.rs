@@ -33,7 +33,7 @@ impl Fake {
             root: self.root.public().fingerprint(),
             min_epoch: 5,
             secret: ControlSecretKey::generate(&mut OsEntropy),
-            mark: 0,
+            egress: Arc::new(Egress::direct(0)),
         }
     }
 

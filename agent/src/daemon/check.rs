@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 use warren_common::time::{Instant, Now};
+use warren_engine::status::RelayStatus;
 
 use super::Daemon;
 use super::verbs::{done, not_up};
@@ -60,7 +61,7 @@ impl Daemon {
     }
 
     pub(super) fn on_checked(&mut self, now: Now, checked: Checked) {
-        let Some(engine) = self.up.as_ref().and_then(|up| up.engine.as_ref()) else {
+        let Some((up, engine)) = self.up.as_deref().and_then(|up| Some((up, up.engine.as_ref()?))) else {
             let _ = checked.reply.send(Reply::Problem(not_up()));
             return;
         };
@@ -77,7 +78,13 @@ impl Daemon {
         };
         let mut nat = checked.nat;
         nat.mapping = nat.mapping.or_else(|| net.mapping.map(netcheck::word));
-        let relays = net.relays.into_iter().map(|r| RelayRtt { name: r.name, rtt_ms: r.rtt_ms }).collect();
+        let relay = |relay: RelayStatus| RelayRtt {
+            transport: up.relays.link(relay.id).map(|(transport, _)| transport.as_str().to_owned()),
+            proxy: up.relay_proxy(relay.id),
+            name: relay.name,
+            rtt_ms: relay.rtt_ms,
+        };
+        let relays = net.relays.into_iter().map(relay).collect();
         let _ = checked.reply.send(done(&Netcheck {
             udp: net.udp,
             ipv4: net.ipv4,

@@ -14,7 +14,7 @@ use warren_engine::relay_link::KEEPALIVE;
 
 use super::{Daemon, Up};
 use crate::dataplane::{DataPlane, RelayLinks};
-use crate::os::MARK;
+use crate::problem::Problem;
 use crate::relay_client::{RelayClient, RelayClientConfig, RelayEvent, RelayEventKind, Sent, Transport};
 
 /// Packets and news from all relays that wait for the daemon; behind them the relays' connections fill.
@@ -31,8 +31,8 @@ pub(super) struct Relays {
     chosen: Option<RelayId>,
     /// What peers are told: the chosen one, once it is connected or the former one no longer is.
     home: Option<RelayId>,
-    /// Why the last connection failed or ended.
-    trouble: Option<String>,
+    /// Why the last connection failed or ended, and what somebody can change about it.
+    trouble: Option<(String, Option<Problem>)>,
     /// How long UDP to a relay may be silent.
     keepalive: Duration,
     sender: mpsc::Sender<RelayEvent>,
@@ -87,6 +87,11 @@ impl Relays {
         Some((client.transport()?, client.rtt()))
     }
 
+    /// True while packets to and from a relay go through a proxy.
+    pub(super) fn is_proxied(&self, relay: RelayId) -> bool {
+        self.clients.get(&relay).is_some_and(|c| c.client.is_proxied())
+    }
+
     /// Waits for news. Cancel safe.
     pub(super) async fn next(&mut self) -> Option<RelayEvent> {
         self.events.recv().await
@@ -101,9 +106,9 @@ impl Relays {
         self.clients.iter().filter(|(_, c)| c.client.is_connected()).map(|(id, _)| *id)
     }
 
-    /// Why there is no connection, if one was tried.
-    pub(super) fn trouble(&self) -> Option<&str> {
-        self.trouble.as_deref()
+    /// Why there is no connection, if one was tried, and what somebody can change about it.
+    pub(super) fn trouble(&self) -> Option<(&str, Option<&Problem>)> {
+        self.trouble.as_ref().map(|(why, problem)| (why.as_str(), problem.as_ref()))
     }
 
     pub(super) fn network_changed(&self) {
@@ -144,7 +149,7 @@ impl Up {
             relay: relay.clone(),
             network: self.config.network,
             probe: self.keys.probe.clone(),
-            mark: MARK,
+            egress: self.config.egress.clone(),
         };
         let client = RelayClient::spawn(config, self.relays.sender.clone());
         client.set_keepalive(self.relays.keepalive);
@@ -259,10 +264,10 @@ impl Up {
             RelayEventKind::Moved { transport } => {
                 tracing::info!(%relay, ?transport, "relay packets take another transport");
             }
-            RelayEventKind::Disconnected { why, refused } => {
+            RelayEventKind::Disconnected { why, refused, problem } => {
                 tracing::info!(%relay, ?refused, "relay disconnected: {why}");
                 engine.handle_relay_state(now, relay, false);
-                self.relays.trouble = Some(why);
+                self.relays.trouble = Some((why, problem));
                 self.announce_home();
             }
             RelayEventKind::NeedToken => self.ask_token(relay),
@@ -303,7 +308,7 @@ mod tests {
             relay: Relay { id: relay, name: "r".into(), addrs: vec![], stun: vec![], cert_sha256: [0; 32] },
             network: warren_common::ids::NetworkId::from_bytes([1; 16]),
             probe: ProbeSecretKey::from_bytes([3; 32]),
-            mark: 0,
+            egress: std::sync::Arc::default(),
         };
         let client = RelayClient::spawn(config.clone(), relays.sender.clone());
         relays.clients.insert(relay, Client { relay: config.relay, client, used: Instant::ZERO });

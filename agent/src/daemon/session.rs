@@ -21,8 +21,8 @@ use super::{CONTROL_QUEUE, Daemon, Enrolment, RETRY, SAVE_INTERVAL, Saving, Then
 use crate::captive;
 use crate::clock;
 use crate::control::{ControlClient, ControlConfig, ControlEvent};
+use crate::os::HostPlan;
 use crate::os::tun::Tun;
-use crate::os::{HostPlan, MARK};
 use crate::problem::{Problem, Severity, io_text};
 use crate::state::{Identity, Membership};
 
@@ -55,7 +55,7 @@ impl Daemon {
             root: identity.root,
             min_epoch: identity.epoch,
             secret: dir.keys()?.control,
-            mark: MARK,
+            egress: self.options.egress.clone(),
         };
         let join = Join { control, identity: Some(identity), membership: Some(membership), enrolment: None };
         self.start(clock::now(), join).await
@@ -187,10 +187,16 @@ impl Daemon {
                 }
             }
             Some(ControlEvent::Away { problem, permanent }) => {
-                tracing::info!(code = %problem.code, "no control session: {}", problem.text);
+                // What a proxy is called, and who we are to it, is not for every log.
+                if problem.code.starts_with("proxy-") {
+                    tracing::info!(code = %problem.code, "no control session");
+                    tracing::debug!("{}", problem.text);
+                } else {
+                    tracing::info!(code = %problem.code, "no control session: {}", problem.text);
+                }
                 up.welcomed = false;
                 up.away = Some(problem.clone());
-                up.portal.look(&up.config.url, MARK);
+                up.portal.look(&up.config.url, &up.config.egress);
                 if let Some(engine) = &mut up.engine {
                     engine.handle_control_state(now, false);
                 }

@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use warren_common::ids::RelayId;
 use warren_common::time::Now;
 use warren_engine::status::{LeaseStatus, Status as EngineStatus};
 
 use super::{Daemon, Up};
 use crate::api::{Coordinator, NetworkStatus, RelayLink, Status, round_ms};
-use crate::problem::{HealthItem, Severity};
+use crate::egress::Proxy;
+use crate::problem::{HealthItem, Problem, Severity};
 
 /// A clock this far off is told of, in microseconds.
 const MAX_SKEW_US: u64 = 5 * 60 * 1_000_000;
@@ -16,6 +18,8 @@ const MAX_SKEW_US: u64 = 5 * 60 * 1_000_000;
 const LEASE_WARNING: Duration = Duration::from_secs(3_600);
 /// A nearest relay farther away than this is told of, in milliseconds: calls over it are no pleasure any more.
 const FAR_MS: f64 = 250.0;
+/// What stands for a name or an address in a bug report without them.
+const HIDDEN: &str = "(hidden)";
 /// Time that relays and UDP get after coming up before their absence is told of.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -108,6 +112,7 @@ impl Daemon {
         let mapping = self.up.as_ref().map(|up| up.mapping.state()).unwrap_or_default();
         let engine = self.up.as_ref().and_then(|up| up.engine.as_ref());
         let net = engine.map(|engine| engine.status(now).net);
+        let egress = &self.options.egress;
         json!({
             "network": net.map(|net| json!({
                 "udp": net.udp,
@@ -130,6 +135,12 @@ impl Daemon {
             "time": now.unix.to_rfc3339(),
             "tun": self.options.tun,
             "mtu": self.up.as_ref().map(|up| up.mtu),
+            "egress": {
+                "proxy": egress.proxy().map(|proxy| if names { proxy.to_string() } else { HIDDEN.to_owned() }),
+                "credentials": egress.proxy().is_some_and(Proxy::has_credentials),
+                "exceptions": egress.exceptions().len(),
+                "authorities": egress.authorities().len(),
+            },
             "status": status,
         })
     }
@@ -137,7 +148,6 @@ impl Daemon {
 
 /// Takes out what says who somebody is, or where.
 fn redact(status: &mut Status) {
-    const HIDDEN: &str = "(hidden)";
     for peer in &mut status.peers {
         peer.path.endpoint = None;
         peer.path.relay = peer.path.relay.take().map(|_| HIDDEN.to_owned());
@@ -155,6 +165,7 @@ fn redact(status: &mut Status) {
     }
     for relay in &mut status.relays {
         HIDDEN.clone_into(&mut relay.name);
+        relay.proxy = relay.proxy.take().map(|_| HIDDEN.to_owned());
     }
     if let Some(network) = &mut status.network {
         HIDDEN.clone_into(&mut network.name);
@@ -162,6 +173,11 @@ fn redact(status: &mut Status) {
     // Texts of health items may hold the URL; the code says what is wrong.
     let url = status.coordinator.as_mut().map(|c| std::mem::replace(&mut c.url, HIDDEN.to_owned()));
     for item in &mut status.health {
+        // These name the proxy and its user, or the relay's address.
+        if item.code.starts_with("proxy-") || item.code == "relay-certificate" {
+            HIDDEN.clone_into(&mut item.text);
+            HIDDEN.clone_into(&mut item.fix);
+        }
         if let Some(url) = url.as_ref().filter(|url| !url.is_empty()) {
             item.text = item.text.replace(url.as_str(), HIDDEN);
             item.fix = item.fix.replace(url.as_str(), HIDDEN);
@@ -175,6 +191,11 @@ fn redact(status: &mut Status) {
 }
 
 impl Up {
+    /// The proxy that packets to and from a relay go through at the moment.
+    pub(super) fn relay_proxy(&self, relay: RelayId) -> Option<String> {
+        self.config.egress.proxy().filter(|_| self.relays.is_proxied(relay)).map(ToString::to_string)
+    }
+
     fn relay_links(&self) -> Vec<RelayLink> {
         let Some(engine) = &self.engine else { return Vec::new() };
         let link = |status: warren_engine::status::RelayStatus| {
@@ -184,6 +205,7 @@ impl Up {
                 name: status.name,
                 home: status.home,
                 transport: link.map(|(transport, _)| transport.as_str().to_owned()),
+                proxy: self.relay_proxy(status.id),
                 rtt_ms: measured.or(status.rtt_ms),
             }
         };
@@ -259,15 +281,18 @@ impl Up {
             return;
         }
         if !relays.iter().any(|r| r.connected) {
+            let (why, problem) = self.relays.trouble().unwrap_or(("still trying", None));
             add(
                 "relay-away",
                 Severity::Warning,
-                format!(
-                    "no relay can be reached ({}): peers that have no direct path are out of reach",
-                    self.relays.trouble().unwrap_or("still trying")
-                ),
+                format!("no relay can be reached ({why}): peers that have no direct path are out of reach"),
                 "check that the relay runs and that its port is open for TCP and UDP",
             );
+            // The way to the coordinator may be barred in the same manner.
+            let told = |problem: &&Problem| self.welcomed || self.away.as_ref() != Some(*problem);
+            if let Some(problem) = problem.filter(told) {
+                add(&problem.code, Severity::Warning, problem.text.clone(), &problem.fix);
+            }
         }
         let nearest = relays.iter().filter_map(|r| r.rtt_ms).reduce(f64::min);
         if let Some(ms) = nearest.filter(|ms| *ms > FAR_MS) {
@@ -281,10 +306,12 @@ impl Up {
             );
         }
         if !status.net.udp {
+            let proxied = relays.iter().any(|relay| self.relays.is_proxied(relay.id));
+            let way = if proxied { "relays and the HTTP proxy only" } else { "relays only" };
             add(
                 "udp-blocked",
                 Severity::Warning,
-                "no answer comes back by UDP: traffic goes through relays only".into(),
+                format!("no answer comes back by UDP: traffic goes through {way}"),
                 "have outgoing UDP let out by the firewall, at best to any port, and replies let in",
             );
         }

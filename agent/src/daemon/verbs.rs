@@ -21,7 +21,6 @@ use super::session::Join;
 use super::{Daemon, Enrolment, Up, Waiter};
 use crate::api::{self, Call, Reply, Verb};
 use crate::control::{self, CONNECT_TIMEOUT, ControlConfig};
-use crate::os::MARK;
 use crate::os::tun::Tun;
 use crate::problem::Problem;
 
@@ -199,7 +198,7 @@ impl Daemon {
                 root: key.root,
                 min_epoch: 0,
                 secret: dir.keys()?.control,
-                mark: MARK,
+                egress: self.options.egress.clone(),
             },
             identity: dir.identity()?,
             membership: None,
@@ -243,8 +242,10 @@ impl Daemon {
     fn look(&mut self, first: FirstContact, wait: Duration, reply: oneshot::Sender<Reply>) {
         let FirstContact { url, root } = first;
         while self.looks.try_join_next().is_some() {}
+        let egress = self.options.egress.clone();
         self.looks.spawn(async move {
-            let problem = match timeout(wait.min(CONNECT_TIMEOUT), control::look(&url, root, MARK)).await {
+            let look = control::look(&url, root, &egress);
+            let problem = match timeout(wait.min(CONNECT_TIMEOUT), look).await {
                 Ok(Ok(identity)) => needs_auth_key(&url, &identity),
                 Ok(Err(problem)) => problem,
                 Err(_) => no_answer(&url),

@@ -11,7 +11,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UdpSocket;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::control::connect_marked;
+use crate::egress::connect_marked;
 use crate::os::udp;
 
 /// Longest answer that is read, in bytes: device descriptions have 5 to 20 KiB.

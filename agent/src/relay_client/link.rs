@@ -7,28 +7,36 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::stream::{SplitSink, SplitStream};
+use futures_util::{SinkExt as _, StreamExt as _};
 use quinn::congestion::CubicConfig;
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ConnectionError, Endpoint, EndpointConfig, VarInt};
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{DigitallySignedStruct, SignatureScheme};
-use sha2::{Digest as _, Sha256};
-use socket2::{Domain, Protocol, Socket, Type};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, ReadHalf, WriteHalf};
-use tokio::net::{TcpSocket, TcpStream};
+use rustls::pki_types::ServerName;
+use socket2::{Protocol, Type};
+use tokio::net::TcpStream;
 use tokio::task::JoinSet;
+use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+use tokio_tungstenite::tungstenite::{Error as WsError, Message};
 use warren_common::wire::relay::{
-    ALPN, Class, Deframer, Frame, QueuedFrame, RefusalCode, SERVER_NAME, put_on_stream,
+    ALPN, Class, Deframer, Frame, MAX_FRAME, QueuedFrame, RefusalCode, SERVER_NAME, WEBSOCKET_ALPN,
+    WEBSOCKET_PATH, put_on_stream,
 };
 
 use super::RelayClientConfig;
-use crate::problem::io_text;
+use super::pin::{is_other_certificate, tls_config};
+use crate::egress::{self, Egress, marked};
+use crate::problem::{Problem, io_text};
 
 /// A later address gets its chance after this long without a connection (RFC 8305, connection attempt delay).
 const ATTEMPT_DELAY: Duration = Duration::from_millis(250);
+/// How long QUIC may still take when no WebSocket came to be: it would have answered by then, mostly, and what keeps the
+/// WebSocket away may be over at the next try.
+const LAST_CHANCE: Duration = Duration::from_secs(3);
 /// Most addresses of one relay that are tried.
 const MAX_ADDRESSES: usize = 8;
 /// Datagrams that wait inside QUIC towards the relay, in bytes; the queue proper is ours.
@@ -39,8 +47,8 @@ const RECEIVE_BUFFER: usize = 1 << 20;
 const INITIAL_WINDOW: u64 = 256 * 1_200;
 /// After this long without an answer a path counts as gone.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
-/// Bytes read from a stream at once.
-const READ_BYTES: usize = 16 * 1024;
+/// Bytes read from a stream at once, and gathered for one TLS record.
+const CHUNK_BYTES: usize = 16 * 1024;
 /// What the kernel may hold unsent, in bytes: more would only be delay.
 const UNSENT_BYTES: u32 = 64 * 1024;
 
@@ -51,8 +59,8 @@ pub enum Transport {
     Udp,
     /// QUIC: packets in datagrams.
     Quic,
-    /// TLS over TCP.
-    Tls,
+    /// A WebSocket inside TLS over TCP.
+    WebSocket,
 }
 
 impl Transport {
@@ -61,7 +69,7 @@ impl Transport {
         match self {
             Self::Udp => "udp",
             Self::Quic => "quic",
-            Self::Tls => "tls",
+            Self::WebSocket => "websocket",
         }
     }
 }
@@ -71,7 +79,7 @@ impl fmt::Display for Transport {
         f.write_str(match self {
             Self::Udp => "UDP",
             Self::Quic => "QUIC",
-            Self::Tls => "TLS",
+            Self::WebSocket => "a WebSocket",
         })
     }
 }
@@ -82,6 +90,10 @@ pub(super) enum End {
     /// The relay says so.
     #[error("{}", .0.text())]
     Refused(RefusalCode),
+    /// Something on the way there is not as it should be, which somebody can change. Its text names hosts, so only its code is
+    /// for logs.
+    #[error("the way there is not free ({})", .0.code)]
+    Barred(Problem),
     /// Anything else.
     #[error("{0}")]
     Lost(String),
@@ -91,7 +103,7 @@ impl End {
     pub(super) const fn refused(&self) -> Option<RefusalCode> {
         match self {
             Self::Refused(code) => Some(*code),
-            Self::Lost(_) => None,
+            Self::Barred(_) | Self::Lost(_) => None,
         }
     }
 }
@@ -99,6 +111,27 @@ impl End {
 impl From<io::Error> for End {
     fn from(error: io::Error) -> Self {
         Self::Lost(io_text(&error))
+    }
+}
+
+impl From<egress::Error> for End {
+    fn from(error: egress::Error) -> Self {
+        match error {
+            egress::Error::Away(why) => Self::Lost(why),
+            egress::Error::Proxy { problem, .. } => Self::Barred(problem),
+        }
+    }
+}
+
+impl From<WsError> for End {
+    fn from(error: WsError) -> Self {
+        match error {
+            WsError::Io(error) => error.into(),
+            WsError::ConnectionClosed | WsError::AlreadyClosed => {
+                Self::Lost("it closed the connection".to_owned())
+            }
+            other => Self::Lost(other.to_string().to_lowercase()),
+        }
     }
 }
 
@@ -121,36 +154,54 @@ pub(super) struct Link {
     pub(super) writer: Writer,
     pub(super) transport: Transport,
     pub(super) addr: SocketAddr,
+    /// A proxy is in between.
+    pub(super) proxied: bool,
 }
 
-/// Connects: QUIC to all addresses, a little apart, and after `tls_after` (`None`: never) TLS as well. The first wins.
-pub(super) async fn dial(config: &RelayClientConfig, tls_after: Option<Duration>) -> Result<Link, End> {
-    let tls = tls_config(config.relay.cert_sha256).map_err(|e| End::Lost(e.to_string()))?;
-    let mut attempts = JoinSet::new();
+/// Connects: QUIC to all addresses, a little apart, and after `tcp_after` (`None`: never) by WebSocket as well. The first wins.
+/// Takes at most `longest`.
+pub(super) async fn dial(
+    config: &RelayClientConfig,
+    tcp_after: Option<Duration>,
+    longest: Duration,
+) -> Result<Link, End> {
+    let tls = |alpn| tls_config(config.relay.cert_sha256, alpn).map_err(|e| End::Lost(e.to_string()));
+    let (quic, websocket) = (tls(ALPN)?, Arc::new(tls(WEBSOCKET_ALPN)?));
+    let (mut attempts, mut tcp_left) = (JoinSet::new(), 0);
     for (i, addr) in (0u32..).zip(tried(&config.relay.addrs)) {
-        let mark = config.mark;
-        let config = tls.clone();
+        let (mark, tls) = (config.egress.mark(), quic.clone());
         attempts.spawn(async move {
             tokio::time::sleep(ATTEMPT_DELAY * i).await;
-            dial_quic(addr, mark, config).await
+            (Transport::Quic, dial_quic(addr, mark, tls).await)
         });
-        if let Some(after) = tls_after {
-            let config = tls.clone();
+        if let Some(after) = tcp_after {
+            tcp_left += 1;
+            let (egress, tls) = (config.egress.clone(), websocket.clone());
             attempts.spawn(async move {
                 tokio::time::sleep(after + ATTEMPT_DELAY * i).await;
-                dial_tls(addr, mark, config).await
+                (Transport::WebSocket, dial_websocket(addr, &egress, tls).await)
             });
         }
     }
-    let mut last = End::Lost("it has no address".to_owned());
-    while let Some(result) = attempts.join_next().await {
+    let mut until = Instant::now() + longest;
+    let mut worst =
+        End::Lost(if attempts.is_empty() { "it has no address" } else { "it does not answer" }.to_owned());
+    while let Ok(Some(result)) = timeout_at(until, attempts.join_next()).await {
+        let Ok((transport, result)) = result else { continue };
         match result {
-            Ok(Ok(link)) => return Ok(link), // dropping the set ends the other attempts
-            Ok(Err(end)) => last = end,
+            Ok(link) => return Ok(link), // dropping the set ends the other attempts
+            // What somebody can change is worth more than "timed out".
+            Err(end) if !matches!(worst, End::Barred(_)) => worst = end,
             Err(_) => {}
         }
+        if transport == Transport::WebSocket {
+            tcp_left -= 1;
+            if tcp_left == 0 {
+                until = until.min(Instant::now() + LAST_CHANCE);
+            }
+        }
     }
-    Err(last)
+    Err(worst)
 }
 
 fn tried(addrs: &[SocketAddr]) -> impl Iterator<Item = SocketAddr> {
@@ -159,12 +210,12 @@ fn tried(addrs: &[SocketAddr]) -> impl Iterator<Item = SocketAddr> {
 
 /// Fails if this host has no route there: what is sent would be lost without a word.
 pub(super) fn check_route(addr: SocketAddr, mark: u32) -> io::Result<()> {
-    socket(addr, Type::DGRAM, Protocol::UDP, mark)?.connect(&addr.into())
+    marked(addr, Type::DGRAM, Protocol::UDP, mark)?.connect(&addr.into())
 }
 
 async fn dial_quic(addr: SocketAddr, mark: u32, tls: rustls::ClientConfig) -> Result<Link, End> {
     check_route(addr, mark)?;
-    let socket = socket(addr, Type::DGRAM, Protocol::UDP, mark)?;
+    let socket = marked(addr, Type::DGRAM, Protocol::UDP, mark)?;
     let any: SocketAddr = match addr {
         SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
         SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
@@ -194,30 +245,60 @@ async fn dial_quic(addr: SocketAddr, mark: u32, tls: rustls::ClientConfig) -> Re
     let reader = Source::Quic { connection: connection.clone(), recv };
     let writer = Writer(Sink::Quic { _endpoint: endpoint, connection, send }, Vec::new());
     let reader = Reader { source: reader, deframer: Deframer::default() };
-    Ok(Link { reader, writer, transport: Transport::Quic, addr })
+    Ok(Link { reader, writer, transport: Transport::Quic, addr, proxied: false })
 }
 
-async fn dial_tls(addr: SocketAddr, mark: u32, tls: rustls::ClientConfig) -> Result<Link, End> {
-    let socket = socket(addr, Type::STREAM, Protocol::TCP, mark)?;
+async fn dial_websocket(
+    addr: SocketAddr,
+    egress: &Egress,
+    tls: Arc<rustls::ClientConfig>,
+) -> Result<Link, End> {
+    let host = addr.ip().to_string();
+    let proxied = egress.proxy_for(&host, addr.port()).is_some();
+    let stream = egress.connect(&host, addr.port()).await?;
     // Best effort: without it there is only more delay.
-    let _ = socket.set_tcp_notsent_lowat(UNSENT_BYTES);
-    let stream = TcpSocket::from_std_stream(socket.into()).connect(addr).await?;
-    stream.set_nodelay(true)?;
+    let _ = socket2::SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT_BYTES);
     let name = ServerName::try_from(SERVER_NAME).map_err(|e| End::Lost(e.to_string()))?;
-    let stream = TlsConnector::from(Arc::new(tls)).connect(name, stream).await?;
-    let (read, write) = tokio::io::split(stream);
-    let reader = Reader { source: Source::Tls(read), deframer: Deframer::default() };
-    Ok(Link { reader, writer: Writer(Sink::Tls(write), Vec::new()), transport: Transport::Tls, addr })
+    let stream = TlsConnector::from(tls).connect(name, stream).await.map_err(|error| {
+        if is_other_certificate(&error) {
+            End::Barred(other_certificate(addr, proxied))
+        } else {
+            error.into()
+        }
+    })?;
+    let settings = WebSocketConfig::default()
+        .read_buffer_size(CHUNK_BYTES)
+        .write_buffer_size(CHUNK_BYTES)
+        .max_message_size(Some(MAX_FRAME))
+        .max_frame_size(Some(MAX_FRAME));
+    let url = format!("wss://{SERVER_NAME}{WEBSOCKET_PATH}");
+    let (socket, _) = tokio_tungstenite::client_async_with_config(url, stream, Some(settings)).await?;
+    let (write, read) = socket.split();
+    let reader = Reader { source: Source::WebSocket(read), deframer: Deframer::default() };
+    let writer = Writer(Sink::WebSocket(write), Vec::new());
+    Ok(Link { reader, writer, transport: Transport::WebSocket, addr, proxied })
 }
 
-pub(super) fn socket(addr: SocketAddr, kind: Type, protocol: Protocol, mark: u32) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(addr), kind, Some(protocol))?;
-    socket.set_nonblocking(true)?;
-    if mark != 0 {
-        socket.set_mark(mark)?;
-    }
-    Ok(socket)
+fn other_certificate(addr: SocketAddr, proxied: bool) -> Problem {
+    let (who, fix) = if proxied {
+        (
+            "the proxy, or something behind it, opens the encrypted connection",
+            "have the relay's address exempted from TLS inspection at the proxy; the agent accepts no other certificate, whoever signs it",
+        )
+    } else {
+        (
+            "something in between opens the encrypted connection, or something else listens there",
+            "have the relay's address exempted from TLS inspection, and check that the relay's address in `warren-coordinator relay list` is right",
+        )
+    };
+    Problem::new(
+        "relay-certificate",
+        format!("the relay at {addr} shows another certificate than the network's: {who}"),
+        fix,
+    )
 }
+
+type Socket = WebSocketStream<TlsStream<TcpStream>>;
 
 /// Frames from the relay.
 pub(super) struct Reader {
@@ -227,56 +308,58 @@ pub(super) struct Reader {
 
 enum Source {
     Quic { connection: quinn::Connection, recv: quinn::RecvStream },
-    Tls(ReadHalf<TlsStream<TcpStream>>),
+    WebSocket(SplitStream<Socket>),
 }
 
 impl Reader {
-    /// The next frame, from the stream or a datagram; a refusal is an end. Cancel safe.
+    /// The next frame; a refusal is an end. Cancel safe.
     pub(super) async fn frame(&mut self) -> Result<Bytes, End> {
+        let frame = self.next().await?;
+        match Frame::decode(&frame) {
+            Ok(Some(Frame::Refused { code, .. })) => Err(End::Refused(code)),
+            _ => Ok(frame),
+        }
+    }
+
+    async fn next(&mut self) -> Result<Bytes, End> {
         loop {
             match self.deframer.next_frame() {
-                Ok(Some(frame)) => {
-                    if let Ok(Some(Frame::Refused { code, .. })) = Frame::decode(frame) {
-                        return Err(End::Refused(code));
-                    }
-                    return Ok(Bytes::copy_from_slice(frame));
-                }
+                Ok(Some(frame)) => return Ok(Bytes::copy_from_slice(frame)),
                 Ok(None) => {}
                 Err(error) => return Err(End::Lost(error.to_string())),
             }
             match &mut self.source {
                 Source::Quic { connection, recv } => tokio::select! {
                     datagram = connection.read_datagram() => return Ok(datagram?),
-                    chunk = recv.read_chunk(READ_BYTES, true) => match chunk {
+                    chunk = recv.read_chunk(CHUNK_BYTES, true) => match chunk {
                         Ok(Some(chunk)) => self.deframer.buffer().extend_from_slice(&chunk.bytes),
                         // The connection says why.
                         _ => return Err(connection.closed().await.into()),
                     },
                 },
-                Source::Tls(stream) => {
-                    let buffer = self.deframer.buffer();
-                    buffer.reserve(READ_BYTES);
-                    if stream.read_buf(buffer).await? == 0 {
-                        return Err(End::Lost("it closed the connection".to_owned()));
-                    }
-                }
+                Source::WebSocket(socket) => match socket.next().await {
+                    Some(Ok(Message::Binary(frame))) => return Ok(frame),
+                    Some(Ok(Message::Close(_))) | None => return Err(WsError::ConnectionClosed.into()),
+                    Some(Ok(_)) => {} // the library answers pings
+                    Some(Err(error)) => return Err(error.into()),
+                },
             }
         }
     }
 }
 
-/// Frames to the relay, and a buffer for them.
+/// Frames to the relay, and a buffer for QUIC's stream.
 pub(super) struct Writer(Sink, Vec<u8>);
 
 enum Sink {
     Quic { _endpoint: Endpoint, connection: quinn::Connection, send: quinn::SendStream },
-    Tls(WriteHalf<TlsStream<TcpStream>>),
+    WebSocket(SplitSink<Socket, Message>),
 }
 
 impl Writer {
     /// Writes one frame to the stream.
-    pub(super) async fn control(&mut self, frame: &[u8]) -> Result<(), End> {
-        put_on_stream(frame, &mut self.1);
+    pub(super) async fn control(&mut self, frame: Vec<u8>) -> Result<(), End> {
+        self.put(frame.into()).await?;
         self.flush().await
     }
 
@@ -294,10 +377,18 @@ impl Writer {
                     Err(error) => return Err(End::Lost(error.to_string())),
                 }
             } else {
-                put_on_stream(&frame.bytes, &mut self.1);
+                self.put(Bytes::from_owner(frame.bytes)).await?;
             }
         }
         self.flush().await
+    }
+
+    async fn put(&mut self, frame: Bytes) -> Result<(), End> {
+        match &mut self.0 {
+            Sink::Quic { .. } => put_on_stream(&frame, &mut self.1),
+            Sink::WebSocket(socket) => socket.feed(Message::Binary(frame)).await?,
+        }
+        Ok(())
     }
 
     async fn flush(&mut self) -> Result<(), End> {
@@ -306,74 +397,11 @@ impl Writer {
                 if send.write_all(&self.1).await.is_err() {
                     return Err(connection.closed().await.into());
                 }
+                self.1.clear();
             }
-            Sink::Tls(stream) => {
-                stream.write_all(&self.1).await?;
-                stream.flush().await?;
-            }
+            Sink::WebSocket(socket) => socket.flush().await?,
         }
-        self.1.clear();
         Ok(())
-    }
-}
-
-fn tls_config(cert_sha256: [u8; 32]) -> Result<rustls::ClientConfig, rustls::Error> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let verifier = Arc::new(Pin { cert_sha256, provider: provider.clone() });
-    let mut config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .dangerous()
-        .with_custom_certificate_verifier(verifier)
-        .with_no_client_auth();
-    config.alpn_protocols = vec![ALPN.to_vec()];
-    config.resumption = rustls::client::Resumption::disabled();
-    Ok(config)
-}
-
-/// Accepts the one certificate that the netmap names, and nothing about its contents.
-#[derive(Debug)]
-struct Pin {
-    cert_sha256: [u8; 32],
-    provider: Arc<rustls::crypto::CryptoProvider>,
-}
-
-impl ServerCertVerifier for Pin {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        if <[u8; 32]>::from(Sha256::digest(end_entity)) == self.cert_sha256 {
-            Ok(ServerCertVerified::assertion())
-        } else {
-            Err(rustls::Error::General("its certificate is not the one that the netmap names".to_owned()))
-        }
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(rustls::PeerIncompatible::ServerDoesNotSupportTls12Or13.into()) // never offered
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = &self.provider.signature_verification_algorithms;
-        rustls::crypto::verify_tls13_signature(message, cert, dss, algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
     }
 }
 

@@ -18,9 +18,11 @@ use warren_common::wire::relay::udp::{FULL_UDP_DATAGRAM, Head, Kind, Ping, UDP_H
 use warren_common::wire::relay::{Class, DATA_HEADER, Frame, QueuedFrame};
 use warren_engine::relay_link::{UdpAction, UdpWay};
 
-use super::link::socket;
-use super::{RelayEventKind, Shared, Signs, Transport, micros};
+use super::link::Transport;
+use super::task::Signs;
+use super::{RelayEventKind, Shared, micros};
 use crate::clock;
+use crate::egress::marked;
 
 /// Kernel buffer asked for in each direction, in bytes: 20 ms at 1 Gbit/s. The kernel may give less.
 const BUFFER: usize = 2 << 20;
@@ -46,7 +48,7 @@ pub(super) struct UdpLink {
 
 impl UdpLink {
     pub(super) fn open(relay: SocketAddr, mark: u32, keys: UdpKeys, session: u64) -> io::Result<Self> {
-        let socket = socket(relay, Type::DGRAM, Protocol::UDP, mark)?;
+        let socket = marked(relay, Type::DGRAM, Protocol::UDP, mark)?;
         let any: SocketAddr = match relay {
             SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
             SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),

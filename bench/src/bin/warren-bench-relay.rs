@@ -99,7 +99,7 @@ const CANDIDATES: [(&str, Candidate); 6] = [
     ("plain UDP", Candidate::Udp { batch: 1 }),
     ("plain UDP, batches", Candidate::Udp { batch: MANY }),
     ("QUIC datagrams", Candidate::Connection(Transport::Quic)),
-    ("TLS stream", Candidate::Connection(Transport::Tls)),
+    ("WebSocket", Candidate::Connection(Transport::WebSocket)),
     ("coturn, channel", Candidate::Turn { batch: 1 }),
     ("coturn, channel, batches", Candidate::Turn { batch: MANY }),
 ];
@@ -175,7 +175,7 @@ fn idle_clients(clients: u32) -> Result<()> {
     let runtime = runtime()?;
     println!("| idle clients | of our relay over | resident before, MiB | with them, MiB | KiB each |");
     println!("|---|---|---|---|---|");
-    for kind in [Kind::PlainUdp, Kind::Connection(Transport::Quic), Kind::Connection(Transport::Tls)] {
+    for kind in [Kind::PlainUdp, Kind::Connection(Transport::Quic), Kind::Connection(Transport::WebSocket)] {
         let (server, relay) = Server::warren(false)?;
         idle_row(kind.name(), clients, &server, |clients| ours(&runtime, relay, kind, clients))?;
     }

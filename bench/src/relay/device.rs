@@ -4,16 +4,20 @@ use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, bail};
+use futures_util::{SinkExt as _, StreamExt as _};
 use quinn::congestion::CubicConfig;
 use rustls::pki_types::ServerName;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use warren_common::time::UnixTime;
 use warren_common::wire::relay::udp::UdpKeys;
 use warren_common::wire::relay::{
-    Binding, Deframer, Frame, Proven, SERVER_NAME, STREAM_HEADER, TokenRef, put_on_stream,
+    ALPN, Binding, Deframer, Frame, Proven, SERVER_NAME, TokenRef, WEBSOCKET_ALPN, WEBSOCKET_PATH,
+    put_on_stream,
 };
 use warren_common::wire::token::{MAX_TOKEN_LIFE_S, RelayToken};
 
@@ -21,6 +25,8 @@ use super::server::{NETWORK, RELAY, RelayAt, coordinator, device, probe};
 
 /// Bytes read at once.
 const READ_BYTES: usize = 64 * 1024;
+/// Bytes that a WebSocket gathers before it writes: as in the agent.
+const WRITE_BYTES: usize = 16 * 1024;
 /// QUIC's datagrams that wait each way, in bytes, and its first congestion window: as in the agent.
 const DATAGRAM_BUFFER: usize = 1 << 20;
 const INITIAL_WINDOW: u64 = 256 * 1_200;
@@ -30,20 +36,19 @@ const INITIAL_WINDOW: u64 = 256 * 1_200;
 pub enum Transport {
     /// QUIC: packets in datagrams.
     Quic,
-    /// TLS over TCP.
-    Tls,
+    /// A WebSocket inside TLS over TCP.
+    WebSocket,
 }
 
 enum Link {
     Quic { connection: quinn::Connection, send: quinn::SendStream, recv: quinn::RecvStream },
-    Tls(Box<TlsStream<TcpStream>>),
+    WebSocket(Box<WebSocketStream<TlsStream<TcpStream>>>),
 }
 
 /// An authenticated connection.
 pub struct Device {
     link: Link,
     deframer: Deframer,
-    buffer: Vec<u8>,
     keys: Option<UdpKeys>,
     session: Option<u64>,
 }
@@ -75,8 +80,7 @@ impl Device {
         peers: &[u32],
     ) -> Result<Self> {
         let link = Link::connect(relay, transport, endpoint).await?;
-        let (deframer, buffer) = (Deframer::default(), Vec::new());
-        let mut device = Self { link, deframer, buffer, keys: None, session: None };
+        let mut device = Self { link, deframer: Deframer::default(), keys: None, session: None };
         device.authenticate(relay, n, peers).await?;
         Ok(device)
     }
@@ -101,20 +105,21 @@ impl Device {
                     connection.send_datagram_wait(frame.clone().into()).await?;
                 }
             }
-            Link::Tls(stream) => {
-                self.buffer.clear();
-                (0..count).for_each(|_| put_on_stream(&frame, &mut self.buffer));
-                stream.write_all(&self.buffer).await?;
-                stream.flush().await?;
+            Link::WebSocket(socket) => {
+                let message = Message::binary(frame);
+                for _ in 0..count {
+                    socket.feed(message.clone()).await?;
+                }
+                socket.flush().await?;
             }
         }
         Ok(())
     }
 
-    /// The stream itself, over TLS.
+    /// What is under the WebSocket.
     pub fn stream(&mut self) -> Option<&mut TlsStream<TcpStream>> {
         match &mut self.link {
-            Link::Tls(stream) => Some(stream),
+            Link::WebSocket(socket) => Some(socket.get_mut()),
             Link::Quic { .. } => None,
         }
     }
@@ -174,13 +179,19 @@ impl Device {
 
 impl Link {
     async fn connect(relay: RelayAt, transport: Transport, endpoint: &quinn::Endpoint) -> Result<Self> {
-        let tls = warren_relay::tls::pinned_client_config(relay.cert_sha256)?;
-        if transport == Transport::Tls {
+        let tls = |alpn| warren_relay::tls::pinned_client_config(relay.cert_sha256, alpn);
+        if transport == Transport::WebSocket {
             let stream = TcpStream::connect(relay.addr).await?;
             stream.set_nodelay(true)?;
             let name = ServerName::try_from(SERVER_NAME)?;
-            let stream = tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, stream).await?;
-            return Ok(Self::Tls(Box::new(stream)));
+            let connector = tokio_rustls::TlsConnector::from(Arc::new(tls(WEBSOCKET_ALPN)?));
+            let stream = connector.connect(name, stream).await?;
+            let settings =
+                WebSocketConfig::default().read_buffer_size(READ_BYTES).write_buffer_size(WRITE_BYTES);
+            let url = format!("wss://{SERVER_NAME}{WEBSOCKET_PATH}");
+            let (socket, _) =
+                tokio_tungstenite::client_async_with_config(url, stream, Some(settings)).await?;
+            return Ok(Self::WebSocket(Box::new(socket)));
         }
         let mut transport = quinn::TransportConfig::default();
         let mut congestion = CubicConfig::default();
@@ -189,7 +200,7 @@ impl Link {
             .datagram_receive_buffer_size(Some(DATAGRAM_BUFFER))
             .datagram_send_buffer_size(DATAGRAM_BUFFER)
             .congestion_controller_factory(Arc::new(congestion));
-        let tls = quinn::crypto::rustls::QuicClientConfig::try_from(tls)?;
+        let tls = quinn::crypto::rustls::QuicClientConfig::try_from(tls(ALPN)?)?;
         let mut config = quinn::ClientConfig::new(Arc::new(tls));
         config.transport_config(Arc::new(transport));
         let connection = endpoint.connect_with(config, relay.addr, SERVER_NAME)?.await?;
@@ -198,11 +209,13 @@ impl Link {
     }
 
     async fn control(&mut self, frame: &Frame<'_>) -> Result<()> {
-        let mut bytes = Vec::new();
-        put_on_stream(&frame.to_vec(), &mut bytes);
         match self {
-            Self::Quic { send, .. } => send.write_all(&bytes).await?,
-            Self::Tls(stream) => stream.write_all(&bytes).await?,
+            Self::Quic { send, .. } => {
+                let mut bytes = Vec::new();
+                put_on_stream(&frame.to_vec(), &mut bytes);
+                send.write_all(&bytes).await?;
+            }
+            Self::WebSocket(socket) => socket.send(Message::binary(frame.to_vec())).await?,
         }
         Ok(())
     }
@@ -218,19 +231,14 @@ impl Link {
                     deframer.buffer().extend_from_slice(&chunk.bytes);
                 }
             },
-            Self::Tls(stream) => {
-                let buffer = deframer.buffer();
-                buffer.reserve(READ_BYTES);
-                ensure!(stream.read_buf(buffer).await? > 0, "the stream ended");
+            Self::WebSocket(socket) => {
+                if let Message::Binary(frame) = socket.next().await.context("the stream ended")?? {
+                    put_on_stream(&frame, deframer.buffer());
+                }
             }
         }
         Ok(false)
     }
-}
-
-/// Bytes that a packet of `payload` bytes takes on a stream.
-pub const fn on_stream(payload: usize) -> usize {
-    STREAM_HEADER + warren_common::wire::relay::DATA_HEADER + payload
 }
 
 fn token(n: u32, peers: &[u32]) -> RelayToken {

@@ -28,11 +28,11 @@ pub enum Attack {
     FloodReceiver,
     /// Packets of one byte over plain UDP, in batches.
     TinyDatagrams,
-    /// Packets of one byte on a TLS stream.
+    /// Packets of one byte on a WebSocket.
     TinyFrames,
     /// A TLS stream with a byte in each record.
     TinyRecords,
-    /// Twenty devices on TLS that are sent as much as possible and read nothing.
+    /// Twenty devices on WebSockets that are sent as much as possible and read nothing.
     NeverReads,
     /// TCP connections that say nothing, and first QUIC packets with nothing behind them: as many as possible.
     HalfOpen,
@@ -63,8 +63,9 @@ impl Attack {
     pub fn run(self, relay: RelayAt, runtime: &Runtime) -> Result<()> {
         let ends = quic_ends(runtime)?;
         let plain = |n: u32, peers: &[u32]| runtime.block_on(PlainUdp::new(relay, &ends, n, peers));
-        let stream =
-            |n: u32, peers: &[u32]| runtime.block_on(Device::join(relay, Transport::Tls, &ends, n, peers));
+        let stream = |n: u32, peers: &[u32]| {
+            runtime.block_on(Device::join(relay, Transport::WebSocket, &ends, n, peers))
+        };
         match self {
             Self::None => loop {
                 std::thread::park();
@@ -113,11 +114,8 @@ impl Attack {
                 runtime.block_on(async {
                     let tls = from.stream().context("TLS")?;
                     loop {
-                        tls.write_all(&[0]).await?; // the first byte of a length, and no more than three make sense
-                        tls.flush().await?;
-                        tls.write_all(&[0]).await?;
-                        tls.flush().await?;
-                        for byte in [9, 7, 0, 0, 0, 0, 0, 0, 0, 7] {
+                        // A binary message, masked with zeros, that holds a ping.
+                        for byte in [0x82, 0x89, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 7] {
                             tls.write_all(&[byte]).await?;
                             tls.flush().await?;
                         }

@@ -37,7 +37,7 @@ impl Kind {
         match self {
             Self::PlainUdp => "plain UDP, with what it stands on",
             Self::Connection(Transport::Quic) => "QUIC",
-            Self::Connection(Transport::Tls) => "TLS",
+            Self::Connection(Transport::WebSocket) => "a WebSocket",
         }
     }
 }

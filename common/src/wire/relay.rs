@@ -1,8 +1,9 @@
 //! Frames between a device and a relay: fixed layouts, big endian, one type byte first (docs/wire.md).
 //!
-//! They travel in two ways. On a stream (TLS over TCP, or the one QUIC stream) each frame stands behind its length in
-//! three bytes, see [`put_on_stream`] and [`Deframer`]. A QUIC datagram holds exactly one frame, of type `Send` or
-//! `Recv`; data that no datagram can hold goes over the stream. The version is agreed by ALPN ([`ALPN`]).
+//! They travel in two ways. Over QUIC (its version agreed by [`ALPN`]) on one stream, each behind its length in three bytes,
+//! see [`put_on_stream`] and [`Deframer`]; a datagram holds exactly one frame, of type `Send` or `Recv`, and data that no
+//! datagram can hold goes over the stream. Over TCP as binary messages of a WebSocket inside TLS ([`WEBSOCKET_PATH`]), one
+//! frame each.
 //!
 //! 1. The relay sends `Challenge`. 2. The device answers with `Auth`: a token and the proof that it holds the probe key
 //!    which the token names. 3. The relay says `Ready`, or `Refused` and closes. 4. `Send` turns into `Recv`: the relay
@@ -31,8 +32,12 @@ pub use queue::{
 };
 use udp::UdpKeys;
 
-/// What both transports offer as application protocol; names the version.
+/// What QUIC offers as application protocol; names the version.
 pub const ALPN: &[u8] = b"warren-relay/1";
+/// What TLS over TCP offers as application protocol: firewalls that look for it let HTTP through.
+pub const WEBSOCKET_ALPN: &[u8] = b"http/1.1";
+/// Where the WebSocket of a session is; names the version.
+pub const WEBSOCKET_PATH: &str = "/packets/v1";
 /// The server name in the TLS hello. It says nothing: the certificate is pinned by its hash.
 pub const SERVER_NAME: &str = "warren-relay";
 /// Longest payload of `Send` and `Recv` in bytes: a sealed packet of a 1 500-byte path, with room to spare.

@@ -11,7 +11,6 @@
 //! *silently*: if they were answered or kept, their conntrack entry would occupy the port and the next
 //! outgoing packet would get another one, which turns hole punching into a lottery.
 
-use std::fmt::Write as _;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::ops::Deref;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -65,6 +64,11 @@ pub enum Egress {
         /// Destination ports.
         ports: Vec<u16>,
         /// What happens to the rest.
+        refusal: Refusal,
+    },
+    /// Nothing. What runs on the router itself gets out.
+    Closed {
+        /// What happens to it.
         refusal: Refusal,
     },
 }
@@ -234,21 +238,23 @@ impl RouterSpec {
     }
 
     fn egress_rules(&self) -> String {
-        let mut rules = String::new();
-        if let Egress::TcpOnly { ports, refusal } = &self.egress {
-            let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
-            let allowed = if ports.is_empty() {
-                "meta l4proto tcp".to_owned()
-            } else {
-                format!("tcp dport {{ {} }}", ports.join(", "))
-            };
-            let refuse = match refusal {
-                Refusal::Drop => "drop",
-                Refusal::Reject => "reject with icmpx admin-prohibited",
-            };
-            let _ = write!(rules, "iifname lan {allowed} accept; iifname lan {refuse}");
-        }
-        rules
+        let (allowed, refusal) = match &self.egress {
+            Egress::Open => return String::new(),
+            Egress::Closed { refusal } => (None, refusal),
+            Egress::TcpOnly { ports, refusal } if ports.is_empty() => {
+                (Some("meta l4proto tcp".to_owned()), refusal)
+            }
+            Egress::TcpOnly { ports, refusal } => {
+                let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
+                (Some(format!("tcp dport {{ {} }}", ports.join(", "))), refusal)
+            }
+        };
+        let allow = allowed.map_or_else(String::new, |what| format!("iifname lan {what} accept; "));
+        let refuse = match refusal {
+            Refusal::Drop => "drop",
+            Refusal::Reject => "reject with icmpx admin-prohibited",
+        };
+        format!("{allow}iifname lan {refuse}")
     }
 }
 

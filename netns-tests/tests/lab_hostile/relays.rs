@@ -1,4 +1,4 @@
-//! A relay gives nothing to whoever has no right to it, over QUIC and over TLS, embedded or not.
+//! A relay gives nothing to whoever has no right to it, over QUIC and by WebSocket, embedded or not.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -185,7 +185,7 @@ fn without_a_token_of_its_own_nobody_gets_anything_from_a_relay() -> Result<()> 
         }
 
         // The same with the right token and key is let in: it was the token each time.
-        for (inside, transport) in insides.iter().zip([Transport::Quic, Transport::Tls]) {
+        for (inside, transport) in insides.iter().zip([Transport::Quic, Transport::WebSocket]) {
             for (i, relay) in relays.into_iter().enumerate() {
                 let token = Some(tokens[i].clone());
                 let mut visit =

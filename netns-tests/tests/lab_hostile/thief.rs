@@ -133,7 +133,7 @@ impl Session {
             root: loot.identity.root,
             min_epoch: loot.identity.epoch,
             secret: loot.keys.control.clone(),
-            mark: 0,
+            egress: std::sync::Arc::default(),
         };
         let control = {
             let _inside = inside.runtime().enter();
@@ -215,7 +215,12 @@ impl Visit {
         token: Option<Signed>,
     ) -> Self {
         let (sender, events) = mpsc::channel(256);
-        let config = RelayClientConfig { relay: relay.clone(), network, probe: probe.clone(), mark: 0 };
+        let config = RelayClientConfig {
+            relay: relay.clone(),
+            network,
+            probe: probe.clone(),
+            egress: std::sync::Arc::default(),
+        };
         let _inside = inside.runtime().enter();
         let client = RelayClient::spawn(config, sender);
         if let Some(token) = token {

@@ -172,7 +172,7 @@ async fn joins_serves_obeys_and_comes_back_without_its_key() {
     let key = relay.key;
 
     let mut a = Device::join_at(addr, cert, Transport::Quic, 1, &[2]).await;
-    let mut b = Device::join_at(addr, cert, Transport::Tls, 2, &[1]).await;
+    let mut b = Device::join_at(addr, cert, Transport::WebSocket, 2, &[1]).await;
     a.send(2, b"hello").await;
     assert_eq!(b.receive().await, (device(1), b"hello".to_vec()));
     relay
@@ -191,7 +191,7 @@ async fn joins_serves_obeys_and_comes_back_without_its_key() {
     assert_eq!((hello.secret.as_slice(), hello.revision), (&[][..], 5));
     assert_eq!(again, report);
     relay.command(RelayCommand { revision: 6, floor: 6, ..RelayCommand::default() }).await;
-    let mut c = Device::connect_at(addr, cert, Transport::Tls).await;
+    let mut c = Device::connect_at(addr, cert, Transport::WebSocket).await;
     assert_eq!(
         c.authenticate(&token(3, 5, &[]), &probe(3)).await,
         Seen::Closed(Some(RefusalCode::TokenStale))
@@ -215,13 +215,13 @@ async fn another_netmap_key_replaces_the_server() {
     let (task, stop) = spawn(coordinator.config(&dir, Some(join_key())));
     let (relay, _, report) = coordinator.welcome(1).await;
     let (addr, cert) = address(&report);
-    let mut a = Device::join_at(addr, cert, Transport::Tls, 1, &[]).await;
+    let mut a = Device::join_at(addr, cert, Transport::WebSocket, 1, &[]).await;
     drop(relay);
     coordinator.netmap = NetmapSecretKey::from_bytes([78; 32]);
     let (_relay, _, again) = coordinator.welcome(1).await;
     assert_eq!(a.end().await, Some(RefusalCode::ShuttingDown));
     assert_eq!(address(&again).0, addr);
-    let mut a = Device::connect_at(addr, cert, Transport::Tls).await;
+    let mut a = Device::connect_at(addr, cert, Transport::WebSocket).await;
     let seen = a.authenticate(&token(1, 1, &[]), &probe(1)).await;
     assert_eq!(seen, Seen::Closed(Some(RefusalCode::TokenInvalid)), "signed with the old key");
     stop.cancel();

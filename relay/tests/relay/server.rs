@@ -3,13 +3,17 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use crate::support::{Device, Seen, Transport, config, device, patient, probe, start, token};
+use crate::support::{Device, Seen, Transport, config, device, patient, probe, start, tls, token};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UdpSocket;
-use warren_common::wire::relay::{Frame, GoneReason, MAX_PAYLOAD, RefusalCode, TokenRef, WantedReason};
+use tokio_tungstenite::tungstenite::Message;
+use warren_common::wire::relay::{
+    Frame, GoneReason, MAX_FRAME, MAX_PAYLOAD, RefusalCode, TokenRef, WantedReason,
+};
 use warren_relay::core::{DropReason, Limits};
 use warren_relay::server::{RelayServer, RelayServerConfig, StartError};
 
-const BOTH: [Transport; 2] = [Transport::Quic, Transport::Tls];
+const BOTH: [Transport; 2] = [Transport::Quic, Transport::WebSocket];
 
 #[tokio::test]
 async fn two_devices_talk_over_any_two_transports() {
@@ -67,7 +71,7 @@ async fn revocation_ends_the_connection_and_stops_what_waits() {
 async fn a_newer_token_lifts_a_suspension() {
     let (_dir, server) = start(Limits::default());
     let mut a = Device::join(&server, Transport::Quic, 1, &[2]).await;
-    let mut b = Device::join(&server, Transport::Tls, 2, &[1]).await;
+    let mut b = Device::join(&server, Transport::WebSocket, 2, &[1]).await;
     server.set_minimum_revision(device(1), 2);
     assert_eq!(a.see().await, Seen::Frame(Frame::TokenWanted { why: WantedReason::Stale }.to_vec()));
     a.stream(&Frame::Send { dst: device(2), payload: b"suspended" }).await;
@@ -93,13 +97,59 @@ async fn half_open_connections_are_closed() {
 #[tokio::test]
 async fn nonsense_on_the_stream_closes_the_connection() {
     let (_dir, server) = start(Limits::default());
-    for transport in BOTH {
-        for bytes in [&[0xff, 0xff, 0xff][..], &[0, 0, 0], &[0, 0, 2, 7, 7]] {
-            let mut device = Device::join(&server, transport, 1, &[]).await;
-            device.raw(bytes).await;
-            assert_eq!(device.end().await, Some(RefusalCode::Protocol), "{transport:?} {bytes:?}");
-        }
+    for bytes in [&[0xff, 0xff, 0xff][..], &[0, 0, 0], &[0, 0, 2, 7, 7]] {
+        let mut device = Device::join(&server, Transport::Quic, 1, &[]).await;
+        device.quic_raw(bytes).await;
+        assert_eq!(device.end().await, Some(RefusalCode::Protocol), "{bytes:?}");
     }
+    for message in [
+        Message::binary(Vec::new()),
+        Message::binary(vec![7, 7]),
+        Message::text("hello"),
+        Message::binary(vec![5; MAX_FRAME + 1]),
+    ] {
+        let mut device = Device::join(&server, Transport::WebSocket, 1, &[]).await;
+        device.message(message.clone()).await;
+        assert_eq!(device.end().await, Some(RefusalCode::Protocol), "{} bytes", message.len());
+    }
+    // An unmasked message, and a length beyond all bounds, of which nothing is waited for.
+    for bytes in
+        [&[0x82, 1, 7][..], &[0x82, 0xff, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1, 2, 3, 4]]
+    {
+        let mut device = Device::join(&server, Transport::WebSocket, 1, &[]).await;
+        device.websocket_raw(bytes).await;
+        assert_eq!(device.end().await, Some(RefusalCode::Protocol), "{bytes:?}");
+    }
+}
+
+#[tokio::test]
+async fn pings_of_the_websocket_are_answered_and_messages_may_come_in_pieces() {
+    let (_dir, server) = start(Limits::default());
+    let mut a = Device::join(&server, Transport::WebSocket, 1, &[2]).await;
+    let mut b = Device::join(&server, Transport::WebSocket, 2, &[1]).await;
+    for _ in 0..100 {
+        a.message(Message::Ping(vec![1; 125].into())).await;
+    }
+    let frame = Frame::Send { dst: device(2), payload: b"in pieces" }.to_vec();
+    let (first, rest) = frame.split_at(5);
+    // A binary message that goes on, and its last piece, both masked with zeros.
+    for (head, piece) in [(0x02, first), (0x80, rest)] {
+        let header = [head, 0x80 | piece.len() as u8, 0, 0, 0, 0];
+        a.websocket_raw(&[&header, piece].concat()).await;
+    }
+    assert_eq!(b.receive().await, (device(1), b"in pieces".to_vec()));
+}
+
+#[tokio::test]
+async fn who_does_not_ask_for_a_websocket_is_told_and_holds_nothing() {
+    let (_dir, server) = start(Limits::default());
+    let mut stream = tls(server.local_addr(), server.cert_sha256()).await;
+    stream.write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    patient(stream.read_to_string(&mut answer)).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
+    let stats = server.stats();
+    assert_eq!((stats.handshakes_failed, stats.core.half_open, stats.core.clients), (1, 0, 0));
 }
 
 #[tokio::test]
@@ -108,7 +158,7 @@ async fn a_slow_reader_is_bounded_and_hurts_nobody_else() {
         let (_dir, server) = start(Limits { rate: u64::MAX, ..Limits::default() });
         let mut sender = Device::join(&server, transport, 1, &[2, 3]).await;
         let mut slow = Device::join(&server, transport, 2, &[]).await;
-        let mut quick = Device::join(&server, Transport::Tls, 3, &[]).await;
+        let mut quick = Device::join(&server, Transport::WebSocket, 3, &[]).await;
         let limit = Limits::default().queue_bytes;
         let mut sent = 0u32;
         // Far more than the queue, both socket buffers and QUIC's windows hold. Too long for datagrams, as QUIC's own
@@ -196,8 +246,8 @@ async fn shutdown_says_so_and_frees_the_port() {
     let (dir, server) = start(Limits::default());
     let (addr, cert) = (server.local_addr(), server.cert_sha256());
     let mut quic = Device::join(&server, Transport::Quic, 1, &[]).await;
-    let mut tls = Device::join(&server, Transport::Tls, 2, &[]).await;
-    let ends = async { (quic.end().await, tls.end().await) };
+    let mut websocket = Device::join(&server, Transport::WebSocket, 2, &[]).await;
+    let ends = async { (quic.end().await, websocket.end().await) };
     let (ends, ()) = tokio::join!(ends, server.shutdown());
     assert_eq!(ends, (Some(RefusalCode::ShuttingDown), Some(RefusalCode::ShuttingDown)));
     // Again at the same place, with the same certificate.
@@ -238,9 +288,9 @@ async fn a_relay_that_was_killed_and_started_again_resets_its_old_connections() 
 #[tokio::test]
 async fn dropping_the_server_ends_its_connections() {
     let (_dir, server) = start(Limits::default());
-    let mut tls = Device::join(&server, Transport::Tls, 1, &[]).await;
+    let mut websocket = Device::join(&server, Transport::WebSocket, 1, &[]).await;
     drop(server);
-    assert_eq!(tls.end().await, None);
+    assert_eq!(websocket.end().await, None);
 }
 
 #[tokio::test]

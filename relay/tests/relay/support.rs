@@ -4,16 +4,20 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use futures_util::{SinkExt as _, StreamExt as _};
 use rustls::pki_types::ServerName;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Message;
 use warren_common::ids::{DeviceId, NetworkId, RelayId};
 use warren_common::keys::{NetmapSecretKey, ProbeSecretKey};
 use warren_common::time::UnixTime;
 use warren_common::wire::control::Signed;
 use warren_common::wire::relay::{
-    Binding, Deframer, Frame, RefusalCode, SERVER_NAME, TokenRef, put_on_stream,
+    ALPN, Binding, Deframer, Frame, RefusalCode, SERVER_NAME, TokenRef, WEBSOCKET_ALPN, WEBSOCKET_PATH,
+    put_on_stream,
 };
 use warren_common::wire::token::RelayToken;
 use warren_relay::core::Limits;
@@ -84,7 +88,7 @@ pub(crate) fn token(n: u8, revision: u64, peers: &[u8]) -> Signed {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Transport {
     Quic,
-    Tls,
+    WebSocket,
 }
 
 enum Link {
@@ -94,7 +98,7 @@ enum Link {
         send: quinn::SendStream,
         recv: quinn::RecvStream,
     },
-    Tls(Box<TlsStream<TcpStream>>),
+    WebSocket(Box<WebSocketStream<TlsStream<TcpStream>>>),
 }
 
 /// A connection to a relay.
@@ -117,18 +121,16 @@ impl Device {
     }
 
     pub(crate) async fn connect_at(addr: SocketAddr, cert_sha256: [u8; 32], transport: Transport) -> Self {
-        let tls = pinned_client_config(cert_sha256).unwrap();
-        let link = patient(async {
+        let link = patient(Box::pin(async {
             match transport {
-                Transport::Quic => quic(addr, tls).await,
-                Transport::Tls => {
-                    let stream = TcpStream::connect(addr).await.unwrap();
-                    let name = ServerName::try_from(SERVER_NAME).unwrap();
-                    let stream = tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, stream).await;
-                    Link::Tls(Box::new(stream.unwrap()))
+                Transport::Quic => quic(addr, pinned_client_config(cert_sha256, ALPN).unwrap()).await,
+                Transport::WebSocket => {
+                    let url = format!("wss://{SERVER_NAME}{WEBSOCKET_PATH}");
+                    let socket = tokio_tungstenite::client_async(url, tls(addr, cert_sha256).await).await;
+                    Link::WebSocket(Box::new(socket.unwrap().0))
                 }
             }
-        })
+        }))
         .await;
         let binding = Binding { network: network(), relay: relay_id(), cert_sha256 };
         Self { link, deframer: Deframer::default(), binding }
@@ -161,19 +163,35 @@ impl Device {
         self.see().await
     }
 
-    /// Writes a frame to the stream.
+    /// Writes a frame to the stream; the relay may have closed it.
     pub(crate) async fn stream(&mut self, frame: &Frame<'_>) {
-        let mut bytes = Vec::new();
-        put_on_stream(&frame.to_vec(), &mut bytes);
-        self.raw(&bytes).await;
+        match &mut self.link {
+            Link::Quic { send, .. } => {
+                let mut bytes = Vec::new();
+                put_on_stream(&frame.to_vec(), &mut bytes);
+                drop(send.write_all(&bytes).await);
+            }
+            Link::WebSocket(socket) => drop(socket.send(Message::binary(frame.to_vec())).await),
+        }
     }
 
-    /// Writes bytes to the stream; the relay may have closed it.
-    pub(crate) async fn raw(&mut self, bytes: &[u8]) {
-        match &mut self.link {
-            Link::Quic { send, .. } => drop(send.write_all(bytes).await),
-            Link::Tls(stream) => drop(stream.write_all(bytes).await),
-        }
+    /// Writes bytes to QUIC's stream.
+    pub(crate) async fn quic_raw(&mut self, bytes: &[u8]) {
+        let Link::Quic { send, .. } = &mut self.link else { panic!("not over QUIC") };
+        drop(send.write_all(bytes).await);
+    }
+
+    /// Sends any message of a WebSocket.
+    pub(crate) async fn message(&mut self, message: Message) {
+        let Link::WebSocket(socket) = &mut self.link else { panic!("not by WebSocket") };
+        drop(socket.send(message).await);
+    }
+
+    /// Writes bytes past the WebSocket.
+    pub(crate) async fn websocket_raw(&mut self, bytes: &[u8]) {
+        let Link::WebSocket(socket) = &mut self.link else { panic!("not by WebSocket") };
+        drop(socket.get_mut().write_all(bytes).await);
+        drop(socket.get_mut().flush().await);
     }
 
     /// Sends a packet as a good client does: in a datagram if there is one that can hold it.
@@ -216,9 +234,12 @@ impl Device {
                         Err(error) => return Seen::Closed(close_code(&error)),
                     },
                 },
-                Link::Tls(stream) => match stream.read_buf(self.deframer.buffer()).await {
-                    Ok(0) | Err(_) => return Seen::Closed(None),
-                    Ok(_) => {}
+                Link::WebSocket(socket) => match socket.next().await {
+                    Some(Ok(Message::Binary(frame))) => {
+                        put_on_stream(&frame, self.deframer.buffer());
+                    }
+                    Some(Ok(Message::Close(_)) | Err(_)) | None => return Seen::Closed(None),
+                    Some(Ok(_)) => {}
                 },
             }
         }
@@ -274,4 +295,12 @@ async fn quic(addr: SocketAddr, tls: rustls::ClientConfig) -> Link {
     let connection = endpoint.connect_with(config, addr, SERVER_NAME).unwrap().await.unwrap();
     let (send, recv) = connection.accept_bi().await.unwrap();
     Link::Quic { _endpoint: endpoint, connection, send, recv }
+}
+
+/// A TLS connection to the relay's TCP port.
+pub(crate) async fn tls(addr: SocketAddr, cert_sha256: [u8; 32]) -> TlsStream<TcpStream> {
+    let stream = TcpStream::connect(addr).await.unwrap();
+    let name = ServerName::try_from(SERVER_NAME).unwrap();
+    let config = Arc::new(pinned_client_config(cert_sha256, WEBSOCKET_ALPN).unwrap());
+    tokio_rustls::TlsConnector::from(config).connect(name, stream).await.unwrap()
 }

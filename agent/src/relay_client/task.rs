@@ -1,0 +1,490 @@
+//! The task behind a client: connects, authenticates, keeps the session, comes back.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use rand_core::RngCore as _;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use warren_common::wire::control::Signed;
+use warren_common::wire::relay::udp::UdpKeys;
+use warren_common::wire::relay::{
+    Binding, Class, DATA_QUEUE_BYTES, Frame, FrameQueue, GoneReason, Proven, RefusalCode, TokenRef,
+};
+use warren_engine::relay_link::{Check, KEEPALIVE, Liveness};
+
+use super::link::{self, End, Link, Reader, Transport, Writer};
+use super::udp::UdpLink;
+use super::{Command, Events, RelayClientConfig, RelayEvent, RelayEventKind, Shared, micros};
+use crate::clock;
+use crate::entropy::OsEntropy;
+
+/// First wait after a lost or failed connection.
+pub const MIN_BACKOFF: Duration = Duration::from_millis(250);
+/// Longest wait between two attempts.
+pub const MAX_BACKOFF: Duration = Duration::from_secs(30);
+/// Wait after another connection of the same device took over: two hosts with one identity must not fight.
+const REPLACED_BACKOFF: Duration = Duration::from_secs(20);
+/// How long a WebSocket waits for QUIC to come first.
+pub const QUIC_HEAD_START: Duration = Duration::from_secs(2);
+/// The same where QUIC did not pass last time.
+const SHORT_HEAD_START: Duration = Duration::from_millis(300);
+/// A relay that said it would close is expected back for so long: it is restarted, mostly.
+const RESTART_TIME: Duration = Duration::from_secs(10);
+/// Pause between attempts meanwhile, and longest time that one of them takes: what is sent before it listens is lost, and
+/// QUIC repeats itself only after a second.
+const RESTART_PAUSE: Duration = Duration::from_millis(100);
+const RESTART_DIAL_TIMEOUT: Duration = Duration::from_millis(400);
+/// Longest time from the first packet to a connection.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long the relay may take to authenticate us; it waits for 10 s itself.
+const STEP_TIMEOUT: Duration = Duration::from_secs(9);
+/// How long the daemon may take to get a token.
+const TOKEN_TIMEOUT: Duration = Duration::from_secs(7);
+/// An answer over a connection may take so long where the round trip is short: it waits its turn behind packets.
+const MIN_PING_PAUSE: Duration = Duration::from_millis(500);
+/// How often a WebSocket tries QUIC.
+pub const UPGRADE_INTERVAL: Duration = Duration::from_secs(300);
+/// A token is asked for again after so long without one.
+const ASK_INTERVAL: Duration = Duration::from_secs(5);
+/// A token older than this (of at most 10 min of life) is not used for a new connection.
+const TOKEN_FRESH: Duration = Duration::from_secs(420);
+/// A connection that stood for so long resets the back-off.
+const STABLE: Duration = Duration::from_secs(30);
+
+pub(super) struct Task {
+    config: Arc<RelayClientConfig>,
+    shared: Arc<Shared>,
+    events: Events,
+    commands: mpsc::Receiver<Command>,
+    token: Option<(Signed, Instant)>,
+    /// When the daemon was last asked for a token that has not come.
+    asked: Option<Instant>,
+    quic_failed: bool,
+    /// Until when the relay is expected back at any moment.
+    restarting: Option<Instant>,
+}
+
+/// How a session ends.
+enum Outcome {
+    End(End),
+    /// QUIC passes now.
+    Upgrade(Box<Link>),
+}
+
+impl Task {
+    pub(super) fn new(
+        config: RelayClientConfig,
+        events: mpsc::Sender<RelayEvent>,
+        shared: Arc<Shared>,
+        commands: mpsc::Receiver<Command>,
+    ) -> Self {
+        Self {
+            events: Events { relay: config.relay.id, sender: events },
+            config: Arc::new(config),
+            shared,
+            commands,
+            token: None,
+            asked: None,
+            quic_failed: false,
+            restarting: None,
+        }
+    }
+
+    pub(super) async fn run(mut self) {
+        let mut backoff = MIN_BACKOFF;
+        let mut upgrade = None;
+        loop {
+            let end = match self.connect(upgrade.take()).await {
+                Ok((link, keys)) => {
+                    let since = Instant::now();
+                    let (transport, addr) = (link.transport, link.addr);
+                    self.shared.quic.store(transport == Transport::Quic, Ordering::Release);
+                    self.shared.proxied.store(link.proxied, Ordering::Relaxed);
+                    self.shared.connected.store(true, Ordering::Release);
+                    self.events.send(RelayEventKind::Connected { transport, addr }).await;
+                    let outcome = self.session(link, keys).await;
+                    self.shared.connected.store(false, Ordering::Release);
+                    self.shared.set_udp(false);
+                    if since.elapsed() >= STABLE {
+                        backoff = MIN_BACKOFF;
+                    }
+                    match outcome {
+                        Outcome::Upgrade(link) => {
+                            upgrade = Some(link);
+                            continue;
+                        }
+                        Outcome::End(end) => end,
+                    }
+                }
+                Err(end) => end,
+            };
+            let refused = end.refused();
+            if refused.is_some_and(is_about_token) {
+                self.token = None;
+            }
+            if refused == Some(RefusalCode::ShuttingDown) {
+                self.restarting = Some(Instant::now() + RESTART_TIME);
+            }
+            let why = end.to_string();
+            let problem = match end {
+                End::Barred(problem) => Some(problem),
+                End::Refused(_) | End::Lost(_) => None,
+            };
+            self.events.send(RelayEventKind::Disconnected { why, refused, problem }).await;
+            let wait = match refused {
+                Some(RefusalCode::Replaced) => REPLACED_BACKOFF,
+                _ if self.is_restarting() => RESTART_PAUSE,
+                _ => backoff,
+            };
+            if self.pause(jittered(wait)).await {
+                backoff = MIN_BACKOFF;
+            } else {
+                backoff = (2 * backoff).min(MAX_BACKOFF);
+            }
+        }
+    }
+
+    /// Waits, keeping tokens that come; true if the network changed.
+    async fn pause(&mut self, wait: Duration) -> bool {
+        let until = Instant::now() + wait;
+        loop {
+            tokio::select! {
+                () = sleep_until(until) => return false,
+                command = self.commands.recv() => match command {
+                    Some(Command::Token(token)) => self.keep(token),
+                    Some(Command::NetworkChanged) => return true,
+                    None => std::future::pending().await, // the handle is gone: so is this task, in a moment
+                },
+            }
+        }
+    }
+
+    fn is_restarting(&self) -> bool {
+        self.restarting.is_some_and(|until| Instant::now() < until)
+    }
+
+    fn keep(&mut self, token: Signed) {
+        self.asked = None;
+        self.token = Some((token, Instant::now()));
+    }
+
+    async fn ask(&mut self) {
+        if self.asked.is_none_or(|at| at.elapsed() >= ASK_INTERVAL) {
+            self.asked = Some(Instant::now());
+            self.events.send(RelayEventKind::NeedToken).await;
+        }
+    }
+
+    fn fresh_token(&self) -> Option<&Signed> {
+        self.token.as_ref().filter(|(_, since)| since.elapsed() < TOKEN_FRESH).map(|(token, _)| token)
+    }
+
+    /// Connects (unless there is a link already) and authenticates.
+    async fn connect(&mut self, link: Option<Box<Link>>) -> Result<(Link, UdpKeys), End> {
+        if self.fresh_token().is_none() {
+            self.token = None;
+            self.asked = None;
+            self.ask().await; // it can come while we dial
+        }
+        let mut link = match link {
+            Some(link) => *link,
+            None => {
+                let head_start = if self.quic_failed { SHORT_HEAD_START } else { QUIC_HEAD_START };
+                let longest = if self.is_restarting() {
+                    RESTART_DIAL_TIMEOUT.max(2 * self.shared.last_rtt())
+                } else {
+                    DIAL_TIMEOUT
+                };
+                let config = self.config.clone();
+                tokio::select! {
+                    dialled = link::dial(&config, Some(head_start.min(longest / 2)), longest) => dialled?,
+                    // What was sent in the former network is lost, and QUIC repeats it only after a second.
+                    true = self.pause(2 * DIAL_TIMEOUT) => return Err(End::Lost("the network changed".to_owned())),
+                }
+            }
+        };
+        self.quic_failed = link.transport == Transport::WebSocket;
+        let keys = timeout(STEP_TIMEOUT, self.authenticate(&mut link.reader, &mut link.writer))
+            .await
+            .map_err(|_| End::Lost("it does not go on after connecting".to_owned()))??;
+        // What waited for an earlier connection is of no use any more.
+        *self.shared.queue() = FrameQueue::new(DATA_QUEUE_BYTES);
+        self.shared.rtt.store(u64::MAX, Ordering::Relaxed);
+        self.restarting = None;
+        Ok((link, keys))
+    }
+
+    async fn authenticate(&mut self, reader: &mut Reader, writer: &mut Writer) -> Result<UdpKeys, End> {
+        let challenge = reader.frame().await?;
+        let Ok(Some(Frame::Challenge(challenge))) = Frame::decode(&challenge) else {
+            return Err(End::Lost("it does not speak the relay protocol".to_owned()));
+        };
+        let token = loop {
+            if let Some(token) = self.fresh_token() {
+                break token;
+            }
+            self.ask().await;
+            let wait = self.pause_for_token();
+            if timeout(TOKEN_TIMEOUT, wait).await.is_err() {
+                return Err(End::Lost("no token came from the coordinator".to_owned()));
+            }
+        };
+        let token = TokenRef::new(token).ok_or_else(|| End::Lost("the token is malformed".to_owned()))?;
+        let binding = Binding {
+            network: self.config.network,
+            relay: self.config.relay.id,
+            cert_sha256: self.config.relay.cert_sha256,
+        };
+        let Proven { proof, udp } = challenge
+            .prove(&self.config.probe, &binding, token)
+            .ok_or_else(|| End::Lost("its challenge is invalid".to_owned()))?;
+        writer.control(Frame::Auth { proof, token }.to_vec()).await?;
+        loop {
+            let frame = reader.frame().await?;
+            if matches!(Frame::decode(&frame), Ok(Some(Frame::Ready { .. }))) {
+                return Ok(udp);
+            }
+        }
+    }
+
+    async fn pause_for_token(&mut self) {
+        while let Some(command) = self.commands.recv().await {
+            if let Command::Token(token) = command {
+                return self.keep(token);
+            }
+        }
+    }
+
+    async fn session(&mut self, link: Link, keys: UdpKeys) -> Outcome {
+        let Link { mut reader, mut writer, transport, addr, proxied } = link;
+        let (shared, config, events) = (self.shared.clone(), self.config.clone(), self.events.clone());
+        let signs = Signs::new();
+        tokio::select! {
+            end = read(&mut reader, &shared, &events, &signs) => Outcome::End(end),
+            end = write(&mut writer, &shared, &signs) => Outcome::End(end),
+            end = self.watch(&signs, transport, (!proxied).then_some(addr)) => Outcome::End(end),
+            link = upgrade(&config, &signs), if transport == Transport::WebSocket => Outcome::Upgrade(Box::new(link)),
+            () = over_udp(addr, config.egress.mark(), keys, &shared, &events, &signs) => {
+                Outcome::End(End::Lost("the host is shutting down".to_owned()))
+            }
+        }
+    }
+
+    /// Pings and passes tokens on, until the relay is silent. `addr` is what there must be a route to.
+    async fn watch(&mut self, signs: &Signs, transport: Transport, addr: Option<SocketAddr>) -> End {
+        let mut keepalive = self.shared.keepalive.subscribe();
+        loop {
+            let now = clock::now().boot;
+            // Routers remember TCP for long; and where packets take plain UDP it is that way which is kept open.
+            let forgotten = transport == Transport::Quic && signs.udp().is_none();
+            let pause = if forgotten { *keepalive.borrow_and_update() } else { KEEPALIVE };
+            signs.liveness().set_keepalive(pause);
+            if signs.stalled.load(Ordering::Relaxed) > 0 {
+                signs.liveness().on_heard(); // it is us who don't listen
+            }
+            match signs.liveness().check(now) {
+                Check::Fine => {}
+                Check::Ping => {
+                    self.shared.push(Class::Control, &Frame::Ping { nonce: micros() });
+                }
+                Check::Dead => return End::Lost("it stopped answering".to_owned()),
+            }
+            let due = signs.liveness().deadline();
+            let ask_at = self.asked.map(|at| at + ASK_INTERVAL);
+            tokio::select! {
+                () = sleep(due.since(now)) => {}
+                Ok(()) = keepalive.changed() => {}
+                () = signs.sent.notified() => {}
+                () = signs.suspect.notified() => signs.liveness().suspect(now),
+                () = signs.token_wanted.notified() => self.ask().await,
+                () = sleep_until(ask_at.unwrap_or_else(Instant::now)), if ask_at.is_some() => self.ask().await,
+                command = self.commands.recv() => match command {
+                    Some(Command::Token(token)) => {
+                        if let Some(token) = TokenRef::new(&token) {
+                            self.shared.push(Class::Control, &Frame::TokenRefresh { token });
+                        }
+                        self.keep(token);
+                    }
+                    Some(Command::NetworkChanged) => {
+                        if let Some(addr) = addr
+                            && let Err(error) = link::check_route(addr, self.config.egress.mark())
+                        {
+                            return error.into();
+                        }
+                        signs.liveness().suspect(clock::now().boot);
+                        if let Some(udp) = signs.udp.get() {
+                            udp.network_changed();
+                        }
+                        signs.try_quic.notify_one();
+                    }
+                    None => std::future::pending().await,
+                },
+            }
+        }
+    }
+}
+
+/// What the parts of a session tell each other.
+pub(super) struct Signs {
+    liveness: Mutex<Liveness>,
+    /// Something was sent after a silence.
+    sent: Notify,
+    /// The relay may be dead.
+    pub(super) suspect: Notify,
+    token_wanted: Notify,
+    try_quic: Notify,
+    /// The number of our UDP session, once the relay has named it.
+    offer: watch::Sender<Option<u64>>,
+    udp: OnceLock<UdpLink>,
+    /// Readers that wait until the daemon takes what they have.
+    stalled: AtomicUsize,
+}
+
+impl Signs {
+    fn new() -> Self {
+        Self {
+            liveness: Mutex::new(Liveness::new(MIN_PING_PAUSE)),
+            sent: Notify::new(),
+            suspect: Notify::new(),
+            token_wanted: Notify::new(),
+            try_quic: Notify::new(),
+            offer: watch::Sender::new(None),
+            udp: OnceLock::new(),
+            stalled: AtomicUsize::new(0),
+        }
+    }
+
+    fn liveness(&self) -> MutexGuard<'_, Liveness> {
+        self.liveness.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hands a packet to the daemon, however long it takes. Meanwhile nothing is read, which says nothing about the relay.
+    pub(super) async fn pass_on(&self, events: &Events, kind: RelayEventKind) {
+        self.stalled.fetch_add(1, Ordering::Relaxed);
+        events.send(kind).await;
+        self.stalled.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// The UDP side, while packets go there.
+    fn udp(&self) -> Option<&UdpLink> {
+        self.udp.get().filter(|udp| udp.is_up())
+    }
+}
+
+/// Carries packets over plain UDP once the relay offers it.
+async fn over_udp(
+    addr: SocketAddr,
+    mark: u32,
+    keys: UdpKeys,
+    shared: &Shared,
+    events: &Events,
+    signs: &Signs,
+) {
+    let mut offer = signs.offer.subscribe();
+    let Ok(session) = offer.wait_for(Option::is_some).await.map(|session| *session) else { return };
+    match UdpLink::open(addr, mark, keys, session.unwrap_or_default()) {
+        Ok(link) => signs.udp.get_or_init(|| link).run(shared, events, signs).await,
+        Err(error) => {
+            tracing::debug!("no socket for plain UDP to the relay: {error}");
+            std::future::pending().await
+        }
+    }
+}
+
+/// True if another token may change the answer.
+const fn is_about_token(code: RefusalCode) -> bool {
+    matches!(
+        code,
+        RefusalCode::TokenInvalid
+            | RefusalCode::TokenExpired
+            | RefusalCode::TokenLife
+            | RefusalCode::TokenStale
+            | RefusalCode::OtherRelay
+            | RefusalCode::Possession
+            | RefusalCode::Revoked
+    )
+}
+
+async fn read(reader: &mut Reader, shared: &Shared, events: &Events, signs: &Signs) -> End {
+    loop {
+        let frame = match reader.frame().await {
+            Ok(frame) => frame,
+            Err(end) => return end,
+        };
+        signs.liveness().on_heard();
+        match Frame::decode(&frame) {
+            Ok(Some(Frame::Recv { src, payload })) => {
+                let payload = frame.slice_ref(payload);
+                signs.pass_on(events, RelayEventKind::Received { src, payload }).await;
+            }
+            Ok(Some(Frame::Pong { nonce })) => {
+                let rtt = micros().saturating_sub(nonce);
+                shared.rtt.store(rtt, Ordering::Relaxed);
+                signs.liveness().on_pong(Duration::from_micros(rtt));
+            }
+            Ok(Some(Frame::Ping { nonce })) => {
+                shared.push(Class::Control, &Frame::Pong { nonce });
+            }
+            Ok(Some(Frame::PeerGone { device, why })) => {
+                events.send(RelayEventKind::PeerGone { device, why }).await;
+                if why == GoneReason::NotPermitted {
+                    signs.token_wanted.notify_one();
+                }
+            }
+            Ok(Some(Frame::TokenWanted { .. })) => signs.token_wanted.notify_one(),
+            Ok(Some(Frame::UdpOffer { session })) => {
+                signs.offer.send_replace(Some(session));
+            }
+            Ok(Some(Frame::Drain { after_ms })) => {
+                let after = Duration::from_millis(u64::from(after_ms));
+                events.send(RelayEventKind::Draining { after }).await;
+            }
+            Ok(_) => {}
+            Err(error) => return End::Lost(error.to_string()),
+        }
+    }
+}
+
+async fn write(writer: &mut Writer, shared: &Shared, signs: &Signs) -> End {
+    let (mut batch, mut buffer) = (Vec::new(), Vec::new());
+    loop {
+        shared.wake.notified().await;
+        loop {
+            shared.take(&mut batch);
+            if batch.is_empty() {
+                break;
+            }
+            if let Some(udp) = signs.udp() {
+                udp.send(&mut batch, &mut buffer);
+            }
+            let data = batch.iter().any(|frame| frame.class != Class::Control);
+            if data && signs.liveness().on_sent(clock::now().boot) {
+                signs.sent.notify_one();
+            }
+            if let Err(end) = writer.batch(&mut batch).await {
+                return end;
+            }
+        }
+    }
+}
+
+/// Tries QUIC until it passes.
+async fn upgrade(config: &RelayClientConfig, signs: &Signs) -> Link {
+    loop {
+        let _ = timeout(jittered(UPGRADE_INTERVAL), signs.try_quic.notified()).await; // whichever comes first
+        if signs.udp().is_some() {
+            continue; // better than QUIC already
+        }
+        if let Ok(link) = link::dial(config, None, DIAL_TIMEOUT).await {
+            return link;
+        }
+    }
+}
+
+/// Between half and all of `wait`, so that many agents don't come back at once.
+fn jittered(wait: Duration) -> Duration {
+    wait.mul_f64(0.5 + f64::from(OsEntropy.next_u32()) / f64::from(u32::MAX) / 2.0)
+}

@@ -1,0 +1,169 @@
+//! WebSockets inside TLS over TCP: for networks that let no UDP through, or nothing but HTTP. One frame per binary message.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::stream::{SplitSink, SplitStream};
+use futures_util::{SinkExt as _, StreamExt as _};
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::error::Error as WsError;
+use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+use tokio_util::sync::CancellationToken;
+use warren_common::wire::relay::{MAX_FRAME, RefusalCode};
+
+use super::{
+    Client, GOODBYE_TIMEOUT, HANDSHAKE_TIMEOUT, MAX_HANDSHAKES, Shared, WRITE_TIMEOUT, family, reap,
+};
+use crate::http;
+
+/// What the kernel may hold unsent for one connection, in bytes: more would only be delay, and packets that a revocation
+/// can't call back.
+const UNSENT_BYTES: u32 = 64 * 1024;
+/// Bytes read at once; small, since an idle connection holds that much.
+const READ_BYTES: usize = 4 * 1024;
+/// Bytes that are gathered for one TLS record; an idle connection keeps a buffer for as many.
+const WRITE_BYTES: usize = 8 * 1024;
+/// Pause after the system refused to accept (out of file descriptors, mostly): it will not be better at once.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+type Socket = WebSocketStream<TlsStream<TcpStream>>;
+
+pub(super) async fn accept(
+    shared: Arc<Shared>,
+    listener: TcpListener,
+    tls: Arc<rustls::ServerConfig>,
+    stop: CancellationToken,
+) {
+    let acceptor = TlsAcceptor::from(tls);
+    let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    let mut tasks = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            () = stop.cancelled() => break,
+            accepted = listener.accept() => accepted,
+        };
+        reap(&mut tasks);
+        match accepted {
+            Ok((stream, from)) => match handshakes.clone().try_acquire_owned() {
+                Ok(permit) => {
+                    tasks.spawn(serve(shared.clone(), acceptor.clone(), stream, from, permit));
+                }
+                Err(_) => {
+                    shared.handshakes_refused.fetch_add(1, Ordering::Relaxed);
+                }
+            },
+            Err(error) => {
+                tracing::warn!(%error, "the relay can't accept a TCP connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+    drop(listener);
+    while tasks.join_next().await.is_some() {}
+}
+
+async fn serve(
+    shared: Arc<Shared>,
+    acceptor: TlsAcceptor,
+    stream: TcpStream,
+    from: SocketAddr,
+    permit: OwnedSemaphorePermit,
+) {
+    // Best effort: without these it is only slower.
+    let _ = stream.set_nodelay(true);
+    let _ = socket2::SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT_BYTES);
+    // Boxed: what a handshake needs is not kept for the life of the session.
+    let Ok(Some(socket)) = timeout(HANDSHAKE_TIMEOUT, Box::pin(open(acceptor, stream))).await else {
+        shared.handshakes_failed.fetch_add(1, Ordering::Relaxed);
+        return;
+    };
+    drop(permit);
+    let client = shared.connect();
+    tracing::debug!(%from, "connected over a WebSocket");
+    let (mut writer, mut reader) = socket.split();
+    let reason = tokio::select! {
+        biased;
+        reason = client.closing() => Some(reason),
+        reason = read(&client, &mut reader) => reason,
+        reason = write(&client, &mut writer) => reason,
+    };
+    if let (Some(reason), Ok(socket)) = (reason, reader.reunite(writer)) {
+        let _ = timeout(GOODBYE_TIMEOUT, Box::pin(goodbye(socket, reason))).await;
+    }
+    tracing::debug!(
+        family = family(from),
+        reason = reason.map(RefusalCode::as_str),
+        "disconnected (WebSocket)"
+    );
+}
+
+async fn open(acceptor: TlsAcceptor, stream: TcpStream) -> Option<Socket> {
+    let stream = acceptor.accept(stream).await.ok()?;
+    let settings = WebSocketConfig::default()
+        .read_buffer_size(READ_BYTES)
+        .write_buffer_size(WRITE_BYTES)
+        .max_message_size(Some(MAX_FRAME))
+        .max_frame_size(Some(MAX_FRAME));
+    http::upgrade(stream, settings).await.ok()
+}
+
+/// Reads frames into the core until the stream ends (`None`) or makes no sense.
+async fn read(client: &Client, reader: &mut SplitStream<Socket>) -> Option<RefusalCode> {
+    loop {
+        match reader.next().await {
+            Some(Ok(Message::Binary(frame))) => client.frame(&frame),
+            Some(Ok(Message::Ping(_) | Message::Pong(_))) => {} // the library answers
+            Some(
+                Ok(Message::Text(_) | Message::Frame(_)) | Err(WsError::Protocol(_) | WsError::Capacity(_)),
+            ) => {
+                return Some(RefusalCode::Protocol);
+            }
+            Some(Ok(Message::Close(_)) | Err(_)) | None => return None,
+        }
+    }
+}
+
+/// Writes what waits, whenever there is something, until the stream breaks or stands still.
+async fn write(client: &Client, writer: &mut SplitSink<Socket, Message>) -> Option<RefusalCode> {
+    let mut batch = Vec::new();
+    loop {
+        client.wake().await;
+        loop {
+            client.take(&mut batch);
+            if batch.is_empty() {
+                break;
+            }
+            let write = async {
+                for frame in batch.drain(..) {
+                    writer.feed(Message::Binary(Bytes::from_owner(frame.bytes))).await?;
+                }
+                writer.flush().await
+            };
+            match timeout(WRITE_TIMEOUT, write).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) => return None,
+                Err(_) => return Some(RefusalCode::SlowReader),
+            }
+        }
+        // An idle connection holds no buffer.
+        batch = Vec::new();
+    }
+}
+
+async fn goodbye(mut socket: Socket, reason: RefusalCode) -> Result<(), WsError> {
+    socket.feed(Message::binary(reason.frame().to_vec())).await?;
+    socket.close(None).await?;
+    socket.get_mut().shutdown().await?;
+    Ok(())
+}
