@@ -42,7 +42,7 @@ struct Args {
     /// Don't ask the router to forward a port (PCP, NAT-PMP, UPnP).
     #[arg(long)]
     no_port_mapping: bool,
-    /// HTTP proxy for the coordinator and, where UDP does not pass, for relays: http://[user:password@]host:port, or `none`.
+    /// HTTP proxy for the coordinator and, where UDP does not pass, for relays: `http://[user:password@]host:port`, or `none`.
     /// By default HTTPS_PROXY of the environment, where a password does not show in the list of processes; NO_PROXY lists
     /// exceptions either way.
     #[arg(long, value_name = "URL")]
