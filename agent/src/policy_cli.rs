@@ -296,6 +296,13 @@ fn print_explanation(found: &Explanation) -> Result<(), Failure> {
             }
         }
     }
+    if !found.relays.is_empty() {
+        writeln!(out, "\npeer relays that may carry it, if they run as such (warrend --relay-port):")?;
+        for relay in &found.relays {
+            let grants: Vec<&str> = relay.grants.iter().map(String::as_str).collect();
+            writeln!(out, "  {}  ({})", relay.device, grants.join("; "))?;
+        }
+    }
     Ok(())
 }
 

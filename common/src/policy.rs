@@ -18,6 +18,7 @@ mod nodeset;
 mod posture;
 mod prints;
 mod read;
+mod relay;
 mod schema;
 mod selector;
 mod selftest;
@@ -39,6 +40,7 @@ pub use posture::{
 };
 pub use prints::Fingerprint;
 pub use read::{DEFAULT_CHECK_PERIOD_S, MAX_CHECK_PERIOD_S};
+pub use relay::{CommonRelay, RELAY_CAPABILITIES};
 pub use schema::json_schema;
 pub use selector::{MAX_PORTS, parse_protocol};
 pub use selftest::{TestReport, TestResult, run_tests};

@@ -259,6 +259,96 @@ fn attributes_approvals_and_capabilities() {
 }
 
 #[test]
+fn a_grant_of_relaying_names_who_relays_and_for_whom() {
+    let relays = |grant: Value| {
+        let mut base = json!({"dst": ["tag:router"], "app": {"warren/cap/relay": []}});
+        for (key, value) in grant.as_object().expect("an object") {
+            base[key] = value.clone();
+        }
+        json!({"grants": [base]})
+    };
+    let users =
+        |c: &Compiled, relay: &str| -> Vec<String> { c.relay_users(relay, NOW).into_iter().collect() };
+    let at = |grant: Value, relay: &str| users(&built(relays(grant)), relay);
+    assert_eq!(at(json!({"src": ["group:eng"]}), "router"), ["laptop", "phone"]);
+    assert_eq!(at(json!({"src": ["*"]}), "router"), ["db", "desk", "laptop", "phone"], "never for itself");
+    assert!(at(json!({"src": ["*"]}), "db").is_empty());
+    let tailscale = json!({"src": ["bob@"], "app": {"tailscale.com/cap/relay": []}});
+    assert_eq!(at(tailscale, "router"), ["desk"]);
+    assert!(at(json!({"src": ["*"], "app": {"example.com/cap/relay": []}}), "router").is_empty());
+    assert!(at(json!({"src": ["*"], "staged": true}), "router").is_empty());
+    assert_eq!(
+        at(json!({"src": ["autogroup:member"], "srcPosture": ["posture:linux"]}), "router"),
+        ["laptop"]
+    );
+    assert!(at(json!({"src": ["*"], "dstPosture": ["posture:linux"]}), "router").is_empty());
+    assert!(at(json!({"src": ["*"], "expires": "2026-03-01T00:00:00Z"}), "router").is_empty());
+    let own = json!({"src": ["autogroup:member"], "dst": ["autogroup:self"]});
+    assert_eq!(at(own, "laptop"), ["phone"]);
+    // What stands behind a route neither uses a relay nor is one.
+    assert!(at(json!({"src": ["10.0.0.0/16"], "dst": ["tag:db"]}), "db").is_empty());
+    assert!(at(json!({"src": ["bob@"], "dst": ["10.0.0.0/16"]}), "router").is_empty());
+    assert_eq!(at(json!({"src": ["100.64.0.3"], "dst": ["100.64.0.5"]}), "router"), ["desk"]);
+    // It opens no port, and makes nobody see anybody.
+    let c = built(relays(json!({"src": ["*"]})));
+    assert!(!open(&c, "laptop", "router", 443) && c.node("laptop").expect("exists").peers.is_empty());
+    // A denial of everything between two wins.
+    let mut denied = relays(json!({"src": ["*"]}));
+    denied["deny"] = json!([{"src": ["bob@"], "dst": ["*"], "ip": ["*"]}]);
+    assert_eq!(users(&built(denied), "router"), ["db", "laptop", "phone"]);
+}
+
+#[test]
+fn relaying_by_the_clock_is_looked_at_again_when_it_begins_and_ends() {
+    let windowed = |from: &str, to: &str| {
+        built(json!({"grants": [{"src": ["bob@"], "dst": ["tag:router"], "app": {"warren/cap/relay": []},
+            "when": {"from": from, "to": to}}]}))
+    };
+    let hour = 3_600;
+    let c = windowed("13:00", "14:00");
+    assert!(c.relay_users("router", NOW).is_empty());
+    assert_eq!(c.reevaluate_at(), Some(NOW + hour));
+    assert_eq!(c.relay_users("router", NOW + hour).len(), 1);
+    let c = windowed("11:00", "14:00");
+    assert_eq!((c.relay_users("router", NOW).len(), c.reevaluate_at()), (1, Some(NOW + 2 * hour)));
+    assert!(c.relay_users("router", NOW + 2 * hour).is_empty());
+}
+
+#[test]
+fn relays_are_told_by_explain_and_diff_and_follow_a_device() {
+    let file = |src: Value| {
+        built(json!({"grants": [
+            {"src": ["*"], "dst": ["tag:db"], "ip": ["5432"]},
+            {"src": src, "dst": ["tag:router"], "app": {"warren/cap/relay": []}},
+        ]}))
+    };
+    let mut both = file(json!(["bob@", "tag:db"]));
+    let found = both.explain("desk", "db:5432", None).expect("answerable");
+    assert_eq!(found.relays.len(), 1);
+    assert_eq!(found.relays[0].device, "router (tag:router)");
+    assert!(found.relays[0].grants.iter().all(|g| g.starts_with("grants[1]")), "{:?}", found.relays);
+    // One end alone is not enough.
+    let one = file(json!(["bob@"]));
+    assert!(one.explain("desk", "db:5432", None).expect("answerable").relays.is_empty());
+    assert!(both.explain("laptop", "db:5432", None).expect("answerable").relays.is_empty());
+    assert!(both.explain("desk", "db:22", None).expect("answerable").relays.is_empty(), "it is denied");
+    let told = warren_common::policy::diff(&one, &both).other;
+    assert!(told.iter().any(|line| line == "router: may relay for db"), "{told:?}");
+    let told = warren_common::policy::diff(&both, &one).other;
+    assert!(told.iter().any(|line| line == "router: may no longer relay for db"), "{told:?}");
+    // Who gets the tag becomes a user, and the relaying device is among those whose policy has changed.
+    let mut node = inventory().nodes["desk"].clone();
+    node.user = None;
+    node.tags = ["tag:db".to_owned()].into();
+    let mut by_tag = file(json!(["tag:db"]));
+    let changed = by_tag.set_node("desk", Some(&node), NOW).expect("no conflict");
+    assert!(changed.iter().any(|name| name == "router"), "{changed:?}");
+    assert_eq!(by_tag.relay_users("router", NOW).len(), 2);
+    both.set_node("router", None, NOW).expect("no conflict");
+    assert!(both.relay_users("router", NOW).is_empty());
+}
+
+#[test]
 fn explain_names_what_is_missing() {
     let c = built(json!({"grants": [to_db(json!({"srcPosture": "posture:linux"}))]}));
     let found = c.explain("desk", "db:5432", None).expect("answerable");

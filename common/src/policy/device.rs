@@ -181,7 +181,7 @@ impl Compiled {
     }
 
     /// The devices of the device's user that a rule between own devices starts at.
-    fn same_user<'c>(
+    pub(super) fn same_user<'c>(
         &'c self,
         rule: &'c CompiledRule,
         device: &Device,
@@ -454,7 +454,7 @@ impl Compiled {
 
     /// Devices that this one can certainly not reach, and that can certainly not reach it, since a denial without
     /// conditions of time covers everything between them. It need not know of them (promise 3).
-    fn silenced(&self, slot: usize, device: &Device) -> (NodeSet, NodeSet) {
+    pub(super) fn silenced(&self, slot: usize, device: &Device) -> (NodeSet, NodeSet) {
         let (mut no_reach, mut not_reached) = (NodeSet::new(), NodeSet::new());
         let plain = |d: &Device| d.routes.is_empty() && !d.exit;
         for rule in &self.rules {

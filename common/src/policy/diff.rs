@@ -22,7 +22,7 @@ pub const MAX_CELLS: usize = 200_000;
 pub struct Diff {
     /// Connections that open or close at the time of the compilations.
     pub changes: Vec<Change>,
-    /// What changes besides connections: logins, capabilities, attributes, routes; `device: what`.
+    /// What changes besides connections: logins, capabilities, relaying, attributes, routes; `device: what`.
     pub other: Vec<String>,
     /// What could not be decided, and why.
     pub undecided: Vec<String>,
@@ -103,6 +103,7 @@ fn compare_device(old: &Compiled, new: &Compiled, name: &str, grouped: &mut Grou
     };
     let (old_node, new_node) = (old.node(name).unwrap_or_default(), new.node(name).unwrap_or_default());
     compare_rest(&old_node, &new_node, name, out);
+    compare_relayed(old, new, name, out);
     let now = new.now();
     let live = |rules: Vec<FilterRule>| -> Vec<FilterRule> {
         rules.into_iter().filter(|r| !r.staged && r.is_active(now)).collect()
@@ -339,6 +340,18 @@ fn service(proto: u8, first: u16, last: u16) -> String {
         format!("{name}:{first}")
     } else {
         format!("{name}:{first}-{last}")
+    }
+}
+
+/// For whom the device may relay.
+fn compare_relayed(old: &Compiled, new: &Compiled, name: &str, out: &mut Diff) {
+    let (before, after) = (old.relay_users(name, old.now()), new.relay_users(name, new.now()));
+    for (verb, users) in [("may relay for", &after - &before), ("may no longer relay for", &before - &after)]
+    {
+        let users: Vec<String> = users.into_iter().collect();
+        if !users.is_empty() {
+            out.other.push(format!("{name}: {verb} {}", users.join(", ")));
+        }
     }
 }
 

@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::compile::{Compiled, is_identity};
 use super::model::{At, Rule};
 use super::posture::{Finding, Truth};
+use super::relay::CommonRelay;
 use super::selector::{self, Autogroup, Selector};
 use super::when;
 use super::world::Device;
@@ -38,6 +39,8 @@ pub struct Explanation {
     pub staged: Vec<RuleTrace>,
     /// If nothing allows it: the rules that come nearest, best first.
     pub nearest: Vec<RuleTrace>,
+    /// If it is allowed: the peer relays that may carry it between the two where they have no direct way.
+    pub relays: Vec<CommonRelay>,
 }
 
 /// What one rule says about a connection.
@@ -211,6 +214,10 @@ impl Compiled {
             let speaks = |t: &RuleTrace| t.checks.iter().take(2).any(|c| c.truth == Truth::True);
             rest.into_iter().filter(speaks).take(MAX_NEAREST).collect()
         };
+        let relays = match (from.device, to.device) {
+            (Some((a, _)), Some((b, _))) if allowed && a != b => self.common_relays(a, b, self.now()),
+            _ => Vec::new(),
+        };
         Explanation {
             allowed,
             from: from.label.clone(),
@@ -221,6 +228,7 @@ impl Compiled {
             matching,
             staged,
             nearest,
+            relays,
         }
     }
 

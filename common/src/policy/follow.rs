@@ -186,6 +186,9 @@ impl Compiled {
         if self.windowed {
             ends.push(self.now.saturating_add((self.horizon_s / 2).max(60)));
         }
+        // Filters open and close their windows themselves; lists of relays have none.
+        let relays = self.rules.iter().filter(|r| r.app && self.gives_relay(r));
+        ends.extend(relays.flat_map(|r| r.active.iter().flatten()).flat_map(|w| [w.from, w.until]));
         let rules = ends.into_iter().filter(|at| *at > self.now).min();
         self.due = Due { watched, rules, ..Due::default() };
         for slot in self.world.everyone.clone().iter() {
