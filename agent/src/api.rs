@@ -132,6 +132,9 @@ pub struct Status {
     /// Relays of the network.
     #[serde(default)]
     pub relays: Vec<RelayLink>,
+    /// What this device does as a relay for others; absent unless it was started to be one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub relaying: Option<Relaying>,
     /// What is not as it should be.
     pub health: Vec<HealthItem>,
     /// Packets dropped by reason and timer wake-ups by reason, counted since the agent came up.
@@ -148,6 +151,9 @@ pub struct RelayLink {
     pub name: String,
     /// True if it is the one that peers find us at.
     pub home: bool,
+    /// True if it is a device that the policy lets relay.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub peer: bool,
     /// What packets run over, best first: `udp`, `quic`, `websocket`; absent while not connected.
     pub transport: Option<String>,
     /// The proxy that they go through, if they do.
@@ -155,6 +161,26 @@ pub struct RelayLink {
     pub proxy: Option<String>,
     /// Round-trip time of the connection, or to its STUN service, in milliseconds.
     pub rtt_ms: Option<f64>,
+}
+
+/// This device as a relay for others.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Relaying {
+    /// True while it serves: the policy lets it, and the coordinator said so.
+    pub serving: bool,
+    /// The port it was told to listen on.
+    pub port: u16,
+    /// Devices connected to it.
+    pub clients: u64,
+    /// Packets passed on.
+    pub forwarded_packets: u64,
+    /// Their bytes.
+    pub forwarded_bytes: u64,
+    /// Packets that wait for devices which read slowly, in bytes.
+    pub queued_bytes: u64,
+    /// Packets dropped, by reason; only those that happened.
+    pub dropped: std::collections::BTreeMap<String, u64>,
 }
 
 /// The coordinator.
@@ -286,10 +312,12 @@ mod tests {
             relays: vec![RelayLink {
                 name: "fra".into(),
                 home: true,
+                peer: false,
                 transport: Some("udp".into()),
                 proxy: None,
                 rtt_ms: Some(12.5),
             }],
+            relaying: None,
             health: vec![HealthItem {
                 code: "clock-skew".into(),
                 severity: Severity::Warning,
@@ -306,6 +334,7 @@ mod tests {
             coordinator: None,
             peers: vec![],
             relays: vec![],
+            relaying: None,
             health: vec![],
             counters: json!({}),
             offloads: [("tun".to_owned(), true)].into(),

@@ -9,6 +9,7 @@ mod check;
 mod keep;
 mod mapping;
 mod packets;
+mod peer_relay;
 mod relays;
 mod session;
 mod status;
@@ -40,6 +41,7 @@ use crate::os::journal::Journal;
 use crate::os::tun::{self, Tun};
 use crate::os::udp::{self, Udp};
 use crate::os::{Host, HostPlan, NetworkChanges, Offloads, Surroundings};
+use crate::peer_relay::{PeerRelay, PeerRelayOptions};
 use crate::portmap;
 use crate::problem::{Problem, Severity};
 use crate::relay_client::RelayEvent;
@@ -79,6 +81,8 @@ pub struct Options {
     pub port_mapping: bool,
     /// The way out for TCP.
     pub egress: Arc<Egress>,
+    /// Relays for others, where policy lets it.
+    pub relay: Option<PeerRelayOptions>,
 }
 
 /// Runs until SIGTERM, SIGINT or SIGHUP, then puts the host back.
@@ -166,6 +170,7 @@ struct Up {
     pings: Vec<(PingToken, oneshot::Sender<Reply>)>,
     whys: Whys,
     verdicts: Verdicts,
+    peer_relay: Option<PeerRelay>,
 }
 
 /// What a device shows to be let in.
@@ -394,6 +399,7 @@ impl Daemon {
         if let Some(engine) = &mut up.engine {
             engine.handle_timeout(now);
         }
+        up.follow_addresses(self.surroundings.addrs());
         up.whys.time_out(now.boot);
         up.retry_stalled(now);
         up.reconnect_if_due(now.boot);
@@ -433,6 +439,7 @@ impl Daemon {
         self.follow_gateway();
         if let Some(up) = &mut self.up {
             up.tell_mapping(now); // a network that changed elsewhere
+            up.follow_addresses(self.surroundings.addrs());
         }
     }
 

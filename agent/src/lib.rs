@@ -14,6 +14,7 @@ pub mod egress;
 pub mod entropy;
 pub mod netcheck;
 pub mod os;
+pub mod peer_relay;
 pub mod policy_cli;
 pub mod portmap;
 pub mod problem;

@@ -305,6 +305,7 @@ mod tests {
             addrs: vec![(Ipv4Addr::LOCALHOST, 1).into()],
             stun: vec![],
             cert_sha256: [0; 32],
+            peer: false,
         };
         let config = RelayClientConfig {
             relay,

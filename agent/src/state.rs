@@ -3,7 +3,7 @@
 //! ```text
 //! DIR/                     0700, held by a lock for as long as the agent runs
 //!   lock  settings  journal
-//!   networks/<net_id>/     keys  identity  device  netmap  handshakes  resume
+//!   networks/<net_id>/     keys  identity  device  netmap  handshakes  resume  relay-tls.pem
 //! ```
 //!
 //! Every file is replaced as a whole: written beside, synced, renamed, directory synced. Its first line names the
@@ -212,6 +212,11 @@ pub struct NetworkDir {
 }
 
 impl NetworkDir {
+    /// The directory: what else belongs to the network may be kept there.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The device's keys, made and saved if there are none: they are on disk before anyone hears of them, so a lost
     /// reply to an enrolment is repeated by the same device.
     ///

@@ -83,7 +83,14 @@ impl Agent {
     }
 
     fn with_key(n: u8, key: ProbeSecretKey, cert_sha256: [u8; 32], addr: SocketAddr, peers: &[u8]) -> Self {
-        let relay = Relay { id: relay_id(), name: "r".into(), addrs: vec![addr], stun: vec![], cert_sha256 };
+        let relay = Relay {
+            id: relay_id(),
+            name: "r".into(),
+            addrs: vec![addr],
+            stun: vec![],
+            cert_sha256,
+            peer: false,
+        };
         let (sender, events) = mpsc::channel(64);
         let config = RelayClientConfig { relay, network: network(), probe: key, egress: Arc::default() };
         let client = RelayClient::spawn(config, sender);

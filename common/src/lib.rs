@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod auth_key;
+pub mod endpoint;
 pub mod filter;
 pub mod ids;
 pub mod keys;

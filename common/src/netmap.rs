@@ -99,6 +99,8 @@ pub struct Relay {
     pub stun: Vec<SocketAddr>,
     /// SHA-256 of its certificate (DER); any other certificate is refused.
     pub cert_sha256: [u8; 32],
+    /// It is a device that a grant lets relay: a way between two devices, never a home. It may be asleep tomorrow.
+    pub peer: bool,
 }
 
 /// A capability that some devices have at this one's applications. It opens nothing; applications ask for it.
@@ -250,7 +252,9 @@ impl Netmap {
             relays: old
                 .relays
                 .iter()
-                .filter(|(id, r)| new.relays.get(*id).is_some_and(|n| n.cert_sha256 == r.cert_sha256))
+                .filter(|(id, r)| {
+                    new.relays.get(*id).is_some_and(|n| (n.cert_sha256, n.peer) == (r.cert_sha256, r.peer))
+                })
                 .map(|(id, r)| (*id, r.clone()))
                 .collect(),
             apps: common_apps(&old.apps, &new.apps),
@@ -258,8 +262,9 @@ impl Netmap {
     }
 
     /// SHA-256 over the canonical encoding, version 1 (docs/wire.md): sections in a fixed order, maps and sets in key
-    /// order, big-endian numbers, every text and list behind its length; capabilities and attributes, which come last, are
-    /// left out where there are none of them nor of what follows. Fields of later versions are not part of it.
+    /// order, big-endian numbers, every text and list behind its length; capabilities, attributes and the ids of peer
+    /// relays, which come last, are left out where there are none of them nor of what follows. Fields of later versions
+    /// are not part of it.
     pub fn hash(&self) -> [u8; 32] {
         // About what it comes to, since growing a list costs as much as filling it.
         let rules = self.ingress.len() + self.egress.len();
@@ -278,11 +283,16 @@ impl Netmap {
         out.list(&self.ingress, Canonical::rule);
         out.list(&self.egress, Canonical::rule);
         out.list(self.relays.values(), Canonical::relay);
-        if !self.apps.is_empty() || !self.device.attrs.is_empty() {
+        let peer_relays: Vec<RelayId> = self.relays.values().filter(|r| r.peer).map(|r| r.id).collect();
+        let (any_peer_relays, any_attrs) = (!peer_relays.is_empty(), !self.device.attrs.is_empty());
+        if !self.apps.is_empty() || any_attrs || any_peer_relays {
             out.list(&self.apps, Canonical::app);
         }
-        if !self.device.attrs.is_empty() {
+        if any_attrs || any_peer_relays {
             out.list(&self.device.attrs, |o, t| o.text(t));
+        }
+        if any_peer_relays {
+            out.list(&peer_relays, |o, id| o.fixed(&id.to_bytes()));
         }
         Sha256::digest(&out.0).into()
     }

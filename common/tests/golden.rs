@@ -72,6 +72,7 @@ fn netmap() -> Netmap {
         addrs: vec!["203.0.113.1:443".parse().unwrap()],
         stun: vec!["203.0.113.1:3478".parse().unwrap()],
         cert_sha256: [7; 32],
+        peer: false,
     };
     Netmap {
         network: Network {

@@ -235,5 +235,6 @@ fn device(n: usize) -> Device {
         created: NOW.unix,
         home_relay: None,
         routes: Vec::new(),
+        relay: None,
     }
 }

@@ -331,7 +331,7 @@ impl AdminServer {
                 self.look(move |c, health| json!(health::list(c, health, policy.source(), &policy.found())))
                     .await
             }
-            Call::RelayList => self.look(|c, _| c.state().relays().values().map(view::relay).collect()).await,
+            Call::RelayList => self.look(|c, _| view::relays(c)).await,
             Call::RelayCreate { name } => match self.command(Command::CreateRelay(name.clone())).await? {
                 Reply::Relay { id, join_key } => Ok(json!({ "id": id, "name": name, "join_key": join_key })),
                 _ => Ok(json!({})),

@@ -10,6 +10,7 @@ mod apply;
 mod command;
 mod entity;
 mod name;
+mod peer_relay;
 pub mod reach;
 pub mod records;
 mod token;
@@ -24,15 +25,16 @@ use warren_common::time::UnixTime;
 
 pub use address::{RESERVED_V4, REST, derive_ipv6_prefix, free_ipv4, free_ipv6};
 pub use apply::{
-    DEFAULT_AUTH_KEY_LIFE, EPHEMERAL_OFFLINE, MAX_AUTH_KEY_LIFE, MAX_AUTH_KEYS, MAX_DEVICES, MAX_RELAYS,
-    MAX_ROUTES, MAX_TAGS, MAX_USERS, REVISION_BLOCK,
+    DEFAULT_AUTH_KEY_LIFE, EPHEMERAL_OFFLINE, MAX_AUTH_KEY_LIFE, MAX_AUTH_KEYS, MAX_DEVICES,
+    MAX_RELAY_OFFERS, MAX_RELAYS, MAX_ROUTES, MAX_TAGS, MAX_USERS, REVISION_BLOCK,
 };
 pub use command::{Command, EnrollRequest, NewAuthKey, Refusal, Reply};
 pub use entity::{
-    AuthKeyRecord, Device, DeviceState, Generation, GitCommit, PolicyRecord, PolicySource, RelayRecord,
-    Settings, User,
+    AuthKeyRecord, Device, DeviceState, Generation, GitCommit, PolicyRecord, PolicySource, RelayOffer,
+    RelayRecord, Settings, User,
 };
 pub use name::{MAX_NAME, sanitise_hostname, valid_email, valid_tag};
+pub use peer_relay::{MAX_PEER_RELAYS, PeerRelays, RelayDifference};
 pub use token::{
     API_TOKEN_PREFIX, ApiToken, ApiTokenRecord, DEFAULT_API_TOKEN_LIFE, MAX_API_TOKEN_LIFE, MAX_API_TOKENS,
     NewApiToken, ParseApiTokenError,

@@ -11,6 +11,7 @@
 
 mod bucket;
 mod live;
+mod peer_relay;
 mod publish;
 mod session;
 mod verdicts;
@@ -26,7 +27,9 @@ use warren_common::wire::control::{Refused, ServerBody};
 
 use crate::domain::reach::Reach;
 use crate::domain::records::PeerRecords;
-use crate::domain::{Change, Command, DeviceState, EPHEMERAL_OFFLINE, REVISION_BLOCK, Refusal, Reply, State};
+use crate::domain::{
+    Change, Command, DeviceState, EPHEMERAL_OFFLINE, PeerRelays, REVISION_BLOCK, Refusal, Reply, State,
+};
 use session::{Phase, Session};
 
 pub use live::MAX_UNACKED;
@@ -179,6 +182,8 @@ pub struct Coordinator {
     outputs: VecDeque<Output>,
     stats: Stats,
     verdicts: verdicts::Verdicts,
+    /// The revision of the newest command to any relay: tokens that are too old for it are older.
+    newest_cut: u64,
 }
 
 impl std::fmt::Debug for Coordinator {
@@ -216,6 +221,7 @@ impl Coordinator {
             outputs: VecDeque::new(),
             stats: Stats::default(),
             verdicts: verdicts::Verdicts::default(),
+            newest_cut: reserved + 1,
         };
         this.schedule_recompile(now);
         this
@@ -260,6 +266,11 @@ impl Coordinator {
     /// The netmap the device should have by the saved state; `None` unless it is an active device.
     pub fn netmap(&self, device: DeviceId) -> Option<warren_common::netmap::Netmap> {
         self.reach.netmap(&self.state, device, &self.records)
+    }
+
+    /// The devices that serve as relays, and for whom.
+    pub const fn peer_relays(&self) -> &PeerRelays {
+        self.reach.relays()
     }
 
     /// Why the policy in force could not be compiled; nothing is allowed then.

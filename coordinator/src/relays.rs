@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::mpsc;
 use warren_common::ids::{DeviceId, RelayId};
-use warren_common::wire::relay_control::{MAX_COMMAND_DEVICES, MinimumRevision, RelayCommand};
+use warren_common::wire::relay_control::RelayCommand;
 use warren_relay::server::{RelayServer, ServerStats};
 
 /// Commands that may wait for one relay; beyond this its session ends, and it starts again with a floor.
@@ -66,7 +66,7 @@ impl Relays {
         }
         let mut joined = self.joined();
         joined.newest = revision;
-        let command = command(revision, devices, revoked);
+        let command = RelayCommand::restrict(revision, devices, revoked);
         // A relay that can't take it loses its session, and gets a floor when it comes back.
         joined.sessions.retain(|relay, (_, sender)| {
             let told = sender.try_send(command.clone()).is_ok();
@@ -97,20 +97,6 @@ impl Relays {
     }
 }
 
-/// Names devices one by one while they fit into a command; for more, nobody's older token counts.
-fn command(revision: u64, devices: &[DeviceId], revoked: &[DeviceId]) -> RelayCommand {
-    if devices.len() + revoked.len() > MAX_COMMAND_DEVICES {
-        return RelayCommand { revision, minimums: Vec::new(), revoked: Vec::new(), floor: revision };
-    }
-    let minimum = |d: &DeviceId| MinimumRevision { device: d.to_bytes().to_vec(), revision };
-    RelayCommand {
-        revision,
-        minimums: devices.iter().map(minimum).collect(),
-        revoked: revoked.iter().map(|d| d.to_bytes().to_vec()).collect(),
-        floor: 0,
-    }
-}
-
 impl Drop for Seat {
     fn drop(&mut self) {
         let mut joined = self.relays.joined();
@@ -122,6 +108,8 @@ impl Drop for Seat {
 
 #[cfg(test)]
 mod tests {
+    use warren_common::wire::relay_control::MAX_COMMAND_DEVICES;
+
     use super::*;
 
     fn device(n: u8) -> DeviceId {
@@ -166,7 +154,7 @@ mod tests {
         assert_eq!(relays.joined_count(), 0);
         drop(seat);
         let many: Vec<DeviceId> = (0..=MAX_COMMAND_DEVICES).map(|_| device(1)).collect();
-        let command = command(9, &many, &[]);
+        let command = RelayCommand::restrict(9, &many, &[]);
         assert_eq!((command.floor, command.minimums.len()), (9, 0));
     }
 }

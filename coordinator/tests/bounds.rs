@@ -132,6 +132,7 @@ fn devices_are_bounded() {
             created: NOW,
             home_relay: None,
             routes: Vec::new(),
+            relay: None,
         })));
     }
     let request = EnrollRequest {

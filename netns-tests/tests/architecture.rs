@@ -13,7 +13,7 @@ use serde_json::Value;
 const MAY_USE: [(&str, &[&str]); 8] = [
     ("warren-common", &[]),
     ("warren-engine", &["warren-common"]),
-    ("warren-agent", &["warren-common", "warren-engine"]),
+    ("warren-agent", &["warren-common", "warren-engine", "warren-relay"]),
     ("warren-relay", &["warren-common"]),
     ("warren-coordinator", &["warren-common", "warren-relay"]),
     (

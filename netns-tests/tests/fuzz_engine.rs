@@ -453,6 +453,7 @@ fn update(n: usize) -> NetmapUpdate {
         addrs: Vec::new(),
         stun: vec![stun_server()],
         cert_sha256: [0; 32],
+        peer: false,
     };
     let netmap = Netmap {
         network: Network {

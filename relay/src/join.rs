@@ -299,22 +299,27 @@ impl Joined {
     /// Does what the coordinator says, wholly, and returns what to acknowledge.
     fn obey(&mut self, command: &RelayCommand) -> u64 {
         if let Some((server, _)) = &self.server {
-            if command.minimums.len() + command.revoked.len() > MAX_COMMAND_DEVICES {
-                server.set_floor(command.revision); // stricter than what it asks for, and bounded
-            }
-            for device in command.revoked.iter().filter_map(|id| DeviceId::from_slice(id)) {
-                server.revoke(device, command.revision);
-            }
-            for minimum in command.minimums.iter().take(MAX_COMMAND_DEVICES) {
-                if let Some(device) = DeviceId::from_slice(&minimum.device) {
-                    server.set_minimum_revision(device, minimum.revision);
-                }
-            }
-            server.set_floor(command.floor);
+            obey(server, command);
         }
         self.revision = self.revision.max(command.revision);
         command.revision
     }
+}
+
+/// Does what a coordinator says about devices, wholly. In force when this returns.
+pub fn obey(server: &RelayServer, command: &RelayCommand) {
+    if command.minimums.len() + command.revoked.len() > MAX_COMMAND_DEVICES {
+        server.set_floor(command.revision); // stricter than what it asks for, and bounded
+    }
+    for device in command.revoked.iter().filter_map(|id| DeviceId::from_slice(id)) {
+        server.revoke(device, command.revision);
+    }
+    for minimum in command.minimums.iter().take(MAX_COMMAND_DEVICES) {
+        if let Some(device) = DeviceId::from_slice(&minimum.device) {
+            server.set_minimum_revision(device, minimum.revision);
+        }
+    }
+    server.set_floor(command.floor);
 }
 
 /// What was asked for, or else where it listens unless that is everywhere.

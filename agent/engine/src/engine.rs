@@ -99,7 +99,7 @@ pub struct Engine {
     told_sockets: Vec<u8>,
     /// When the shell was asked to wake us.
     promised: Option<Instant>,
-    /// All relays of the netmap, so that a number names one.
+    /// The relays of the netmap that may be home.
     relays: Vec<RelayId>,
     home: Home,
     online: BTreeSet<DeviceId>,

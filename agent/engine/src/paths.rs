@@ -53,7 +53,6 @@ pub use guess::{
 pub use hints::{MAX_HINT_ENDPOINTS, MAX_HINTS, PathHint};
 pub use mtu::{MAX_LENGTHS, MAX_LONG_PROBES_PER_MINUTE, MAX_PATH_MTU, MIN_PATH_MTU, MTU_FRESH};
 use shared::Shared;
-pub(crate) use shared::is_endpoint;
 pub use why::WhyNotDirect;
 
 /// Silence on a direct way after which sending on it starts a check: short, so that a dead path costs seconds; a

@@ -198,6 +198,8 @@ pub struct RelayStatus {
     pub connected: bool,
     /// True if it is the one we listen on.
     pub home: bool,
+    /// True if it is a device that a grant lets relay.
+    pub peer: bool,
     /// Round-trip time to its STUN service, in milliseconds.
     pub rtt_ms: Option<f64>,
 }

@@ -1,6 +1,7 @@
 //! `warrend`: the agent's daemon.
 
 use std::io::{self, IsTerminal as _, Write as _};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use warren_agent::api::DEFAULT_SOCKET;
 use warren_agent::daemon::{self, DEFAULT_TUN, Options};
 use warren_agent::egress::Egress;
 use warren_agent::os::{MARK, Offloads};
+use warren_agent::peer_relay::PeerRelayOptions;
 use warren_agent::problem::Problem;
 
 /// The agent of this device: holds its keys, its tunnels and its filter. Runs in the foreground; SIGTERM stops it and
@@ -50,6 +52,16 @@ struct Args {
     /// Certificate authorities (PEM) that may vouch for an https coordinator, beside the system's.
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
+    /// Relay for other devices at this port (UDP and TCP), for those whom the policy lets (a grant of `warren/cap/relay` to this
+    /// device). 0: never.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    relay_port: u16,
+    /// Where others reach that port, if that is another address (a router that forwards it). Repeatable.
+    #[arg(long, value_name = "ADDR:PORT")]
+    relay_advertise: Vec<SocketAddr>,
+    /// What one device may send through this one in the long run, in Mbit/s.
+    #[arg(long, value_name = "MBIT", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=100_000))]
+    relay_rate: u64,
 }
 
 fn main() -> ExitCode {
@@ -98,6 +110,11 @@ fn start(args: Args) -> Result<(), Problem> {
         offloads,
         port_mapping: !args.no_port_mapping,
         egress: Arc::new(egress),
+        relay: (args.relay_port != 0).then_some(PeerRelayOptions {
+            port: args.relay_port,
+            advertise: args.relay_advertise,
+            rate: args.relay_rate * 1_000_000 / 8,
+        }),
     }))
 }
 

@@ -49,7 +49,20 @@ pub(super) fn status(answer: &Value) -> Result<String, Problem> {
         let over = over(relay.transport.as_deref(), relay.proxy.as_deref());
         let rtt = relay.rtt_ms.map_or(String::new(), |ms| format!(", {ms:.1} ms"));
         let home = if relay.home { ", home" } else { "" };
-        let _ = writeln!(out, "relay: {} ({over}{rtt}{home})", relay.name);
+        let peer = if relay.peer { ", a device" } else { "" };
+        let _ = writeln!(out, "relay: {} ({over}{rtt}{home}{peer})", relay.name);
+    }
+    if let Some(relaying) = &status.relaying {
+        let _ = match relaying.serving {
+            true => writeln!(
+                out,
+                "relays for others: at port {}, {} devices, {} passed on",
+                relaying.port,
+                relaying.clients,
+                bytes(relaying.forwarded_bytes)
+            ),
+            false => writeln!(out, "relays for others: not now, no grant lets it (port {})", relaying.port),
+        };
     }
     if !status.peers.is_empty() {
         let mut table = table(&["PEER", "ADDRESSES", "OWNER", "ONLINE", "PATH", "RECEIVED", "SENT"]);

@@ -84,7 +84,7 @@ impl Daemon {
             name: relay.name,
             rtt_ms: relay.rtt_ms,
         };
-        let relays = net.relays.into_iter().map(relay).collect();
+        let relays = net.relays.into_iter().filter(|relay| !relay.peer).map(relay).collect();
         let _ = checked.reply.send(done(&Netcheck {
             udp: net.udp,
             ipv4: net.ipv4,

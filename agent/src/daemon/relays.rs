@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
+use warren_common::endpoint::is_endpoint;
 use warren_common::ids::{DeviceId, RelayId};
 use warren_common::netmap::{Netmap, Relay};
 use warren_common::time::{Instant, Now};
@@ -145,8 +146,15 @@ impl Up {
             client.used = now.boot;
             return;
         }
+        let mut dialled = relay.clone();
+        if relay.peer {
+            // Its device says where it is: that must not send us anywhere where a peer's word could not.
+            let network =
+                self.engine.as_ref().and_then(|e| e.netmap()).map(|m| (m.network.ipv4, m.network.ipv6));
+            dialled.addrs.retain(|addr| is_endpoint(network, *addr));
+        }
         let config = RelayClientConfig {
-            relay: relay.clone(),
+            relay: dialled,
             network: self.config.network,
             probe: self.keys.probe.clone(),
             egress: self.config.egress.clone(),
@@ -267,7 +275,9 @@ impl Up {
             RelayEventKind::Disconnected { why, refused, problem } => {
                 tracing::info!(%relay, ?refused, "relay disconnected: {why}");
                 engine.handle_relay_state(now, relay, false);
-                self.relays.trouble = Some((why, problem));
+                if !client.relay.peer {
+                    self.relays.trouble = Some((why, problem));
+                }
                 self.announce_home();
             }
             RelayEventKind::NeedToken => self.ask_token(relay),
@@ -305,7 +315,14 @@ mod tests {
         let (relay, device) = (RelayId::from_bytes([2; 16]), DeviceId::from_bytes([4; 16]));
         relays.send(Now::default(), relay, device, &[0; 10]);
         let config = RelayClientConfig {
-            relay: Relay { id: relay, name: "r".into(), addrs: vec![], stun: vec![], cert_sha256: [0; 32] },
+            relay: Relay {
+                id: relay,
+                name: "r".into(),
+                addrs: vec![],
+                stun: vec![],
+                cert_sha256: [0; 32],
+                peer: false,
+            },
             network: warren_common::ids::NetworkId::from_bytes([1; 16]),
             probe: ProbeSecretKey::from_bytes([3; 32]),
             egress: std::sync::Arc::default(),

@@ -23,6 +23,7 @@ use crate::clock;
 use crate::control::{ControlClient, ControlConfig, ControlEvent};
 use crate::os::HostPlan;
 use crate::os::tun::Tun;
+use crate::peer_relay::PeerRelay;
 use crate::problem::{Problem, Severity, io_text};
 use crate::state::{Identity, Membership};
 
@@ -71,6 +72,8 @@ impl Daemon {
         let (sender, events) = mpsc::channel(CONTROL_QUEUE);
         let control = ControlClient::spawn(join.control.clone(), sender);
         let keep = Keep::new(dir.resume());
+        let peer_relay = self.options.relay.clone();
+        let peer_relay = peer_relay.map(|o| PeerRelay::new(o, dir.path(), join.control.network));
         self.up = Some(Box::new(Up {
             dir,
             config: join.control,
@@ -103,7 +106,11 @@ impl Daemon {
             pings: Vec::new(),
             whys: Whys::default(),
             verdicts: Verdicts::default(),
+            peer_relay,
         }));
+        if let Some(up) = &mut self.up {
+            up.follow_addresses(self.surroundings.addrs());
+        }
         self.make_engine(now).await?;
         if let Err(problem) = self.configure_host().await {
             self.come_down_later(now, problem).await;
@@ -283,6 +290,8 @@ impl Daemon {
             }
             ServerBody::RelayToken(grant) => up.on_relay_token(now, grant),
             ServerBody::RuleOrigins(answer) => up.whys.settle(answer),
+            ServerBody::RelayDuty(duty) => up.on_relay_duty(&duty),
+            ServerBody::RelayCommand(command) => up.on_relay_command(&command),
         }
     }
 
@@ -469,13 +478,14 @@ impl Daemon {
             ));
             drop(up.tun.take());
             self.plane.set_extra(&[]);
+            let farewell = super::peer_relay::farewell(up.peer_relay.take());
             let (welcomed, mapping) = (up.welcomed, std::mem::take(&mut up.mapping));
             let goodbye = async {
                 if welcomed {
                     up.control.close().await;
                 }
             };
-            tokio::join!(mapping.close(), goodbye);
+            tokio::join!(mapping.close(), goodbye, farewell);
         }
         self.host.restore(&self.state).await
     }
@@ -556,6 +566,7 @@ impl Up {
             home_relay: self.relays.home().map_or_else(Vec::new, |id| id.to_bytes().to_vec()),
             hostname: super::verbs::host_name(),
             routes: Vec::new(),
+            relay: self.peer_relay.as_ref().and_then(PeerRelay::offer),
         }));
     }
 

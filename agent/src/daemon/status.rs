@@ -5,11 +5,12 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use warren_common::ids::RelayId;
 use warren_common::time::Now;
-use warren_engine::status::{LeaseStatus, Status as EngineStatus};
+use warren_engine::status::{LeaseStatus, RelayStatus, Status as EngineStatus};
 
 use super::{Daemon, Up};
 use crate::api::{Coordinator, NetworkStatus, RelayLink, Status, round_ms};
 use crate::egress::Proxy;
+use crate::peer_relay::PeerRelay;
 use crate::problem::{HealthItem, Problem, Severity};
 
 /// A clock this far off is told of, in microseconds.
@@ -81,6 +82,7 @@ impl Daemon {
             },
             peers,
             relays: up.map_or_else(Vec::new, Up::relay_links),
+            relaying: up.and_then(|up| up.peer_relay.as_ref()).map(PeerRelay::status),
             health,
             counters,
             offloads: self
@@ -198,12 +200,13 @@ impl Up {
 
     fn relay_links(&self) -> Vec<RelayLink> {
         let Some(engine) = &self.engine else { return Vec::new() };
-        let link = |status: warren_engine::status::RelayStatus| {
+        let link = |status: RelayStatus| {
             let link = self.relays.link(status.id);
             let measured = link.and_then(|(_, rtt)| rtt).map(|rtt| round_ms(rtt.as_secs_f64() * 1_000.0));
             RelayLink {
                 name: status.name,
                 home: status.home,
+                peer: status.peer,
                 transport: link.map(|(transport, _)| transport.as_str().to_owned()),
                 proxy: self.relay_proxy(status.id),
                 rtt_ms: measured.or(status.rtt_ms),
@@ -250,6 +253,9 @@ impl Up {
                 "switch IPv6 on (sysctl net.ipv6.conf.all.disable_ipv6=0) if they are needed",
             );
         }
+        if let Some(problem) = self.peer_relay.as_ref().and_then(PeerRelay::trouble) {
+            add(&problem.code, Severity::Warning, problem.text.clone(), &problem.fix);
+        }
         if self.mapping.state().lost {
             add(
                 "port-mapping-lost",
@@ -276,7 +282,8 @@ impl Up {
             };
             add("lease-ending", severity, text, "make the coordinator reachable: it renews the lease");
         }
-        let relays = &status.net.relays;
+        // Those that may be home: a device that relays may be away without anybody missing it.
+        let relays: Vec<&RelayStatus> = status.net.relays.iter().filter(|r| !r.peer).collect();
         if now.boot.since(self.since) < GRACE || self.plan.is_none() || relays.is_empty() {
             return;
         }

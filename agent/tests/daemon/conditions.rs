@@ -162,6 +162,7 @@ fn netcheck_asks_anew_says_what_it_knows_and_is_bounded() {
             addrs: Vec::new(),
             stun: vec![socket.local_addr().unwrap()],
             cert_sha256: [0; 32],
+            peer: false,
         };
         world.fake.with(|w| w.netmap.relays.insert(relay.id, relay));
         let mut server = tokio::task::JoinSet::new();

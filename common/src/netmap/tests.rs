@@ -59,12 +59,13 @@ fn peer(n: u8) -> impl Strategy<Value = Peer> {
 }
 
 fn relay(n: u8) -> impl Strategy<Value = Relay> {
-    any::<u8>().prop_map(move |cert| Relay {
+    (any::<u8>(), any::<bool>()).prop_map(move |(cert, peer)| Relay {
         id: RelayId::from_bytes([n; 16]),
         name: "r".into(),
         addrs: vec!["203.0.113.1:443".parse().unwrap(), "[2001:db8::1]:443".parse().unwrap()],
         stun: vec![],
         cert_sha256: [cert; 32],
+        peer,
     })
 }
 

@@ -3,6 +3,7 @@
 use prost::Message;
 
 use super::WireError;
+use super::relay_control::{RelayCommand, RelayDuty, RelayOffer};
 use crate::ids::{DeviceId, NetworkId};
 use crate::keys::{
     ControlPublicKey, Fingerprint, NetmapPublicKey, NetmapSecretKey, RootPublicKey, RootSecretKey,
@@ -377,6 +378,9 @@ pub struct Report {
     /// Subnets it offers to route.
     #[prost(string, repeated, tag = "3")]
     pub routes: Vec<String>,
+    /// It offers to relay.
+    #[prost(message, optional, tag = "4")]
+    pub relay: Option<RelayOffer>,
 }
 
 /// Sealed bytes from one device to another; the coordinator can't read them and forwards between peers only.
@@ -483,7 +487,7 @@ pub struct DifferingVerdict {
 #[derive(Clone, PartialEq, Message)]
 pub struct ServerMessage {
     /// What it says. Unknown kinds decode as `None` and are ignored.
-    #[prost(oneof = "ServerBody", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    #[prost(oneof = "ServerBody", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
     pub body: Option<ServerBody>,
 }
 
@@ -514,6 +518,12 @@ pub enum ServerBody {
     /// Answer to `RuleOrigins`.
     #[prost(message, tag = "8")]
     RuleOrigins(RuleOrigins),
+    /// Whether the device is to serve as a relay, as it offered.
+    #[prost(message, tag = "9")]
+    RelayDuty(RelayDuty),
+    /// Whose access to the relay that it serves as has changed.
+    #[prost(message, tag = "10")]
+    RelayCommand(RelayCommand),
 }
 
 /// The session stands.

@@ -133,6 +133,8 @@ struct RelayMsg {
     stun: Vec<String>,
     #[prost(bytes = "vec", tag = "5")]
     cert_sha256: Vec<u8>,
+    #[prost(bool, tag = "6")]
+    peer: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -431,6 +433,7 @@ impl From<&Relay> for RelayMsg {
             addrs: texts(&r.addrs),
             stun: texts(&r.stun),
             cert_sha256: r.cert_sha256.to_vec(),
+            peer: r.peer,
         }
     }
 }
@@ -445,6 +448,7 @@ impl TryFrom<RelayMsg> for Relay {
             addrs: parsed::<SocketAddr>(&msg.addrs, "relay.addrs")?,
             stun: parsed::<SocketAddr>(&msg.stun, "relay.stun")?,
             cert_sha256: msg.cert_sha256.as_slice().try_into().map_err(|_| field("relay.cert_sha256"))?,
+            peer: msg.peer,
         })
     }
 }

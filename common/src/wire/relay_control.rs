@@ -12,6 +12,10 @@
 //! 4. The coordinator sends a `Command` whenever a device loses something. The relay has obeyed when its `Ack` comes.
 //!    Commands are kept by the relay for the longest life of a token; after that no older token exists.
 //!
+//! A *peer relay* is a device that a grant lets relay. It needs no session of its own: it offers itself in its
+//! [`super::control::Report`], is told by [`RelayDuty`] whether and as which relay to serve, and hears `Command`s, all in
+//! its control session, in order.
+//!
 //! A relay that was away can't have heard of changes: `Hello.revision` is the newest command it obeyed and
 //! `Welcome.floor` the revision that all tokens must have from now on (0: it missed nothing).
 
@@ -25,7 +29,7 @@ use sha2::{Digest as _, Sha256};
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
 use super::control::{Ping, Pong, Refused};
-use crate::ids::{NetworkId, RelayId};
+use crate::ids::{DeviceId, NetworkId, RelayId};
 use crate::keys::Fingerprint;
 
 /// Where a coordinator accepts relays.
@@ -183,6 +187,23 @@ pub struct RelayCommand {
     pub floor: u64,
 }
 
+impl RelayCommand {
+    /// Tokens of `devices` count only from `revision` on, and `revoked` devices are out. Names them one by one while they
+    /// fit; for more, nobody's older token counts.
+    pub fn restrict(revision: u64, devices: &[DeviceId], revoked: &[DeviceId]) -> Self {
+        if devices.len() + revoked.len() > MAX_COMMAND_DEVICES {
+            return Self { revision, floor: revision, ..Self::default() };
+        }
+        let minimum = |d: &DeviceId| MinimumRevision { device: d.to_bytes().to_vec(), revision };
+        Self {
+            revision,
+            minimums: devices.iter().map(minimum).collect(),
+            revoked: revoked.iter().map(|d| d.to_bytes().to_vec()).collect(),
+            floor: 0,
+        }
+    }
+}
+
 /// A device needs a newer token.
 #[derive(Clone, PartialEq, Message)]
 pub struct MinimumRevision {
@@ -192,6 +213,28 @@ pub struct MinimumRevision {
     /// The lowest revision its token may have.
     #[prost(uint64, tag = "2")]
     pub revision: u64,
+}
+
+/// A device offers to relay, should policy let it.
+#[derive(Clone, PartialEq, Message)]
+pub struct RelayOffer {
+    /// `address:port` where it would listen: QUIC and plain UDP on UDP, TLS on TCP. At most [`MAX_ADDRS`].
+    #[prost(string, repeated, tag = "1")]
+    pub addrs: Vec<String>,
+    /// SHA-256 of its certificate (DER), 32 bytes.
+    #[prost(bytes = "vec", tag = "2")]
+    pub cert_sha256: Vec<u8>,
+}
+
+/// What an offer has come to: the first answer to it in a session, and news after that.
+#[derive(Clone, PartialEq, Message)]
+pub struct RelayDuty {
+    /// The id to serve as, 16 bytes; empty: serve nobody.
+    #[prost(bytes = "vec", tag = "1")]
+    pub relay: Vec<u8>,
+    /// The revision that every token must have from now on.
+    #[prost(uint64, tag = "2")]
+    pub floor: u64,
 }
 
 /// A relay's join key, as `warren-coordinator relay create` prints it: good for one relay, once.

@@ -34,6 +34,8 @@ pub(super) fn device_detail(coordinator: &Coordinator, record: &Device) -> Value
     value["auth_key"] = json!(record.auth_key);
     value["home_relay"] = json!(record.home_relay);
     value["routes"] = json!(record.routes);
+    value["relay_offer"] = json!(record.relay.as_ref().map(|offer| &offer.addrs));
+    value["serves_as_relay"] = json!(coordinator.peer_relays().served_by(record.id));
     value["acked_revision"] = json!(coordinator.acked_revision(record.id));
     value["peers"] = json!(netmap.as_ref().map_or_else(Vec::new, |n| n.peers.keys().collect()));
     value["ingress_rules"] = json!(netmap.as_ref().map_or(0, |n: &Netmap| n.ingress.len()));
@@ -66,7 +68,28 @@ pub(super) fn auth_key(coordinator: &Coordinator, key: &AuthKeyRecord) -> Value 
     })
 }
 
-pub(super) fn relay(relay: &RelayRecord) -> Value {
+/// All relays: those with a record of their own, then devices that serve as such.
+pub(super) fn relays(coordinator: &Coordinator) -> Value {
+    let own = coordinator.state().relays().values().map(relay);
+    let peers = coordinator.peer_relays().serving().map(|(device, relay, users)| {
+        let record = coordinator.state().device(device);
+        json!({
+            "id": relay.id,
+            "name": relay.name,
+            "embedded": false,
+            "joined": coordinator.is_online(device),
+            "addrs": relay.addrs,
+            "stun": relay.stun,
+            "cert_sha256": HEXLOWER.encode(&relay.cert_sha256),
+            "created_at": record.map(|d| d.created.to_rfc3339()),
+            "device": record.map(|d| &d.name),
+            "users": users.len(),
+        })
+    });
+    own.chain(peers).collect()
+}
+
+fn relay(relay: &RelayRecord) -> Value {
     json!({
         "id": relay.id,
         "name": relay.name,

@@ -92,7 +92,7 @@ fn present(call: &Call, value: &Value) -> String {
         }
         Call::DeviceList => table(value, &["id", "name", "ips", "user", "tags", "state", "online"]),
         Call::UserList => table(value, &["id", "email", "devices", "suspended"]),
-        Call::RelayList => table(value, &["id", "name", "embedded", "joined", "addrs", "stun"]),
+        Call::RelayList => table(value, &["id", "name", "embedded", "joined", "addrs", "stun", "device"]),
         Call::DeviceShow { .. } | Call::PolicyStatus | Call::PolicySet { .. } => {
             let mut shown = Table::new();
             shown.load_style(NOTHING);

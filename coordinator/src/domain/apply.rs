@@ -1,22 +1,24 @@
 //! How each command is decided.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use rand_core::{CryptoRng, RngCore};
 use sha2::{Digest as _, Sha256};
 use subtle::ConstantTimeEq as _;
 use warren_common::auth_key::{AuthKey, AuthKeySecret};
+use warren_common::endpoint::is_endpoint;
 use warren_common::ids::{AuthKeyId, DeviceId, RelayId, UserId};
 use warren_common::keys::ControlPublicKey;
 use warren_common::time::UnixTime;
-use warren_common::wire::relay_control::{RelayJoinKey, RelayJoinSecret};
+use warren_common::wire::relay_control::{MAX_ADDRS, RelayJoinKey, RelayJoinSecret};
 
 use super::address::{REST, free_ipv4, free_ipv6};
 use super::command::{Command, EnrollRequest, NewAuthKey, Refusal, Reply};
 use super::entity::{
-    AuthKeyRecord, Device, DeviceState, Generation, PolicyRecord, PolicySource, RelayRecord, Settings, User,
+    AuthKeyRecord, Device, DeviceState, Generation, PolicyRecord, PolicySource, RelayOffer, RelayRecord,
+    Settings, User,
 };
 use super::name::{MAX_NAME, sanitise_hostname, unique_name, valid_email, valid_tag};
 use super::{Change, State};
@@ -27,8 +29,10 @@ pub const MAX_DEVICES: usize = 100_000;
 pub const MAX_USERS: usize = 100_000;
 /// Most auth keys kept at a time, used and expired ones included.
 pub const MAX_AUTH_KEYS: usize = 100_000;
-/// Most relays: what a netmap may hold.
-pub const MAX_RELAYS: usize = warren_common::netmap::MAX_RELAYS;
+/// Most relays: what a netmap may hold beside peer relays.
+pub const MAX_RELAYS: usize = warren_common::netmap::MAX_RELAYS - super::MAX_PEER_RELAYS;
+/// Most devices whose offer to relay is kept: what bounds every scan over them.
+pub const MAX_RELAY_OFFERS: usize = 256;
 /// Most tags of one auth key or device.
 pub const MAX_TAGS: usize = 64;
 /// Most subnets one device may offer.
@@ -68,11 +72,12 @@ impl State {
                 self.resume(*device, control, *generation, version, rng)
             }
             Command::ConfirmGeneration { device, generation } => self.confirm(*device, *generation),
-            Command::Report { device, home_relay, routes } => {
+            Command::Report { device, home_relay, routes, relay } => {
                 let mut device = self.device(*device).ok_or(Refusal::UnknownDevice)?.clone();
                 let routes: BTreeSet<_> = routes.iter().map(ipnet::IpNet::trunc).take(MAX_ROUTES).collect();
                 device.home_relay = home_relay.filter(|id| self.relays.contains_key(id));
                 device.routes = routes.into_iter().collect();
+                device.relay = self.acceptable_offer(&device, relay.as_ref());
                 done(self.changed(device))
             }
             Command::RemoveDevice(id) => {
@@ -336,6 +341,7 @@ impl State {
             created: now,
             home_relay: None,
             routes: Vec::new(),
+            relay: None,
         })
     }
 
@@ -466,6 +472,16 @@ impl State {
         let record =
             PolicyRecord { text: text.to_owned(), sha256, revision, applied: now, source: source.clone() };
         Ok((vec![Change::PutPolicy(Box::new(record))], Reply::Policy { revision }))
+    }
+
+    /// What is kept of an offer: addresses that others may be sent to, unless so many devices offer already.
+    fn acceptable_offer(&self, device: &Device, offer: Option<&RelayOffer>) -> Option<RelayOffer> {
+        let overlay = Some((self.settings.ipv4, self.settings.ipv6));
+        let fine = |addr: &&SocketAddr| is_endpoint(overlay, **addr);
+        let addrs: Vec<_> = offer?.addrs.iter().filter(fine).take(MAX_ADDRS).copied().collect();
+        let offered = || self.devices.values().filter(|d| d.relay.is_some()).count();
+        let room = device.relay.is_some() || offered() < MAX_RELAY_OFFERS;
+        (room && !addrs.is_empty()).then_some(RelayOffer { addrs, cert_sha256: offer?.cert_sha256 })
     }
 
     fn sweep(&self, now: UnixTime) -> Vec<Change> {

@@ -10,7 +10,7 @@ use warren_common::keys::{ControlPublicKey, ProbePublicKey, WgPublicKey};
 use warren_common::time::UnixTime;
 use warren_common::wire::control::RefusedCode;
 
-use super::entity::PolicySource;
+use super::entity::{PolicySource, RelayOffer};
 use super::token::{ApiToken, NewApiToken};
 
 /// A device asks to be let in.
@@ -86,6 +86,8 @@ pub enum Command {
         home_relay: Option<RelayId>,
         /// Subnets it offers to route.
         routes: Vec<IpNet>,
+        /// How it can be reached as a relay, should policy let it be one.
+        relay: Option<RelayOffer>,
     },
     /// Removes a device; its addresses rest.
     RemoveDevice(DeviceId),

@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 use std::net::SocketAddr;
 use warren_common::ids::{AuthKeyId, DeviceId, NetworkId, RelayId, UserId};
 use warren_common::keys::{ControlPublicKey, Fingerprint, ProbePublicKey, WgPublicKey};
@@ -73,6 +74,9 @@ pub struct Device {
     pub home_relay: Option<RelayId>,
     /// Subnets it offers to route, sorted.
     pub routes: Vec<IpNet>,
+    /// It offers to relay.
+    #[serde(default)]
+    pub relay: Option<RelayOffer>,
 }
 
 impl Device {
@@ -80,6 +84,26 @@ impl Device {
     pub fn addrs(&self) -> [IpAddr; 2] {
         [self.ipv4.into(), self.ipv6.into()]
     }
+
+    /// The id it has as a peer relay: always the same, and nobody who does not know its control key, which its peers are
+    /// never told, can tell from it which device it is.
+    pub fn relay_id(&self) -> RelayId {
+        let hash = Sha256::new()
+            .chain_update(b"warren peer relay v1\0")
+            .chain_update(self.id.to_bytes())
+            .chain_update(self.control.as_bytes())
+            .finalize();
+        RelayId::from_bytes(std::array::from_fn(|at| hash[at]))
+    }
+}
+
+/// How a device can be reached as a relay.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RelayOffer {
+    /// Where it listens, in its order.
+    pub addrs: Vec<SocketAddr>,
+    /// SHA-256 of its certificate.
+    pub cert_sha256: [u8; 32],
 }
 
 /// The session generation: rotates at each connect, so that a copied state directory shows.

@@ -11,6 +11,7 @@ use warren_common::time::UnixTime;
 
 use super::State;
 use super::entity::{Device, DeviceState, RelayRecord};
+use super::peer_relay::{PeerRelays, RelayDifference};
 use super::records::PeerRecords;
 use crate::parallel::side_by_side;
 
@@ -25,6 +26,7 @@ type Peers = BTreeMap<DeviceId, Need>;
 pub struct Reach {
     compiled: Compiled,
     peers: BTreeMap<DeviceId, Arc<Peers>>,
+    relays: PeerRelays,
     /// Why the policy in force could not be compiled; nothing is allowed then.
     error: Option<String>,
 }
@@ -38,6 +40,8 @@ pub struct Difference {
     pub lost: BTreeSet<DeviceId>,
     /// Devices that are no longer active.
     pub out: BTreeSet<DeviceId>,
+    /// Who may use which peer relay.
+    pub relays: RelayDifference,
 }
 
 impl Reach {
@@ -46,7 +50,9 @@ impl Reach {
         let (compiled, error) = compile_in_force(state, now);
         let ids = compiled.names().filter_map(|n| n.parse().ok()).collect();
         let peers = side_by_side(ids, |id: DeviceId| (id, peers_of(&compiled, id))).into_iter().collect();
-        Self { compiled, peers, error }
+        let mut relays = PeerRelays::default();
+        relays.follow(state, &compiled, offering(state), now);
+        Self { compiled, peers, relays, error }
     }
 
     /// Compiles anew: the policy, its users or the time are others. What stays is kept.
@@ -55,7 +61,12 @@ impl Reach {
         let old = std::mem::replace(&mut self.compiled, compiled);
         self.error = error;
         let changed = self.compiled.changed_since(&old);
-        self.meet(changed.iter().filter_map(|n| n.parse().ok()))
+        let mut difference = self.meet(changed.iter().filter_map(|n| n.parse().ok()));
+        // All of them, since a window of a grant may have opened or closed and changed nothing else.
+        let served: Vec<DeviceId> = self.relays.serving().map(|(device, ..)| device).collect();
+        let all: BTreeSet<DeviceId> = offering(state).chain(served).collect();
+        difference.relays = self.relays.follow(state, &self.compiled, all, now);
+        difference
     }
 
     /// Why the policy in force could not be compiled.
@@ -78,13 +89,25 @@ impl Reach {
         self.compiled.reevaluate_at()
     }
 
+    /// The devices that serve as relays, and for whom.
+    pub const fn relays(&self) -> &PeerRelays {
+        &self.relays
+    }
+
     /// Whom an active device needs to know; symmetric. `None` for a device that is not active.
     pub fn peers(&self, id: DeviceId) -> Option<&BTreeMap<DeviceId, Need>> {
         self.peers.get(&id).map(Arc::as_ref)
     }
 
-    /// Follows changes of single devices: what policy knows of them is in `state` already.
-    pub fn follow(&mut self, state: &State, devices: &BTreeSet<DeviceId>, now: UnixTime) -> Difference {
+    /// Follows changes of single devices: what policy knows of them is in `state` already, and what those in `offers`
+    /// offer as relays.
+    pub fn follow(
+        &mut self,
+        state: &State,
+        devices: &BTreeSet<DeviceId>,
+        offers: &BTreeSet<DeviceId>,
+        now: UnixTime,
+    ) -> Difference {
         let mut names = BTreeSet::new();
         // Leaving devices first: an address may pass from one to another in one batch.
         let (stay, leave): (Vec<&DeviceId>, Vec<&DeviceId>) =
@@ -100,7 +123,13 @@ impl Reach {
             }
         }
         let ids: BTreeSet<DeviceId> = names.iter().filter_map(|n| n.parse().ok()).collect();
-        self.meet(ids)
+        // A device whose users are others is told so, and is among those whose policy has changed.
+        let offers_now = |id: &DeviceId| state.device(*id).is_none_or(|d| d.relay.is_some());
+        let told = ids.iter().chain(devices).filter(|id| offers_now(id));
+        let relays: BTreeSet<DeviceId> = told.chain(offers).copied().collect();
+        let mut difference = self.meet(ids);
+        difference.relays = self.relays.follow(state, &self.compiled, relays, now);
+        difference
     }
 
     /// Works out whom these devices need to know now.
@@ -131,6 +160,7 @@ impl Reach {
             .filter_map(|(id, need)| Some((*id, records.get(state, state.device(*id)?, need))))
             .collect();
         let apps = self.apps(&name, &peers);
+        let own_relays = state.relays().values().filter_map(relay_record);
         Some(Netmap {
             network: Network {
                 id: settings.network,
@@ -149,7 +179,7 @@ impl Reach {
             peers,
             ingress: self.compiled.ingress(&name).into_iter().collect(),
             egress: self.compiled.egress(&name).into_iter().collect(),
-            relays: state.relays().values().filter_map(relay_record).map(|r| (r.id, r)).collect(),
+            relays: own_relays.chain(self.relays.listed_for(id).cloned()).map(|r| (r.id, r)).collect(),
             apps,
         })
     }
@@ -242,6 +272,10 @@ fn active(state: &State, id: DeviceId) -> Option<&Device> {
     state.device(id).filter(|d| state.device_state(d) == DeviceState::Active)
 }
 
+fn offering(state: &State) -> impl Iterator<Item = DeviceId> {
+    state.devices().values().filter(|d| d.relay.is_some()).map(|d| d.id)
+}
+
 fn peers_of(compiled: &Compiled, id: DeviceId) -> Arc<Peers> {
     let peers = compiled.peers(&id.to_string()).unwrap_or_default();
     Arc::new(peers.into_iter().filter_map(|(name, need)| Some((name.parse().ok()?, need))).collect())
@@ -311,5 +345,6 @@ fn relay_record(relay: &RelayRecord) -> Option<Relay> {
         addrs: relay.addrs.clone(),
         stun: relay.stun.clone(),
         cert_sha256,
+        peer: false,
     })
 }

@@ -96,6 +96,48 @@ fn tagged(tag: &str) -> NewAuthKey {
     NewAuthKey { tags: vec![tag.into()], reusable: true, ..NewAuthKey::default() }
 }
 
+/// By [`RELAYING`] and no other policy, worked out by hand.
+fn granted_relays(state: &State, user: DeviceId) -> BTreeSet<RelayId> {
+    let active = |d: &&Device| state.device_state(d) == DeviceState::Active;
+    let tagged = |d: &Device, tag: &str| d.tags.iter().any(|t| t == tag);
+    let in_force = state.policy().is_some_and(|p| p.text == RELAYING);
+    if !in_force || state.device(user).filter(active).is_none_or(|d| !tagged(d, "tag:a")) {
+        return BTreeSet::new();
+    }
+    let relays = state.devices().values().filter(active).filter(|d| d.relay.is_some() && tagged(d, "tag:b"));
+    relays.map(Device::relay_id).collect::<BTreeSet<_>>().into_iter().take(MAX_PEER_RELAYS).collect()
+}
+
+#[test]
+fn an_offer_to_relay_is_taken_with_addresses_that_others_may_be_sent_to() {
+    let mut world = World::new("100.64.0.0/10");
+    let key = world.key(tagged("tag:b"));
+    let (device, _) = world.enroll(&key, 1).unwrap();
+    let report = |addrs: &[&str]| {
+        let addrs = addrs.iter().map(|a| a.parse().unwrap()).collect();
+        let relay = Some(RelayOffer { addrs, cert_sha256: [9; 32] });
+        Command::Report { device, home_relay: None, routes: vec![], relay }
+    };
+    let fine = ["192.0.2.1:3340", "10.0.0.7:3340", "[2001:db8::1]:3340"];
+    let bad = [
+        "127.0.0.1:3340",
+        "0.0.0.0:3340",
+        "100.64.0.9:3340",
+        "224.0.0.1:3340",
+        "[fd00::1]:3340",
+        "192.0.2.1:0",
+    ];
+    world.run(&report(&[&bad[..], &fine[..]].concat())).unwrap();
+    let kept = world.state.device(device).unwrap().relay.clone().unwrap();
+    assert_eq!(kept.addrs, fine.map(|a| a.parse().unwrap()));
+    world.run(&report(&bad)).unwrap();
+    assert_eq!(world.state.device(device).unwrap().relay, None);
+    // Its id as a relay stays, and is not its id as a device.
+    let id = world.state.device(device).unwrap().relay_id();
+    assert_eq!(world.state.device(device).unwrap().relay_id(), id);
+    assert_ne!(id.to_bytes(), device.to_bytes());
+}
+
 #[test]
 fn the_same_inputs_give_the_same_changes() {
     let mut world = World::new("100.64.0.0/10");
@@ -241,7 +283,7 @@ fn bounds_on_what_a_caller_gives() {
     assert!(device.name.len() <= MAX_NAME && device.os.len() <= 64);
     let routes =
         (0..=u8::MAX).flat_map(|a| [0, 1].map(|b| format!("10.{a}.{b}.0/24").parse().unwrap())).collect();
-    world.run(&Command::Report { device: device.id, home_relay: None, routes }).unwrap();
+    world.run(&Command::Report { device: device.id, home_relay: None, routes, relay: None }).unwrap();
     assert_eq!(world.state.device(device.id).unwrap().routes.len(), MAX_ROUTES);
     assert!(matches!(world.run(&Command::CreateRelay("Not A Name".into())), Err(Refusal::Invalid { .. })));
     for n in 0..MAX_RELAYS {
@@ -262,7 +304,7 @@ fn a_policy_is_numbered_once_per_text() {
 }
 
 /// Policies that between them use each kind of selector the coordinator feeds.
-const POLICIES: [&str; 4] = [
+const POLICIES: [&str; 5] = [
     "{}",
     r#"{"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"]}]}"#,
     r#"{"acls": [{"action": "accept", "src": ["tag:a"], "dst": ["tag:b:22"]},
@@ -271,7 +313,17 @@ const POLICIES: [&str; 4] = [
     r#"{"groups": {"group:g": ["ann@x.org"]},
         "grants": [{"src": ["group:g"], "dst": ["autogroup:tagged"], "ip": ["tcp:443"]},
                    {"src": ["user:*@x.org"], "dst": ["*"], "ip": ["icmp"]}]}"#,
+    RELAYING,
 ];
+
+/// Devices with `tag:a` may use those with `tag:b` as relays.
+const RELAYING: &str = r#"{"tagOwners": {"tag:a": [], "tag:b": []},
+    "grants": [{"src": ["tag:a"], "dst": ["tag:b"], "app": {"warren/cap/relay": []}},
+               {"src": ["*"], "dst": ["tag:a"], "ip": ["*"]}]}"#;
+
+fn offer(addr: &str) -> RelayOffer {
+    RelayOffer { addrs: vec![addr.parse().unwrap()], cert_sha256: [9; 32] }
+}
 
 #[derive(Clone, Debug)]
 enum Step {
@@ -279,6 +331,7 @@ enum Step {
     Resume(u8, bool),
     Remove(u8),
     Expire(u8),
+    Offer(u8, bool),
     Suspend(bool),
     Policy(usize),
     Pass(u32),
@@ -291,6 +344,7 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (0..12u8, proptest::bool::weighted(0.9)).prop_map(|(device, right)| Step::Resume(device, right)),
         2 => (0..12u8).prop_map(Step::Remove),
         1 => (0..12u8).prop_map(Step::Expire),
+        3 => (0..12u8, proptest::bool::weighted(0.7)).prop_map(|(device, relays)| Step::Offer(device, relays)),
         1 => any::<bool>().prop_map(Step::Suspend),
         2 => (0..POLICIES.len()).prop_map(Step::Policy),
         1 => (1..10 * 24 * 3_600u32).prop_map(Step::Pass),
@@ -334,6 +388,11 @@ proptest! {
                     let Some((device, _)) = id_of(&world, n) else { continue };
                     (Command::ExpireDevice(device), Some(device))
                 }
+                Step::Offer(n, relays) => {
+                    let Some((device, _)) = id_of(&world, n) else { continue };
+                    let relay = relays.then(|| offer(&format!("192.0.2.{n}:3340")));
+                    (Command::Report { device, home_relay: None, routes: vec![], relay }, Some(device))
+                }
                 Step::Suspend(suspended) => (Command::SuspendUser { user: ann, suspended }, None),
                 Step::Policy(n) => {
                     (Command::SetPolicy { source: PolicySource::Api, text: POLICIES[n].into() }, None)
@@ -375,7 +434,8 @@ proptest! {
             let by_recomputing = recomputed.recompute(&world.state, world.now);
             if !whole {
                 let devices: BTreeSet<DeviceId> = device.into_iter().collect();
-                let by_following = reach.follow(&world.state, &devices, world.now);
+                let by_following = reach.follow(&world.state, &devices, &devices, world.now);
+                prop_assert_eq!(&by_following.relays, &by_recomputing.relays);
                 prop_assert_eq!(&by_following.lost, &by_recomputing.lost);
                 prop_assert_eq!(&by_following.out, &by_recomputing.out);
                 prop_assert!(by_recomputing.touched.is_subset(&by_following.touched));
@@ -387,6 +447,10 @@ proptest! {
             records.prepare(&world.state, some.copied());
             for id in world.state.devices().keys() {
                 let fresh = anew.netmap(&world.state, *id, &PeerRecords::default());
+                // Promise 3: nobody learns of a relay without a grant.
+                let relays = fresh.iter().flat_map(|netmap| netmap.relays.values());
+                let listed: BTreeSet<RelayId> = relays.filter(|r| r.peer).map(|r| r.id).collect();
+                prop_assert_eq!(listed, granted_relays(&world.state, *id));
                 prop_assert_eq!(reach.netmap(&world.state, *id, &records), fresh);
                 // Whom one sees, sees it.
                 for peer in reach.peers(*id).into_iter().flatten().map(|(peer, _)| peer) {

@@ -13,6 +13,7 @@ use warren_common::wire::control::{Ack, NetmapUpdate, Presence, ServerBody, Sign
 use super::bucket::Bucket;
 use super::session::{ACK_PATIENCE, Known, MAX_SNAPSHOTS_PER_MIN, Session};
 use super::{CloseReason, Coordinator, SessionId};
+use crate::domain::PeerRelays;
 
 /// Most updates on their way to one agent. Additions wait until all are acknowledged; only removals may run ahead,
 /// and beyond this they wait too: the agent on the other end enforces them already.
@@ -35,6 +36,8 @@ pub(super) struct Live {
     snapshots: Bucket,
     /// Relays it holds a token for, and until when.
     pub(super) tokens: BTreeMap<RelayId, Instant>,
+    /// What it was told in this session of its offer to relay: as which relay to serve, if as any.
+    pub(super) duty: Option<Option<RelayId>>,
 }
 
 #[derive(Debug)]
@@ -62,8 +65,14 @@ impl Live {
         !self.behind && self.unacked.is_empty()
     }
 
-    pub(super) fn token_peers(&self, relay: RelayId) -> Option<Vec<DeviceId>> {
-        self.sent.relays.contains_key(&relay).then(|| self.peers())
+    /// Whom a token for that relay names: the peers that know of it. `None` if the device does not know of it itself.
+    pub(super) fn token_peers(&self, relay: RelayId, peer_relays: &PeerRelays) -> Option<Vec<DeviceId>> {
+        let peers = self.peers();
+        if !self.sent.relays.get(&relay)?.peer {
+            return Some(peers);
+        }
+        let knows = |device: DeviceId| peer_relays.lists(device, relay);
+        knows(self.device).then(|| peers.into_iter().filter(|peer| knows(*peer)).collect())
     }
 
     pub(super) fn timer(&self) -> Instant {
@@ -200,6 +209,7 @@ impl Coordinator {
             lease_due: now.boot,
             snapshots: Bucket::new(Duration::from_secs(60) / MAX_SNAPSHOTS_PER_MIN, MAX_SNAPSHOTS_PER_MIN),
             tokens: BTreeMap::new(),
+            duty: None,
         };
         let peers = live.peers();
         let Some(session) = self.sessions.get_mut(&id) else { return };

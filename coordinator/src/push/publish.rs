@@ -9,7 +9,7 @@ use warren_common::wire::control::{ServerBody, Signed, Welcome};
 
 use super::session::{Phase, Session};
 use super::{CloseReason, Coordinator, Origin, Output, SessionId};
-use crate::domain::{Change, Command, Device, Refusal, Reply, Settings};
+use crate::domain::{Change, Command, Device, Refusal, RelayDifference, Reply, Settings};
 use crate::parallel::{MANY, side_by_side};
 
 /// What a batch of changes can have touched.
@@ -27,6 +27,8 @@ struct Impact {
     relays_gone: Vec<RelayId>,
     /// Devices whose relay tokens are void: their probe key is another one.
     rekeyed: BTreeSet<DeviceId>,
+    /// Devices whose offer to relay is another one.
+    offers: BTreeSet<DeviceId>,
 }
 
 impl Impact {
@@ -38,6 +40,7 @@ impl Impact {
                 (Change::PutDevice(device), _) => {
                     impact.followed.insert(device.id);
                     impact.devices.insert(device.id);
+                    impact.offers.insert(device.id);
                 }
                 (Change::RemoveDevice(id), _) => {
                     impact.followed.insert(*id);
@@ -86,6 +89,9 @@ impl Impact {
         if old.probe != new.probe {
             self.rekeyed.insert(new.id);
         }
+        if old.relay != new.relay {
+            self.offers.insert(new.id);
+        }
     }
 }
 
@@ -117,18 +123,26 @@ impl Coordinator {
         self.outputs.extend(impact.relays_gone.into_iter().map(Output::RelayRemoved));
         let mut touched = BTreeSet::new();
         let mut removals = None;
-        if impact.policy || !impact.followed.is_empty() {
+        let mut relays = RelayDifference::default();
+        if impact.policy || !impact.followed.is_empty() || !impact.offers.is_empty() {
             let difference = if impact.policy {
                 self.reach.recompute(&self.state, now.unix)
             } else {
-                self.reach.follow(&self.state, &impact.followed, now.unix)
+                self.reach.follow(&self.state, &impact.followed, &impact.offers, now.unix)
             };
             self.schedule_recompile(now);
             self.forget_old_verdicts();
-            let lost = difference.lost.union(&impact.rekeyed).copied().collect();
-            self.cut_at_relays(lost, difference.out.iter().copied().collect(), &mut removals);
+            let lost: BTreeSet<DeviceId> = difference.lost.union(&impact.rekeyed).copied().collect();
+            self.cut_at_peer_relays(&lost, &difference.out, &difference.relays, &mut removals);
+            self.cut_at_relays(
+                lost.into_iter().collect(),
+                difference.out.iter().copied().collect(),
+                &mut removals,
+            );
             difference.out.into_iter().for_each(|id| self.put_out(id, &mut removals, now));
             touched = difference.touched;
+            relays = difference.relays;
+            touched.append(&mut relays.touched);
         }
         let sessions: BTreeSet<SessionId> = if impact.all {
             self.by_device.values().copied().collect()
@@ -143,6 +157,7 @@ impl Coordinator {
                 .collect()
         };
         self.refresh_as(&sessions, removals, now);
+        self.renew_tokens(&relays.gained, now);
     }
 
     /// Tells the relays first who lost a peer or is out, connected to us or not.
@@ -152,6 +167,7 @@ impl Coordinator {
         }
         // Tokens made until now carry a lower number.
         if let Some(revision) = self.number(removals) {
+            self.newest_cut = revision;
             self.outputs.push_back(Output::RelayMinimum { revision, devices, revoked });
         }
     }
@@ -292,6 +308,7 @@ impl Coordinator {
                 self.refuse_session(id, &refusal, now);
             }
             (_, Err(refusal)) => tracing::warn!(%refusal, "a device's report has to wait"),
+            (Command::Report { relay, .. }, Ok(_)) => self.answer_offer(id, relay.is_some()),
             (_, Ok(_)) => {}
         }
     }

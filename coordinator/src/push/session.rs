@@ -13,12 +13,13 @@ use warren_common::wire::control::{
     ClientBody, Enroll, MAX_RULE_ORIGINS, Pong, RelayTokenGrant, RelayTokenRequest, Report, Resume,
     RuleOrigin, RuleOrigins, RuleOriginsRequest, ServerBody, Signal,
 };
+use warren_common::wire::relay_control::MAX_ADDRS;
 use warren_common::wire::token::{MAX_TOKEN_LIFE_S, MAX_TOKEN_PEERS, RelayToken};
 
 use super::bucket::Bucket;
 use super::live::Live;
 use super::{CloseReason, Coordinator, Origin, SessionId};
-use crate::domain::{Command, EnrollRequest, MAX_ROUTES, Refusal};
+use crate::domain::{Command, EnrollRequest, MAX_ROUTES, Refusal, RelayOffer};
 
 /// How long a session may take from its handshake to `Enroll` or `Resume`.
 pub const GREETING_PATIENCE: Duration = Duration::from_secs(10);
@@ -208,7 +209,7 @@ impl Coordinator {
         let revision = self.revision;
         let Some(live) = self.sessions.get_mut(&id).and_then(Session::live_mut) else { return };
         let Some(probe) = self.state.device(live.device).map(|d| d.probe) else { return };
-        let Some(peers) = live.token_peers(relay) else { return };
+        let Some(peers) = live.token_peers(relay, self.reach.relays()) else { return };
         let life = Duration::from_secs(MAX_TOKEN_LIFE_S.unsigned_abs());
         live.tokens.insert(relay, now.boot + life);
         let token = RelayToken {
@@ -280,5 +281,13 @@ fn report_command(device: DeviceId, report: &Report) -> Option<Command> {
         return None;
     }
     let routes = report.routes.iter().map(|r| r.parse().ok()).collect::<Option<_>>()?;
-    Some(Command::Report { device, home_relay, routes })
+    let relay = match &report.relay {
+        None => None,
+        Some(offer) if offer.addrs.len() > MAX_ADDRS => return None,
+        Some(offer) => Some(RelayOffer {
+            addrs: offer.addrs.iter().map(|a| a.parse().ok()).collect::<Option<_>>()?,
+            cert_sha256: offer.cert_sha256.as_slice().try_into().ok()?,
+        }),
+    };
+    Some(Command::Report { device, home_relay, routes, relay })
 }

@@ -15,6 +15,7 @@ use warren_common::wire::token::RelayToken;
 use super::*;
 use crate::domain::{NewAuthKey, PolicySource, Settings};
 
+mod peer_relay;
 mod properties;
 mod verdicts;
 
@@ -588,7 +589,8 @@ fn reports_that_make_no_sense_end_the_session() {
     let mut lab = Lab::new();
     let key = lab.tag_key("tag:a");
     lab.join(1, &key);
-    let good = Report { home_relay: vec![], hostname: "x".into(), routes: vec!["10.0.0.0/8".into()] };
+    let routes = vec!["10.0.0.0/8".into()];
+    let good = Report { hostname: "x".into(), routes, ..Report::default() };
     lab.say(1, ClientBody::Report(good.clone()));
     assert_eq!(lab.coordinator.state().devices().values().next().unwrap().routes.len(), 1);
     lab.say(1, ClientBody::Report(Report { routes: vec!["ten".into()], ..good }));

@@ -254,7 +254,11 @@ impl Device {
                 self.token = grant.token;
                 self.present_token(context);
             }
-            ServerBody::Presence(_) | ServerBody::Pong(_) | ServerBody::RuleOrigins(_) => {}
+            ServerBody::Presence(_)
+            | ServerBody::Pong(_)
+            | ServerBody::RuleOrigins(_)
+            | ServerBody::RelayDuty(_)
+            | ServerBody::RelayCommand(_) => {}
         }
     }
 

@@ -78,6 +78,7 @@ impl<'h> Node<'h> {
             addrs: Vec::new(),
             stun: Vec::new(),
             cert_sha256: [0; 32],
+            peer: false,
         };
         let allow = |id: u64, from: &[IpAddr], to: &[IpAddr]| FilterRule {
             id: RuleId(id),

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
+use warren_common::endpoint::is_endpoint;
 use warren_common::time::Now;
 use warren_common::wire::probe;
 
@@ -13,7 +14,7 @@ use crate::flow::Direction;
 use crate::io::{Added, Arrival, Burst, Destination, Outbox, Source, TunOut};
 use crate::offload::Ecn;
 use crate::packet::{Addrs, build};
-use crate::paths::{Carried, PeerIdx, is_endpoint};
+use crate::paths::{Carried, PeerIdx};
 use crate::stun::is_stun;
 use crate::wg;
 

@@ -33,7 +33,8 @@ impl Engine {
         self.add_peers(now, netmap);
         self.own.clone_from(&netmap.device.addrs);
         self.routes = self.routes_of(netmap);
-        self.relays = netmap.relays.keys().copied().collect();
+        // A device that relays may be asleep tomorrow: it is a way to peers, never a home.
+        self.relays = netmap.relays.values().filter(|r| !r.peer).map(|r| r.id).collect();
         let servers = netmap.relays.values().flat_map(|r| r.stun.iter().map(|addr| (r.id, *addr)));
         let new_servers = self.stun.set_servers(servers);
         let stay: BTreeSet<DeviceId> =

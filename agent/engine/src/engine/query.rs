@@ -130,6 +130,7 @@ impl Engine {
                 name: r.name.clone(),
                 connected: self.paths.relay_connected(r.id),
                 home: self.home.current() == Some(r.id),
+                peer: r.peer,
                 rtt_ms: stun.rtt(r.id).map(millis),
             };
             m.relays.values().map(status).collect()

@@ -1,13 +1,14 @@
 //! What all peers' state machines share: our own addresses, relays, the generator, and the queues out.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use arrayvec::ArrayVec;
 use ipnet::{Ipv4Net, Ipv6Net};
 use rand_chacha::ChaCha20Rng;
 use rand_core::SeedableRng as _;
+use warren_common::endpoint::is_endpoint;
 use warren_common::ids::RelayId;
 use warren_common::time::Instant;
 use warren_common::wire::probe::{Candidate, CandidateKind, MAX_CANDIDATES, MAX_PROBE_LEN};
@@ -188,27 +189,4 @@ impl Shared {
         }
         self.events.push_back(event);
     }
-}
-
-/// True for a unicast address with a port, outside the overlay: all that is ever sent to.
-pub(crate) fn is_endpoint(overlay: Option<(Ipv4Net, Ipv6Net)>, addr: SocketAddr) -> bool {
-    let fine = match addr.ip() {
-        IpAddr::V4(ip) => {
-            !(ip.octets()[0] == 0
-                || ip.is_loopback()
-                || ip.is_multicast()
-                || ip.is_broadcast()
-                || ip.is_link_local()
-                || overlay.is_some_and(|(v4, _)| v4.contains(&ip)))
-        }
-        IpAddr::V6(ip) => {
-            !(ip.is_unspecified()
-                || ip.is_loopback()
-                || ip.is_multicast()
-                || ip.is_unicast_link_local()
-                || ip.to_ipv4_mapped().is_some()
-                || overlay.is_some_and(|(_, v6)| v6.contains(&ip)))
-        }
-    };
-    fine && addr.port() != 0
 }

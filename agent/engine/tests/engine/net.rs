@@ -490,6 +490,7 @@ fn netmap_of(n: usize, nodes: &[Node]) -> Netmap {
         addrs: Vec::new(),
         stun: stun_servers().to_vec(),
         cert_sha256: [0; 32],
+        peer: false,
     };
     Netmap {
         network: network(),
