@@ -3,7 +3,7 @@
 //!
 //! A task of its own does the I/O. It asks for tokens by event and is given them by [`RelayClient::provide_token`]; packets
 //! go in by [`RelayClient::send`], which never waits, and come out as events. A lost connection is tried again after a
-//! back-off that doubles to [`MAX_BACKOFF`], with jitter. A WebSocket looks for QUIC from time to time and moves over when it
+//! back-off ([`warren_engine::redial`]). A WebSocket looks for QUIC from time to time and moves over when it
 //! is there.
 
 use std::net::SocketAddr;
@@ -35,7 +35,7 @@ mod udp;
 
 pub use link::Transport;
 use task::Task;
-pub use task::{MAX_BACKOFF, MIN_BACKOFF, QUIC_HEAD_START, UPGRADE_INTERVAL};
+pub use task::{QUIC_HEAD_START, UPGRADE_INTERVAL};
 
 /// Commands that wait; more are refused to the daemon.
 const MAX_COMMANDS: usize = 16;
@@ -103,6 +103,11 @@ pub enum RelayEventKind {
         device: DeviceId,
         /// Why. After `NotPermitted` a new token is asked for.
         why: GoneReason,
+    },
+    /// The relay has not answered for longer than it should, or does again. The connection stands as it did.
+    Doubt {
+        /// It has not.
+        doubt: bool,
     },
     /// The relay will close soon: peers had better be reached through another.
     Draining {

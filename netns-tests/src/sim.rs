@@ -1,5 +1,6 @@
 //! The simulator: a virtual internet in virtual time. One thread, one seed, no sleeping.
 
+mod control;
 pub mod device;
 pub mod flows;
 pub mod internet;
@@ -7,6 +8,8 @@ pub mod matrix;
 pub mod model;
 pub mod nat;
 pub mod packet;
+pub mod relays;
 pub mod scenario;
 pub mod stun;
+mod uplink;
 pub mod world;

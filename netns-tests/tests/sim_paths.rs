@@ -70,7 +70,7 @@ fn happen(pair: &mut Pair, event: Event) {
             let addr = pair.world.fresh_v6();
             pair.world.roam(no, &[(Realm::Public, addr)]);
         }
-        Event::Relay => pair.world.stop_relay(),
+        Event::Relay => pair.world.stop_relay(0),
     }
 }
 

@@ -309,13 +309,24 @@ impl Engine {
                 self.start_stun(now); // which one is nearest now?
             }
         }
+        self.announce_home();
         self.resend_handshakes(now);
     }
 
-    /// A relay says that it will close: packets still flow through it, but another one had better be home.
+    /// A connected relay has not answered for longer than it should, or answers again
+    /// ([`Liveness::doubt_news`](crate::relay_link::Liveness::doubt_news)). Until it is clear what that means, the connection
+    /// and the home stay, and packets take another relay if the peer is known to listen there.
+    pub fn handle_relay_doubt(&mut self, now: Now, relay: RelayId, doubt: bool) {
+        self.paths.set_relay_silent(now.boot, relay, doubt);
+        self.resend_handshakes(now);
+    }
+
+    /// A relay says that it will close: packets still flow through it, but others had better be used, and be home.
     pub fn handle_relay_draining(&mut self, now: Now, relay: RelayId) {
+        self.paths.set_relay_draining(now.boot, relay);
         self.home.on_failed(now.boot, relay, &self.relays);
         self.choose_home(now, !self.stun.is_asking());
+        self.resend_handshakes(now);
     }
 
     /// The control session came up, or went down: whether [`Event::Signal`] gets anywhere.

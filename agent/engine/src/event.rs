@@ -41,15 +41,21 @@ pub enum Event {
         /// A sealed probe message, at most 1 200 bytes.
         sealed: Vec<u8>,
     },
-    /// A peer listens on this relay and there is something for it: connect, and keep the connection while traffic
-    /// flows.
+    /// A peer without a direct way listens on this relay, or will should its present one fail: connect, and keep the
+    /// connection until [`LEAVE_AFTER`](crate::home::LEAVE_AFTER) after the last packet through it or the last such word.
     RelayWanted {
         /// The relay.
         relay: RelayId,
     },
-    /// This is the best relay to listen on: connect to it for good, and report it as the home relay.
+    /// This is the best relay to listen on: connect to it for good.
     HomeRelay {
         /// The relay; `None` if the netmap has none.
+        relay: Option<RelayId>,
+    },
+    /// Peers find us at this relay from now on: report it to the coordinator as the home relay, and stay connected to it
+    /// until the next such word.
+    HomeAnnounced {
+        /// The relay; `None` if there is none.
         relay: Option<RelayId>,
     },
     /// How long a connection to a relay over UDP may be silent before it needs a word, or the NAT forgets it: at most

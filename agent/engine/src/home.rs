@@ -20,11 +20,20 @@ pub const MEASURE_EVERY: Duration = Duration::from_secs(300);
 const PATIENCE: Duration = Duration::from_secs(1);
 /// How much nearer another relay must be, beyond a third.
 const MARGIN: Duration = Duration::from_millis(5);
+/// A relay that is neither home nor wanted is left after so long without a packet.
+pub const LEAVE_AFTER: Duration = Duration::from_secs(300);
+
+/// True if a round trip of `other` is so much shorter than one of `own` that changing is worth what it costs.
+pub(crate) fn is_clearly_nearer(other: Duration, own: Duration) -> bool {
+    other + MARGIN < own * 2 / 3
+}
 
 /// The choice, and what led to it.
 #[derive(Debug, Default)]
 pub(crate) struct Home {
     current: Option<RelayId>,
+    /// What peers are told.
+    announced: Option<RelayId>,
     /// Until when a relay is not chosen: at most one entry for each relay of the netmap.
     failed: BTreeMap<RelayId, Instant>,
     /// Another relay that is clearly nearer, and since when.
@@ -83,6 +92,18 @@ impl Home {
         changed
     }
 
+    /// What peers are to be told from now on, if that is news. A new home is told of when it is connected, so that no packet
+    /// comes to a relay where we are not yet; unless the former one is gone already.
+    pub(crate) fn announce(&mut self, connected: impl Fn(RelayId) -> bool) -> Option<Option<RelayId>> {
+        let moving = self.current.zip(self.announced);
+        let wait = moving.is_some_and(|(to, from)| !connected(to) && connected(from));
+        if wait || self.current == self.announced {
+            return None;
+        }
+        self.announced = self.current;
+        Some(self.current)
+    }
+
     fn choice(&mut self, now: Instant, view: &View<'_>) -> Option<RelayId> {
         let failed = |relay: &RelayId| self.failed.get(relay).is_some_and(|until| *until > now);
         let all_failed = view.relays.iter().all(failed);
@@ -112,7 +133,7 @@ impl Home {
             return Some(home);
         };
         match (view.rtt)(home) {
-            Some(own) if best + MARGIN < own * 2 / 3 => {
+            Some(own) if is_clearly_nearer(best, own) => {
                 let since = self.better.filter(|(better, _)| *better == relay).map_or(now, |(_, at)| at);
                 self.better = Some((relay, since));
                 Some(if now.since(since) >= BETTER_FOR { relay } else { home })
@@ -229,6 +250,22 @@ mod tests {
         assert!(!choose(&mut home, later, [10, 30, 20], &[1, 2], true));
         assert!(choose(&mut home, later + BETTER_FOR, [10, 30, 20], &[1, 2], true));
         assert_eq!(home.current(), Some(relay(1)));
+    }
+
+    #[test]
+    fn a_new_home_is_told_of_when_it_is_connected_or_the_former_one_is_gone() {
+        let mut home = Home::default();
+        choose(&mut home, START, [10, 30, 20], &[], true);
+        assert_eq!(home.announce(|_| false), Some(Some(relay(1))), "nobody knows of another");
+        let relays = [relay(1), relay(2), relay(3)];
+        home.on_failed(START, relay(1), &relays); // it drains
+        choose(&mut home, START, [10, 30, 20], &[1], true);
+        assert_eq!(home.announce(|r| r == relay(1)), None);
+        assert_eq!(home.announce(|_| true), Some(Some(relay(3))));
+        assert_eq!(home.announce(|_| true), None);
+        home.on_failed(START, relay(3), &relays);
+        choose(&mut home, START, [10, 30, 20], &[], true);
+        assert_eq!(home.announce(|_| false), Some(Some(relay(2))));
     }
 
     #[test]

@@ -19,6 +19,7 @@ pub mod offload;
 pub mod packet;
 pub mod paths;
 pub mod queue;
+pub mod redial;
 pub mod relay_link;
 pub mod status;
 pub mod stun;

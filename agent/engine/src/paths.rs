@@ -40,12 +40,13 @@ mod active;
 mod guess;
 mod hints;
 mod mtu;
+mod relays;
 mod score;
 mod shared;
 mod why;
 
 use crate::stun::PortUse;
-use active::Active;
+use active::{Active, Use};
 pub use guess::{
     MAX_GUESSES, MAX_GUESSES_PER_MINUTE, MAX_OPENED_PORTS, MAX_PREDICTED, OPEN_SOCKETS, SEARCH_PAUSE,
     SEARCH_TIME,
@@ -123,8 +124,6 @@ pub const MAX_OBSERVED: usize = 2;
 pub const CANDIDATE_AGE: Duration = Duration::from_secs(15 * 60);
 /// Least time between two announcements of our addresses to one peer.
 const ANNOUNCE_INTERVAL: Duration = Duration::from_millis(200);
-/// How long a relay that a peer was heard on is preferred to its home relay.
-const RELAY_FRESH: Duration = Duration::from_secs(60);
 /// How long an authentic packet's source may be answered though no pong confirmed it: a handshake's round trip.
 const REPLY_FRESH: Duration = Duration::from_secs(10);
 
@@ -413,10 +412,14 @@ impl Paths {
         !self.shared.reflexive.is_empty()
     }
 
+    /// The relays of the netmap, and the one that is home.
+    pub(crate) fn set_known_relays(&mut self, known: &[RelayId], home: Option<RelayId>) {
+        self.shared.relays.set_known(known, home);
+    }
+
     /// A relay connection came up or went down. True if that is news.
     pub(crate) fn set_relay(&mut self, now: Instant, relay: RelayId, connected: bool) -> bool {
-        let relays = &mut self.shared.relays;
-        let changed = if connected { relays.insert(relay) } else { relays.remove(&relay) };
+        let changed = self.shared.relays.set(relay, connected);
         if changed {
             for idx in self.active_peers() {
                 self.with_active(now, idx, |active, home, shared| {
@@ -427,8 +430,29 @@ impl Paths {
         changed
     }
 
+    /// A connected relay is silent, or answers again: packets pass it over meanwhile.
+    pub(crate) fn set_relay_silent(&mut self, now: Instant, relay: RelayId, silent: bool) {
+        if self.shared.relays.set_silent(relay, silent) {
+            self.look_at_relays(now);
+        }
+    }
+
+    /// A connected relay is about to close: packets pass it over from now on.
+    pub(crate) fn set_relay_draining(&mut self, now: Instant, relay: RelayId) {
+        if self.shared.relays.set_draining(relay) {
+            self.look_at_relays(now);
+        }
+    }
+
+    /// Peers in use may take another relay now.
+    fn look_at_relays(&mut self, now: Instant) {
+        for idx in self.active_peers() {
+            self.with_active(now, idx, |_, _, _| {});
+        }
+    }
+
     pub(crate) fn relay_connected(&self, relay: RelayId) -> bool {
-        self.shared.relays.contains(&relay)
+        self.shared.relays.is_up(relay)
     }
 
     /// The coordinator carries signals, or doesn't.
@@ -446,7 +470,7 @@ impl Paths {
 
     /// Where a packet with somebody's data goes; makes the peer active. `None` if there is no way yet.
     pub(crate) fn route(&mut self, now: Instant, idx: PeerIdx) -> Option<Destination> {
-        self.touch(now, idx);
+        self.touch(now, idx, Use::Data);
         let entry = self.peers.get_mut(idx as usize)?.as_mut()?;
         let active = entry.active.as_mut()?;
         if let Some(at) = active.on_send(now, &self.shared) {
@@ -464,7 +488,7 @@ impl Paths {
             Some(active) => active.destination(now, entry.device, entry.home_relay, shared),
             None => entry
                 .home_relay
-                .filter(|relay| shared.relays.contains(relay))
+                .filter(|relay| shared.relays.is_up(*relay))
                 .map(|relay| Destination::Relay { relay, device: entry.device }),
         }
     }
@@ -472,11 +496,11 @@ impl Paths {
     /// An authentic packet came in: the only thing, besides probes, that teaches anything.
     pub(crate) fn on_authentic(&mut self, now: Instant, idx: PeerIdx, from: Source, carried: Carried) {
         match carried {
-            Carried::Data | Carried::Handshake => self.touch(now, idx),
+            Carried::Data | Carried::Handshake => self.touch(now, idx, Use::Data),
             Carried::Nothing => {}
         }
         let Some(active) = self.entry(idx).and_then(|e| e.active.as_mut()) else { return };
-        if active.on_heard(now, from) {
+        if active.on_packet(now, from) {
             self.with_active(now, idx, |active, home, shared| active.on_heard_news(now, from, home, shared));
         }
     }
@@ -493,7 +517,7 @@ impl Paths {
         };
         let Some(message) = self.open(now, idx, datagram) else { return };
         if matches!(message, Message::Candidates { .. }) {
-            self.touch(now, idx);
+            self.touch(now, idx, Use::Asked);
         }
         self.with_active(now, idx, |active, home, shared| active.on_probe(now, from, message, home, shared));
     }
@@ -525,7 +549,7 @@ impl Paths {
 
     /// Measures the round-trip time over the path in use, or the first one there is.
     pub(crate) fn ping(&mut self, now: Instant, idx: PeerIdx, token: PingToken) {
-        self.touch(now, idx);
+        self.touch(now, idx, Use::Data);
         self.with_active(now, idx, |active, _, shared| active.user_ping(now, token, shared));
     }
 
@@ -632,12 +656,13 @@ impl Paths {
         self.active.iter().copied().collect()
     }
 
-    /// There is data for or from the peer.
-    fn touch(&mut self, now: Instant, idx: PeerIdx) {
-        match self.entry(idx) {
-            Some(Entry { active: Some(active), .. }) => active.used(now),
-            Some(_) => self.activate(now, idx, None),
-            None => {}
+    /// The peer is in use.
+    fn touch(&mut self, now: Instant, idx: PeerIdx, by: Use) {
+        if self.entry(idx).is_some_and(|entry| entry.active.is_none()) {
+            self.activate(now, idx, None);
+        }
+        if let Some(active) = self.entry(idx).and_then(|entry| entry.active.as_mut()) {
+            active.used(now, by);
         }
     }
 

@@ -2,7 +2,8 @@
 //!
 //! [`Liveness`] watches one way to a relay. A quiet way is pinged now and then, which also keeps NATs open. A way that
 //! is *used* is watched closely: what was sent and followed by nothing is a suspicion, which a few quick pings confirm or
-//! clear. So a relay that dies is noticed within two seconds by those who need it, and nobody else hurries.
+//! clear. So a relay that dies is noticed within two seconds by those who need it, and nobody else hurries. From the second
+//! ping on the way is *in doubt*: packets had better go elsewhere, if there is an elsewhere, and it costs nothing to be wrong.
 //!
 //! [`UdpWay`] proves plain UDP before it is used, with pings as long as the longest packet, and gives it up when it stops
 //! passing; then it is tried again after growing pauses, or when the network changes.
@@ -18,6 +19,10 @@ pub const KEEPALIVE: Duration = Duration::from_secs(15);
 const SUSPECT_AFTER: Duration = Duration::from_millis(300);
 /// Pings that a suspicion takes; when the last of them stays unanswered the way is dead.
 const SUSPECT_PINGS: u32 = 3;
+/// Those of them after which the way is in doubt: the first had time for an answer.
+const DOUBT_PINGS: u32 = 2;
+/// An answer over a connection may take so long where the round trip is short: it waits its turn behind packets.
+pub const CONNECTION_MIN_PAUSE: Duration = Duration::from_millis(500);
 /// Longest pause between them, however long the round trip is: dead is known within 300 ms and three of these.
 const MAX_PING_PAUSE: Duration = Duration::from_millis(550);
 /// Pings that prove UDP: over half a second, so that a moment's loss does not decide.
@@ -52,6 +57,8 @@ pub struct Liveness {
     kept: Option<Instant>,
     rtt: Duration,
     suspicion: Option<Suspicion>,
+    /// What [`Liveness::doubt_news`] has told.
+    told: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -64,7 +71,19 @@ impl Liveness {
     /// A way that works; whether it still does is asked at once. `min_pause` is what an answer may take on a way with a
     /// short round trip.
     pub const fn new(min_pause: Duration) -> Self {
-        Self { min_pause, keepalive: KEEPALIVE, kept: None, rtt: Duration::ZERO, suspicion: None }
+        let (keepalive, rtt) = (KEEPALIVE, Duration::ZERO);
+        Self { min_pause, keepalive, kept: None, rtt, suspicion: None, told: false }
+    }
+
+    /// True while a ping has been unanswered for longer than an answer takes: packets are better sent another way.
+    pub fn is_in_doubt(&self) -> bool {
+        self.suspicion.is_some_and(|suspicion| suspicion.pings >= DOUBT_PINGS)
+    }
+
+    /// [`Liveness::is_in_doubt`], if that has changed since the last call.
+    pub fn doubt_news(&mut self) -> Option<bool> {
+        let doubt = self.is_in_doubt();
+        (std::mem::replace(&mut self.told, doubt) != doubt).then_some(doubt)
     }
 
     /// How often to ping it when it is quiet. True if the next deadline came nearer.
@@ -408,6 +427,25 @@ mod tests {
         world.way.on_network_change(world.now);
         world.run(Duration::from_millis(100), false);
         assert_eq!(world.seen, [SHORT]);
+    }
+
+    #[test]
+    fn a_used_way_is_in_doubt_long_before_it_is_given_up_and_one_word_clears_it() {
+        let start = Instant::from_nanos(1_000_000_000_000);
+        let mut liveness = Liveness::new(CONNECTION_MIN_PAUSE);
+        assert_eq!(liveness.check(start), Check::Ping);
+        liveness.on_pong(Duration::from_millis(40));
+        liveness.on_sent(start);
+        let doubt = start + SUSPECT_AFTER + CONNECTION_MIN_PAUSE;
+        let mut now = start;
+        while !liveness.is_in_doubt() {
+            assert_eq!(liveness.doubt_news(), None);
+            now = liveness.deadline();
+            assert_eq!(liveness.check(now), Check::Ping);
+        }
+        assert_eq!((now, liveness.doubt_news(), liveness.doubt_news()), (doubt, Some(true), None));
+        liveness.on_heard();
+        assert_eq!((liveness.doubt_news(), liveness.doubt_news()), (Some(false), None));
     }
 
     proptest! {

@@ -96,7 +96,8 @@ impl Up {
             }
             Event::SocketsWanted { .. } => {} // only without an engine, which is gone
             Event::RelayKeepalive { pause } => self.relays.set_keepalive(pause),
-            Event::HomeRelay { relay } => self.set_home_relay(now, relay),
+            Event::HomeRelay { relay } => self.choose_home(now, relay),
+            Event::HomeAnnounced { relay } => self.announce_home(relay),
         }
     }
 }

@@ -10,6 +10,7 @@ use warren_common::ids::{DeviceId, RelayId};
 use warren_common::netmap::{Netmap, Relay};
 use warren_common::time::{Instant, Now};
 use warren_common::wire::control::{ClientBody, RelayTokenGrant, RelayTokenRequest};
+use warren_engine::home::LEAVE_AFTER;
 use warren_engine::io::Source;
 use warren_engine::relay_link::KEEPALIVE;
 
@@ -22,15 +23,13 @@ use crate::relay_client::{RelayClient, RelayClientConfig, RelayEvent, RelayEvent
 const QUEUE: usize = 1_024;
 /// Events taken in one turn.
 const BUDGET: usize = 256;
-/// A relay that is not the home relay is left after so long without a packet.
-const IDLE: Duration = Duration::from_secs(300);
 
 /// All relay connections.
 pub(super) struct Relays {
     clients: BTreeMap<RelayId, Client>,
     /// What the engine wants to be home.
     chosen: Option<RelayId>,
-    /// What peers are told: the chosen one, once it is connected or the former one no longer is.
+    /// What peers are told, as the engine says.
     home: Option<RelayId>,
     /// Why the last connection failed or ended, and what somebody can change about it.
     trouble: Option<(String, Option<Problem>)>,
@@ -76,10 +75,6 @@ impl Relays {
     /// The relay that peers find us at.
     pub(super) fn home(&self) -> Option<RelayId> {
         self.home
-    }
-
-    fn is_connected(&self, relay: RelayId) -> bool {
-        self.clients.get(&relay).is_some_and(|c| c.client.is_connected())
     }
 
     /// What packets to and from a relay run over now, and the round trip to it.
@@ -138,7 +133,7 @@ impl RelayLinks for Relays {
 }
 
 impl Up {
-    /// Connects to a relay of the netmap, if there is no connection yet.
+    /// Connects to a relay of the netmap, if there is no connection yet; else the connection stays.
     pub(super) fn want_relay(&mut self, now: Now, id: RelayId) {
         let relay = self.engine.as_ref().and_then(|e| e.netmap()).and_then(|m| m.relays.get(&id));
         let Some(relay) = relay.cloned() else { return };
@@ -167,23 +162,16 @@ impl Up {
         self.relays.clients.insert(id, Client { relay, client, used: now.boot });
     }
 
-    pub(super) fn set_home_relay(&mut self, now: Now, home: Option<RelayId>) {
+    pub(super) fn choose_home(&mut self, now: Now, home: Option<RelayId>) {
         self.relays.chosen = home;
         if let Some(id) = home {
             self.want_relay(now, id);
         }
-        self.announce_home();
     }
 
-    /// Tells the coordinator where peers find us. A new home is told of when it is connected, so that no packet comes to
-    /// a relay where we are not yet; unless the former one is gone already.
-    fn announce_home(&mut self) {
-        let Relays { chosen, home, .. } = self.relays;
-        let wait = chosen.zip(home).is_some_and(|(chosen, home)| {
-            !self.relays.is_connected(chosen) && self.relays.is_connected(home)
-        });
-        if !wait && chosen != home {
-            self.relays.home = chosen;
+    /// Tells the coordinator where peers find us.
+    pub(super) fn announce_home(&mut self, home: Option<RelayId>) {
+        if std::mem::replace(&mut self.relays.home, home) != home {
             self.report();
         }
     }
@@ -211,7 +199,7 @@ impl Up {
     pub(super) fn leave_idle_relays(&mut self, now: Now) {
         let Relays { chosen, home, .. } = self.relays;
         let needed = |id: RelayId| Some(id) == home || Some(id) == chosen;
-        let idle = |id: &RelayId, c: &Client| !needed(*id) && now.boot.since(c.used) >= IDLE;
+        let idle = |id: &RelayId, c: &Client| !needed(*id) && now.boot.since(c.used) >= LEAVE_AFTER;
         let ids: Vec<RelayId> =
             self.relays.clients.iter().filter(|(id, c)| idle(id, c)).map(|(id, _)| *id).collect();
         ids.into_iter().for_each(|id| self.leave_relay(now, id));
@@ -267,7 +255,6 @@ impl Up {
                 tracing::debug!(%relay, %addr, "relay address");
                 engine.handle_relay_state(now, relay, true);
                 self.relays.trouble = None;
-                self.announce_home();
             }
             RelayEventKind::Moved { transport } => {
                 tracing::info!(%relay, ?transport, "relay packets take another transport");
@@ -278,11 +265,14 @@ impl Up {
                 if !client.relay.peer {
                     self.relays.trouble = Some((why, problem));
                 }
-                self.announce_home();
             }
             RelayEventKind::NeedToken => self.ask_token(relay),
             RelayEventKind::PeerGone { device, why } => {
                 tracing::debug!(%relay, %device, ?why, "a peer is not there")
+            }
+            RelayEventKind::Doubt { doubt } => {
+                tracing::debug!(%relay, doubt, "does the relay answer?");
+                engine.handle_relay_doubt(now, relay, doubt);
             }
             RelayEventKind::Draining { after } => {
                 tracing::info!(%relay, ?after, "the relay is about to close");

@@ -13,7 +13,8 @@ use warren_common::wire::relay::udp::UdpKeys;
 use warren_common::wire::relay::{
     Binding, Class, DATA_QUEUE_BYTES, Frame, FrameQueue, GoneReason, Proven, RefusalCode, TokenRef,
 };
-use warren_engine::relay_link::{Check, KEEPALIVE, Liveness};
+use warren_engine::redial::{DIAL_TIMEOUT, Ended, Redial};
+use warren_engine::relay_link::{CONNECTION_MIN_PAUSE, Check, KEEPALIVE, Liveness};
 
 use super::link::{self, End, Link, Reader, Transport, Writer};
 use super::udp::UdpLink;
@@ -21,38 +22,20 @@ use super::{Command, Events, RelayClientConfig, RelayEvent, RelayEventKind, Shar
 use crate::clock;
 use crate::entropy::OsEntropy;
 
-/// First wait after a lost or failed connection.
-pub const MIN_BACKOFF: Duration = Duration::from_millis(250);
-/// Longest wait between two attempts.
-pub const MAX_BACKOFF: Duration = Duration::from_secs(30);
-/// Wait after another connection of the same device took over: two hosts with one identity must not fight.
-const REPLACED_BACKOFF: Duration = Duration::from_secs(20);
 /// How long a WebSocket waits for QUIC to come first.
 pub const QUIC_HEAD_START: Duration = Duration::from_secs(2);
 /// The same where QUIC did not pass last time.
 const SHORT_HEAD_START: Duration = Duration::from_millis(300);
-/// A relay that said it would close is expected back for so long: it is restarted, mostly.
-const RESTART_TIME: Duration = Duration::from_secs(10);
-/// Pause between attempts meanwhile, and longest time that one of them takes: what is sent before it listens is lost, and
-/// QUIC repeats itself only after a second.
-const RESTART_PAUSE: Duration = Duration::from_millis(100);
-const RESTART_DIAL_TIMEOUT: Duration = Duration::from_millis(400);
-/// Longest time from the first packet to a connection.
-const DIAL_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long the relay may take to authenticate us; it waits for 10 s itself.
 const STEP_TIMEOUT: Duration = Duration::from_secs(9);
 /// How long the daemon may take to get a token.
 const TOKEN_TIMEOUT: Duration = Duration::from_secs(7);
-/// An answer over a connection may take so long where the round trip is short: it waits its turn behind packets.
-const MIN_PING_PAUSE: Duration = Duration::from_millis(500);
 /// How often a WebSocket tries QUIC.
 pub const UPGRADE_INTERVAL: Duration = Duration::from_secs(300);
 /// A token is asked for again after so long without one.
 const ASK_INTERVAL: Duration = Duration::from_secs(5);
 /// A token older than this (of at most 10 min of life) is not used for a new connection.
 const TOKEN_FRESH: Duration = Duration::from_secs(420);
-/// A connection that stood for so long resets the back-off.
-const STABLE: Duration = Duration::from_secs(30);
 
 pub(super) struct Task {
     config: Arc<RelayClientConfig>,
@@ -63,8 +46,7 @@ pub(super) struct Task {
     /// When the daemon was last asked for a token that has not come.
     asked: Option<Instant>,
     quic_failed: bool,
-    /// Until when the relay is expected back at any moment.
-    restarting: Option<Instant>,
+    redial: Redial,
 }
 
 /// How a session ends.
@@ -89,14 +71,14 @@ impl Task {
             token: None,
             asked: None,
             quic_failed: false,
-            restarting: None,
+            redial: Redial::default(),
         }
     }
 
     pub(super) async fn run(mut self) {
-        let mut backoff = MIN_BACKOFF;
         let mut upgrade = None;
         loop {
+            let mut stood = Duration::ZERO;
             let end = match self.connect(upgrade.take()).await {
                 Ok((link, keys)) => {
                     let since = Instant::now();
@@ -108,9 +90,7 @@ impl Task {
                     let outcome = self.session(link, keys).await;
                     self.shared.connected.store(false, Ordering::Release);
                     self.shared.set_udp(false);
-                    if since.elapsed() >= STABLE {
-                        backoff = MIN_BACKOFF;
-                    }
+                    stood = since.elapsed();
                     match outcome {
                         Outcome::Upgrade(link) => {
                             upgrade = Some(link);
@@ -125,24 +105,20 @@ impl Task {
             if refused.is_some_and(is_about_token) {
                 self.token = None;
             }
-            if refused == Some(RefusalCode::ShuttingDown) {
-                self.restarting = Some(Instant::now() + RESTART_TIME);
-            }
             let why = end.to_string();
             let problem = match end {
                 End::Barred(problem) => Some(problem),
                 End::Refused(_) | End::Lost(_) => None,
             };
             self.events.send(RelayEventKind::Disconnected { why, refused, problem }).await;
-            let wait = match refused {
-                Some(RefusalCode::Replaced) => REPLACED_BACKOFF,
-                _ if self.is_restarting() => RESTART_PAUSE,
-                _ => backoff,
+            let how = match refused {
+                Some(RefusalCode::Replaced) => Ended::Replaced,
+                Some(RefusalCode::ShuttingDown) => Ended::ShuttingDown,
+                _ => Ended::Lost,
             };
-            if self.pause(jittered(wait)).await {
-                backoff = MIN_BACKOFF;
-            } else {
-                backoff = (2 * backoff).min(MAX_BACKOFF);
+            let wait = self.redial.on_ended(clock::now().boot, stood, how, OsEntropy.next_u32());
+            if self.pause(wait).await {
+                self.redial.on_network_change();
             }
         }
     }
@@ -160,10 +136,6 @@ impl Task {
                 },
             }
         }
-    }
-
-    fn is_restarting(&self) -> bool {
-        self.restarting.is_some_and(|until| Instant::now() < until)
     }
 
     fn keep(&mut self, token: Signed) {
@@ -193,11 +165,7 @@ impl Task {
             Some(link) => *link,
             None => {
                 let head_start = if self.quic_failed { SHORT_HEAD_START } else { QUIC_HEAD_START };
-                let longest = if self.is_restarting() {
-                    RESTART_DIAL_TIMEOUT.max(2 * self.shared.last_rtt())
-                } else {
-                    DIAL_TIMEOUT
-                };
+                let longest = self.redial.dial_timeout(clock::now().boot, self.shared.last_rtt());
                 let config = self.config.clone();
                 tokio::select! {
                     dialled = link::dial(&config, Some(head_start.min(longest / 2)), longest) => dialled?,
@@ -213,7 +181,7 @@ impl Task {
         // What waited for an earlier connection is of no use any more.
         *self.shared.queue() = FrameQueue::new(DATA_QUEUE_BYTES);
         self.shared.rtt.store(u64::MAX, Ordering::Relaxed);
-        self.restarting = None;
+        self.redial.on_connected();
         Ok((link, keys))
     }
 
@@ -285,7 +253,9 @@ impl Task {
             if signs.stalled.load(Ordering::Relaxed) > 0 {
                 signs.liveness().on_heard(); // it is us who don't listen
             }
-            match signs.liveness().check(now) {
+            let check = signs.liveness().check(now);
+            signs.tell_doubt(&self.events).await;
+            match check {
                 Check::Fine => {}
                 Check::Ping => {
                     self.shared.push(Class::Control, &Frame::Ping { nonce: micros() });
@@ -346,7 +316,7 @@ pub(super) struct Signs {
 impl Signs {
     fn new() -> Self {
         Self {
-            liveness: Mutex::new(Liveness::new(MIN_PING_PAUSE)),
+            liveness: Mutex::new(Liveness::new(CONNECTION_MIN_PAUSE)),
             sent: Notify::new(),
             suspect: Notify::new(),
             token_wanted: Notify::new(),
@@ -366,6 +336,14 @@ impl Signs {
         self.stalled.fetch_add(1, Ordering::Relaxed);
         events.send(kind).await;
         self.stalled.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Tells the daemon whether the relay is in doubt, if that has changed.
+    async fn tell_doubt(&self, events: &Events) {
+        let news = self.liveness().doubt_news();
+        if let Some(doubt) = news {
+            events.send(RelayEventKind::Doubt { doubt }).await;
+        }
     }
 
     /// The UDP side, while packets go there.
@@ -415,6 +393,7 @@ async fn read(reader: &mut Reader, shared: &Shared, events: &Events, signs: &Sig
             Err(end) => return end,
         };
         signs.liveness().on_heard();
+        signs.tell_doubt(events).await;
         match Frame::decode(&frame) {
             Ok(Some(Frame::Recv { src, payload })) => {
                 let payload = frame.slice_ref(payload);

@@ -1,9 +1,10 @@
 //! A simulated device: the product's engine, and around it what the agent's shell does, without its I/O.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use rand_chacha::ChaCha20Rng;
-use rand_core::SeedableRng;
+use rand_core::{RngCore, SeedableRng};
 use warren_common::auth_key::AuthKey;
 use warren_common::ids::{DeviceId, NetworkId, RelayId};
 use warren_common::keys::{ControlPublicKey, ControlSecretKey, NetmapPublicKey, ProbeSecretKey, WgSecretKey};
@@ -11,16 +12,17 @@ use warren_common::time::{Instant, Now};
 use warren_common::wire::control::{
     Ack, ClientBody, ConfirmGeneration, Enroll, RelayTokenRequest, Report, Resume, ServerBody, Signal, Signed,
 };
-use warren_common::wire::relay::{Binding, Challenge, Frame, GoneReason, TokenRef};
+use warren_common::wire::relay::{Binding, RefusalCode};
 use warren_coordinator::push::SessionId;
 use warren_engine::engine::{Config, Engine};
 use warren_engine::event::Event;
+use warren_engine::home::LEAVE_AFTER;
 use warren_engine::io::{Destination, LocalSocket, Outbox, Source, TunOut};
 use warren_engine::netmap::{Identity, SavedNetmap};
 use warren_engine::status::Status;
-use warren_relay::core::ConnId;
 
 use super::internet::HostId;
+use super::uplink::{DialNo, Out, Uplink};
 
 /// The MTU of every TUN.
 const MTU: u16 = 1_420;
@@ -37,25 +39,24 @@ const BOOT_ID: [u8; 16] = [0xb0; 16];
 pub(super) struct Context {
     pub(super) network: NetworkId,
     pub(super) netmap_key: NetmapPublicKey,
-    pub(super) relay: RelayId,
-    pub(super) binding: Binding,
 }
 
 /// What a device's shell sends on streams.
 #[derive(Debug)]
 pub(super) enum Sent {
     Control(SessionId, ClientBody),
-    Relay(ConnId, Vec<u8>),
-    ConnectRelay,
-    /// The network may be another one: are the streams still alive?
-    CheckStreams,
+    Dial(RelayId, DialNo),
+    Relay(RelayId, DialNo, Vec<u8>),
+    HangUp(RelayId, DialNo),
+    /// The network may be another one: is the session with the coordinator still alive?
+    CheckSession,
 }
 
 /// Where a datagram of the engine goes.
 #[derive(Debug)]
 pub(super) enum Route {
     Internet { port: u16, remote: SocketAddr },
-    Relay(ConnId, Vec<u8>),
+    Relay(RelayId, DialNo, Vec<u8>),
     Nowhere,
 }
 
@@ -65,13 +66,6 @@ struct Disk {
     device: Option<DeviceId>,
     generation: u64,
     netmap: Option<SavedNetmap>,
-}
-
-#[derive(Debug)]
-struct RelayLink {
-    conn: ConnId,
-    challenge: Option<Challenge>,
-    ready: bool,
 }
 
 /// One device.
@@ -90,14 +84,22 @@ pub struct Device {
     probe: ProbeSecretKey,
     disk: Disk,
     engine: Option<Engine>,
-    relay: Option<RelayLink>,
-    token: Option<Signed>,
+    uplinks: BTreeMap<RelayId, Uplink>,
+    /// The number of the last attempt to connect to a relay.
+    dials: DialNo,
+    /// Relay connections up to this one are dead, and neither end has noticed.
+    cut_dials: DialNo,
+    rng: ChaCha20Rng,
     sent: Vec<Sent>,
+    /// Packets that came through relays: which one, and from whom.
+    received: Vec<(RelayId, DeviceId, Vec<u8>)>,
     interfaces_wanted: bool,
+    /// The relay to be connected to for good, and the one that peers are told of.
+    chosen_home: Option<RelayId>,
     home_relay: Option<RelayId>,
     /// Revisions applied, for the properties.
     pub applied: u64,
-    /// Its streams are dead, and neither end has noticed.
+    /// Its session with the coordinator is dead, and neither end has noticed.
     pub(super) cut: bool,
     /// It is in suspend to RAM.
     pub asleep: bool,
@@ -120,10 +122,14 @@ impl Device {
             probe: ProbeSecretKey::generate(rng),
             disk: Disk::default(),
             engine: None,
-            relay: None,
-            token: None,
+            uplinks: BTreeMap::new(),
+            dials: 0,
+            cut_dials: 0,
+            rng: ChaCha20Rng::seed_from_u64(rng.next_u64()),
             sent: Vec::new(),
+            received: Vec::new(),
             interfaces_wanted: false,
+            chosen_home: None,
             home_relay: None,
             applied: 0,
             cut: false,
@@ -143,9 +149,19 @@ impl Device {
         self.session.is_some() && self.applied > 0
     }
 
-    /// True if the relay forwards for it.
+    /// True if a relay forwards for it.
     pub fn relay_ready(&self) -> bool {
-        self.relay.as_ref().is_some_and(|r| r.ready)
+        self.uplinks.values().any(|uplink| uplink.ready().is_some())
+    }
+
+    /// The relays that forward for it.
+    pub fn relays(&self) -> impl Iterator<Item = RelayId> {
+        self.uplinks.values().filter(|uplink| uplink.ready().is_some()).map(Uplink::relay)
+    }
+
+    /// Where peers find it.
+    pub const fn home_relay(&self) -> Option<RelayId> {
+        self.home_relay
     }
 
     /// What its engine says of itself.
@@ -161,8 +177,9 @@ impl Device {
         self.control.public()
     }
 
-    pub(super) fn relay_conn(&self) -> Option<ConnId> {
-        self.relay.as_ref().map(|r| r.conn)
+    /// The attempts to connect, or connections, that it has now.
+    pub(super) fn dials(&self) -> impl Iterator<Item = (RelayId, DialNo)> {
+        self.uplinks.values().filter_map(|uplink| Some((uplink.relay(), uplink.dial_no()?)))
     }
 
     pub(super) fn take_sent(&mut self) -> Vec<Sent> {
@@ -175,7 +192,7 @@ impl Device {
 
     /// What it says first in a new session.
     pub(super) fn greet(&mut self, session: SessionId) -> ClientBody {
-        self.session = Some(session);
+        (self.session, self.cut) = (Some(session), false);
         self.applied = 0;
         match self.disk.device {
             Some(device) => {
@@ -223,10 +240,14 @@ impl Device {
                 if let Some(engine) = &mut self.engine {
                     engine.handle_control_state(now, true);
                 }
-                if self.relay.is_none() {
-                    self.sent.push(Sent::ConnectRelay);
-                }
                 self.report();
+                // Whatever ended the former session may have ended other connections, and tokens asked for did not come.
+                self.check_uplinks(now);
+                self.with_uplinks(now, |uplink, now, _, out| {
+                    if uplink.ready().is_none() {
+                        uplink.want_token(now, out);
+                    }
+                });
             }
             ServerBody::Refused(_) => self.gone = true,
             ServerBody::Update(signed) => {
@@ -237,8 +258,8 @@ impl Device {
                 let before = peers(self);
                 self.update(now, session, &signed);
                 // The relay passes packets to the peers that a token names.
-                if before != peers(self) && self.relay.is_some() {
-                    self.want_token(context);
+                if before != peers(self) {
+                    self.with_uplinks(now, |uplink, now, _, out| uplink.want_token(now, out));
                 }
             }
             ServerBody::Signal(signal) => {
@@ -251,8 +272,12 @@ impl Device {
                 }
             }
             ServerBody::RelayToken(grant) => {
-                self.token = grant.token;
-                self.present_token(context);
+                let probe = self.probe.clone();
+                if let (Some(relay), Some(token)) = (RelayId::from_slice(&grant.relay), grant.token) {
+                    self.with_uplink(now, relay, |uplink, now, _, out| {
+                        uplink.on_token(now, token, &probe, out)
+                    });
+                }
             }
             ServerBody::Presence(_)
             | ServerBody::Pong(_)
@@ -281,7 +306,7 @@ impl Device {
     fn start_engine(&mut self, context: &Context, seed: u64) {
         let Some(device) = self.disk.device else { return };
         let mut bytes = [0; 32];
-        rand_core::RngCore::fill_bytes(&mut ChaCha20Rng::seed_from_u64(seed), &mut bytes);
+        ChaCha20Rng::seed_from_u64(seed).fill_bytes(&mut bytes);
         self.engine = Some(Engine::new(Config {
             identity: Identity {
                 network: context.network,
@@ -301,16 +326,15 @@ impl Device {
 
     /// Starts the agent again from its disk.
     pub(super) fn restart(&mut self, now: Now, context: &Context, seed: u64) {
-        (self.engine, self.session, self.relay, self.token) = (None, None, None, None);
+        (self.engine, self.session) = (None, None);
+        (self.chosen_home, self.home_relay) = (None, None);
         (self.cut, self.extra) = (false, Vec::new());
+        self.uplinks.clear();
         self.sent.clear();
         self.applied = 0;
         self.start_engine(context, seed);
         if let (Some(engine), Some(saved)) = (&mut self.engine, &self.disk.netmap) {
             engine.restore(now, saved).unwrap_or_else(|e| panic!("what was saved can't be restored: {e}"));
-        }
-        if self.engine.is_some() {
-            self.sent.push(Sent::ConnectRelay);
         }
     }
 
@@ -335,70 +359,142 @@ impl Device {
         self.extra.contains(&id).then_some(id)
     }
 
-    pub(super) fn relay_connecting(&mut self, conn: ConnId) {
-        self.relay = Some(RelayLink { conn, challenge: None, ready: false });
-    }
+    // Relays.
 
-    pub(super) fn relay_lost(&mut self, now: Now, relay: RelayId) {
-        self.relay = None;
-        self.token = None;
-        if let Some(engine) = &mut self.engine {
-            engine.handle_relay_state(now, relay, false);
+    /// Runs `change` on the connection to `relay`, and does what follows.
+    fn with_uplink(
+        &mut self,
+        now: Now,
+        relay: RelayId,
+        change: impl FnOnce(&mut Uplink, Instant, u32, &mut Vec<Out>),
+    ) {
+        let random = self.rng.next_u32();
+        let Some(uplink) = self.uplinks.get_mut(&relay) else { return };
+        let mut out = Vec::new();
+        change(uplink, now.boot, random, &mut out);
+        for out in out {
+            self.follow(now, relay, out);
         }
     }
 
-    /// Takes a frame of the relay.
-    pub(super) fn handle_relay_frame(&mut self, now: Now, context: &Context, frame: &[u8], tun: &mut TunOut) {
-        let Some(link) = &mut self.relay else { return };
-        let Ok(Some(frame)) = Frame::decode(frame) else { return };
-        match frame {
-            Frame::Challenge(challenge) => {
-                link.challenge = Some(challenge);
-                self.want_token(context);
-            }
-            Frame::Ready { .. } => {
-                link.ready = true;
-                if let Some(engine) = &mut self.engine {
-                    engine.handle_relay_state(now, context.relay, true);
+    fn with_uplinks(&mut self, now: Now, change: impl Fn(&mut Uplink, Instant, u32, &mut Vec<Out>)) {
+        let relays: Vec<RelayId> = self.uplinks.keys().copied().collect();
+        relays.into_iter().for_each(|relay| self.with_uplink(now, relay, &change));
+    }
+
+    fn follow(&mut self, now: Now, relay: RelayId, out: Out) {
+        let Some(engine) = &mut self.engine else { return };
+        match out {
+            Out::Dial(dial) => self.sent.push(Sent::Dial(relay, dial)),
+            Out::Frame(dial, frame) => self.sent.push(Sent::Relay(relay, dial, frame)),
+            Out::HangUp(dial) => self.sent.push(Sent::HangUp(relay, dial)),
+            Out::WantToken => {
+                if let Some(session) = self.session {
+                    let request = RelayTokenRequest { relay: relay.to_bytes().to_vec() };
+                    self.sent.push(Sent::Control(session, ClientBody::RelayToken(request)));
                 }
             }
-            Frame::Recv { src, payload } => {
-                if let Some(engine) = &mut self.engine {
-                    let mut bytes = payload.to_vec();
-                    let source = Source::Relay { relay: context.relay, device: src };
-                    engine.handle_datagram(now, source, &mut bytes, payload.len(), tun);
-                }
-            }
-            Frame::TokenWanted { .. } | Frame::PeerGone { why: GoneReason::NotPermitted, .. } => {
-                self.want_token(context);
-            }
-            Frame::Ping { nonce } => {
-                let conn = link.conn;
-                self.sent.push(Sent::Relay(conn, Frame::Pong { nonce }.to_vec()));
-            }
-            _ => {}
+            Out::Up => engine.handle_relay_state(now, relay, true),
+            Out::Down => engine.handle_relay_state(now, relay, false),
+            Out::Doubt(doubt) => engine.handle_relay_doubt(now, relay, doubt),
+            Out::Draining => engine.handle_relay_draining(now, relay),
+            Out::Received(src, payload) => self.received.push((relay, src, payload)),
         }
     }
 
-    fn want_token(&mut self, context: &Context) {
-        self.token = None;
-        if let Some(session) = self.session {
-            let request = RelayTokenRequest { relay: context.relay.to_bytes().to_vec() };
-            self.sent.push(Sent::Control(session, ClientBody::RelayToken(request)));
+    /// Connects to a relay of the netmap, if there is no connection yet; else it stays.
+    fn want_relay(&mut self, now: Now, relay: RelayId) {
+        if let Some(uplink) = self.uplinks.get_mut(&relay) {
+            uplink.used = now.boot;
+            return;
+        }
+        let Some(netmap) = self.engine.as_ref().and_then(Engine::netmap) else { return };
+        let Some(known) = netmap.relays.get(&relay) else { return };
+        let binding = Binding { network: netmap.network.id, relay, cert_sha256: known.cert_sha256 };
+        self.uplinks.insert(relay, Uplink::new(now.boot, binding));
+        self.handle_uplink_timeouts(now);
+    }
+
+    fn leave_idle_relays(&mut self, now: Now) {
+        let needed = |relay: RelayId| [self.chosen_home, self.home_relay].contains(&Some(relay));
+        let idle = |u: &Uplink| !needed(u.relay()) && now.boot.since(u.used) >= LEAVE_AFTER;
+        let idle: Vec<RelayId> = self.uplinks.values().filter(|u| idle(u)).map(Uplink::relay).collect();
+        for relay in idle {
+            if let Some(dial) = self.uplinks.remove(&relay).and_then(|uplink| uplink.dial_no()) {
+                self.sent.push(Sent::HangUp(relay, dial));
+            }
+            if let Some(engine) = &mut self.engine {
+                engine.handle_relay_state(now, relay, false);
+            }
         }
     }
 
-    fn present_token(&mut self, context: &Context) {
-        let (Some(link), Some(signed)) = (&mut self.relay, &self.token) else { return };
-        let Some(token) = TokenRef::new(signed) else { return };
-        let frame = if link.ready {
-            Frame::TokenRefresh { token }.to_vec()
-        } else {
-            let Some(challenge) = link.challenge else { return };
-            let Some(proven) = challenge.prove(&self.probe, &context.binding, token) else { return };
-            Frame::Auth { proof: proven.proof, token }.to_vec()
-        };
-        self.sent.push(Sent::Relay(link.conn, frame));
+    fn handle_uplink_timeouts(&mut self, now: Now) {
+        let due: Vec<RelayId> =
+            self.uplinks.values().filter(|u| u.deadline() <= now.boot).map(Uplink::relay).collect();
+        for relay in due {
+            let mut dials = self.dials;
+            self.with_uplink(now, relay, |uplink, now, random, out| {
+                uplink.handle_timeout(now, &mut dials, random, out);
+            });
+            self.dials = dials;
+        }
+    }
+
+    /// Are the relay connections still alive?
+    fn check_uplinks(&mut self, now: Now) {
+        self.with_uplinks(now, Uplink::on_network_change);
+    }
+
+    /// Its streams are dead from now on, and neither end knows.
+    pub(super) const fn cut_streams(&mut self) {
+        (self.cut, self.cut_dials) = (true, self.dials);
+    }
+
+    /// It finds all its relay connections dead.
+    pub(super) fn lose_uplinks(&mut self, now: Now) {
+        self.cut_dials = self.dials;
+        self.with_uplinks(now, |uplink, now, random, out| {
+            if uplink.dial_no().is_some() {
+                uplink.on_ended(now, None, random, out);
+            }
+            uplink.on_network_change(now, random, out);
+        });
+    }
+
+    /// True if what travels on that connection gets nowhere.
+    pub(super) const fn is_cut(&self, dial: DialNo) -> bool {
+        dial <= self.cut_dials
+    }
+
+    /// The relay, or its host, ended a connection or refused one.
+    pub(super) fn relay_closed(&mut self, now: Now, relay: RelayId, dial: DialNo, why: Option<RefusalCode>) {
+        self.with_uplink(now, relay, |uplink, now, random, out| {
+            if uplink.dial_no() == Some(dial) {
+                uplink.on_ended(now, why, random, out);
+            }
+        });
+    }
+
+    /// Takes a frame of a relay.
+    pub(super) fn handle_relay_frame(
+        &mut self,
+        now: Now,
+        (relay, dial): (RelayId, DialNo),
+        frame: &[u8],
+        tun: &mut TunOut,
+    ) {
+        let probe = self.probe.clone();
+        self.with_uplink(now, relay, |uplink, now, _, out| {
+            if uplink.dial_no() == Some(dial) {
+                uplink.on_frame(now, frame, &probe, out);
+            }
+        });
+        let Some(engine) = &mut self.engine else { return };
+        for (relay, device, mut payload) in self.received.drain(..) {
+            let stride = payload.len();
+            engine.handle_datagram(now, Source::Relay { relay, device }, &mut payload, stride, tun);
+        }
     }
 
     pub(super) fn handle_tun(&mut self, now: Now, packet: &[u8], out: &mut Outbox) {
@@ -421,14 +517,21 @@ impl Device {
         }
     }
 
-    pub(super) fn handle_timeout(&mut self, now: Now) {
-        if let Some(engine) = &mut self.engine {
+    /// Does what is due. True if the engine's own timer was.
+    pub(super) fn handle_timeout(&mut self, now: Now) -> bool {
+        self.handle_uplink_timeouts(now);
+        self.leave_idle_relays(now);
+        let Some(engine) = &mut self.engine else { return false };
+        let due = engine.poll_timeout(now).is_some_and(|(at, _)| at <= now.boot);
+        if due {
             engine.handle_timeout(now);
         }
+        due
     }
 
     pub(super) fn poll_timeout(&mut self, now: Now) -> Option<Instant> {
-        self.engine.as_mut().and_then(|e| e.poll_timeout(now)).map(|(at, _)| at)
+        let engine = self.engine.as_mut().and_then(|e| e.poll_timeout(now)).map(|(at, _)| at);
+        self.uplinks.values().map(Uplink::deadline).chain(engine).min()
     }
 
     pub(super) fn poll_transmit(&mut self, now: Now, out: &mut Outbox) -> bool {
@@ -445,7 +548,12 @@ impl Device {
                     let signal = Signal { device: device.to_bytes().to_vec(), sealed };
                     self.sent.push(Sent::Control(session, ClientBody::Signal(signal)));
                 }
+                (Event::RelayWanted { relay }, _) => self.want_relay(now, relay),
                 (Event::HomeRelay { relay }, _) => {
+                    self.chosen_home = relay;
+                    relay.into_iter().for_each(|relay| self.want_relay(now, relay));
+                }
+                (Event::HomeAnnounced { relay }, _) => {
                     self.home_relay = relay;
                     self.report();
                 }
@@ -457,7 +565,10 @@ impl Device {
                     }
                     more = true;
                 }
-                (Event::NetworkSuspect, _) => self.sent.push(Sent::CheckStreams),
+                (Event::NetworkSuspect, _) => {
+                    self.check_uplinks(now);
+                    self.sent.push(Sent::CheckSession);
+                }
                 _ => {}
             }
         }
@@ -473,19 +584,20 @@ impl Device {
     }
 
     /// Where a datagram of the engine goes.
-    pub(super) fn route(&self, to: Destination, bytes: &[u8]) -> Route {
-        match (to, &self.relay) {
-            (Destination::Direct { socket, remote }, _) if SOCKETS.contains(&socket) => {
+    pub(super) fn route(&mut self, now: Instant, to: Destination, bytes: &[u8]) -> Route {
+        match to {
+            Destination::Direct { socket, remote } if SOCKETS.contains(&socket) => {
                 Route::Internet { port: AGENT_PORT, remote }
             }
-            (Destination::Direct { socket, remote }, _) if self.extra.contains(&socket) => {
+            Destination::Direct { socket, remote } if self.extra.contains(&socket) => {
                 Route::Internet { port: EXTRA_PORTS + u16::from(socket), remote }
             }
-            (Destination::Direct { .. }, _) => Route::Nowhere,
-            (Destination::Relay { device, .. }, Some(link)) if link.ready => {
-                Route::Relay(link.conn, Frame::Send { dst: device, payload: bytes }.to_vec())
+            Destination::Direct { .. } => Route::Nowhere,
+            Destination::Relay { relay, device } => {
+                let uplink = self.uplinks.get_mut(&relay);
+                let sent = uplink.and_then(|uplink| uplink.send(now, device, bytes));
+                sent.map_or(Route::Nowhere, |(dial, frame)| Route::Relay(relay, dial, frame))
             }
-            (Destination::Relay { .. }, _) => Route::Nowhere,
         }
     }
 }

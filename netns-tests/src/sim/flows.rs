@@ -75,9 +75,13 @@ pub struct Gaps {
 /// # Panics
 /// If the simulated coordinator refuses what it never does.
 impl Pair {
-    /// Two devices with an open policy that have just joined.
+    /// Two devices with an open policy that have just joined, where there is one relay.
     pub fn new(seed: u64, places: [Place; 2]) -> Self {
-        let mut world = World::new(seed);
+        Self::within(World::new(seed), places, [Duration::ZERO; 2])
+    }
+
+    /// The same in a world that is there already, in these regions (see [`Link::position`]).
+    pub fn within(mut world: World, places: [Place; 2], positions: [Duration; 2]) -> Self {
         let mut nats = [None; 2];
         let devices = [0, 1].map(|n| {
             let interfaces = match places[n] {
@@ -89,7 +93,7 @@ impl Pair {
                 }
             };
             world
-                .add_device_at("tag:a", &interfaces, Link::default())
+                .add_device_at("tag:a", &interfaces, Link { position: positions[n], ..Link::default() })
                 .unwrap_or_else(|e| panic!("a device was refused: {e}"))
         });
         world.run(Duration::from_secs(2));

@@ -36,6 +36,9 @@ pub enum Realm {
 pub struct Link {
     /// One-way delay to the core of the internet.
     pub latency: Duration,
+    /// Where on a line of regions it is: the difference of two hosts' positions is the one-way delay between them, beyond that
+    /// of their links.
+    pub position: Duration,
     /// Most extra delay, drawn evenly: reorders.
     pub jitter: Duration,
     /// Loss in parts per thousand.
@@ -52,6 +55,7 @@ impl Default for Link {
     fn default() -> Self {
         Self {
             latency: Duration::from_millis(10),
+            position: Duration::ZERO,
             jitter: Duration::ZERO,
             loss_permille: 0,
             udp: true,
@@ -137,6 +141,8 @@ pub struct Internet {
     in_flight: BinaryHeap<Reverse<InFlight>>,
     seq: u64,
     rng: ChaCha20Rng,
+    /// Some host is in another region.
+    spread: bool,
     /// Datagrams that no host got: lost on a link, filtered, or without a destination.
     pub lost: u64,
 }
@@ -151,6 +157,7 @@ impl Internet {
             in_flight: BinaryHeap::new(),
             seq: 0,
             rng: ChaCha20Rng::seed_from_u64(seed),
+            spread: false,
             lost: 0,
         }
     }
@@ -166,6 +173,7 @@ impl Internet {
     /// Adds a host with an address in `realm`.
     pub fn add_host(&mut self, realm: Realm, addr: IpAddr, link: Link) -> HostId {
         let id = HostId(self.hosts.len());
+        self.spread |= link.position > Duration::ZERO;
         self.hosts.push(Host { interfaces: Vec::new(), link });
         self.set_interfaces(id, &[(realm, addr)]);
         id
@@ -227,6 +235,11 @@ impl Internet {
         })
     }
 
+    /// One-way delay that lies between the regions of two hosts.
+    pub fn distance(&self, a: HostId, b: HostId) -> Duration {
+        self.hosts[a.0].link.position.abs_diff(self.hosts[b.0].link.position)
+    }
+
     /// The host's link, to change it.
     pub fn link_mut(&mut self, host: HostId) -> &mut Link {
         &mut self.hosts[host.0].link
@@ -277,7 +290,9 @@ impl Internet {
             return;
         };
         let jitter = self.draw(u64::try_from(link.jitter.as_nanos()).unwrap_or(u64::MAX).saturating_add(1));
-        let due = now + link.latency + Duration::from_nanos(jitter);
+        let at = if self.spread { self.inwards(now, realm, from, to) } else { None };
+        let distance = at.map_or(Duration::ZERO, |(at, _)| self.distance(host, at));
+        let due = now + link.latency + distance + Duration::from_nanos(jitter);
         self.seq += 1;
         self.in_flight.push(Reverse(InFlight {
             due,

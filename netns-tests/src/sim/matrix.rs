@@ -241,9 +241,9 @@ impl Matrix {
             }
             2 => {
                 let away = Duration::from_secs(5 + self.draw(60));
-                self.world.stop_relay();
+                self.world.stop_relay(0);
                 self.chat(away);
-                self.world.start_relay();
+                self.world.start_relay(0);
                 format!("after the relay was away for {away:?}")
             }
             3 => {

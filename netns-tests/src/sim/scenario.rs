@@ -319,10 +319,10 @@ impl Scenario {
     }
 
     fn toggle_relay(&mut self) {
-        if self.world.relay_up() {
-            self.world.stop_relay();
+        if self.world.relay_up(0) {
+            self.world.stop_relay(0);
         } else {
-            self.world.start_relay();
+            self.world.start_relay(0);
         }
     }
 
@@ -436,8 +436,8 @@ impl Scenario {
         if !self.world.coordinator_up() {
             self.world.start_coordinator();
         }
-        if !self.world.relay_up() {
-            self.world.start_relay();
+        if !self.world.relay_up(0) {
+            self.world.start_relay(0);
         }
         self.pass(Duration::from_secs(5));
         let end = self.world.now.boot + SETTLE;

@@ -1,4 +1,4 @@
-//! One network in virtual time: a coordinator, a relay, and devices that run the product's engine.
+//! One network in virtual time: a coordinator, relays, and devices that run the product's engine.
 //!
 //! What is simulated is what lies between them: datagrams cross the virtual internet, while control sessions and relay
 //! connections are ordered streams with latency that break when an end goes away. What is *not* simulated is any decision:
@@ -16,34 +16,34 @@ use warren_common::keys::{NetmapSecretKey, RootSecretKey};
 use warren_common::time::{Instant, Now, UnixTime};
 use warren_common::wire::control::{ClientBody, ServerBody};
 use warren_common::wire::probe;
-use warren_coordinator::domain::{
-    Command, NewAuthKey, PolicySource, Refusal, Reply, Settings, State, derive_ipv6_prefix,
-};
-use warren_coordinator::push::{Config, Coordinator, Origin, Output, SessionId};
+use warren_common::wire::relay::RefusalCode;
+use warren_coordinator::domain::{Command, NewAuthKey, Refusal, Reply, Settings, State, derive_ipv6_prefix};
+use warren_coordinator::push::{Coordinator, SessionId};
 use warren_engine::io::{Outbox, TunOut};
-use warren_relay::core::{self as relay, ConnId, Relay};
 
 use super::device::{Device, Sent};
 use super::internet::{HostId, Internet, Link, NatId, Oversize, Realm};
 use super::model::DeviceNo;
 use super::nat::NatBehaviour;
 use super::packet::{Datagram, too_big};
+use super::relays::{RelayNo, Server};
+use super::uplink::DialNo;
 
-/// One-way delay of control sessions and relay connections.
-const STREAM_LATENCY: Duration = Duration::from_millis(20);
-/// How long a device waits before it connects again to the coordinator or the relay.
-const RECONNECT_AFTER: Duration = Duration::from_secs(1);
+/// One-way delay of control sessions, and of relay connections within a region.
+pub(super) const STREAM_LATENCY: Duration = Duration::from_millis(20);
+/// How long a device waits before it connects again to the coordinator.
+pub(super) const RECONNECT_AFTER: Duration = Duration::from_secs(1);
 /// The port that simulated applications listen on.
 pub const APP_PORT: u16 = 7_000;
-const STUN_PORT: u16 = 3_478;
+pub(super) const STUN_PORT: u16 = 3_478;
 /// The second STUN server's second port.
 const OTHER_STUN_PORT: u16 = 3_479;
-/// How long a device waits for a sign of life on a stream that it has doubts about.
+/// How long a device waits for a sign of life in a session with the coordinator that it has doubts about.
 const STREAM_PROBE: Duration = Duration::from_secs(3);
-/// After so much silence it has doubts about a stream without any other hint.
+/// After so much silence it has doubts about it without any other hint.
 const STREAM_SILENCE: Duration = Duration::from_secs(35);
-/// A TCP, a TLS and a protocol handshake: how long a new stream takes when the old one's end was noticed at once.
-const STREAM_SETUP: Duration = Duration::from_millis(120);
+/// A TCP, a TLS and a protocol handshake: how long a new session takes when the old one's end was noticed at once.
+pub(super) const STREAM_SETUP: Duration = Duration::from_millis(120);
 /// Virtual time starts here: an arbitrary moment long after boot.
 const START: Now =
     Now { boot: Instant::from_nanos(3_600_000_000_000), unix: UnixTime::from_secs(1_800_000_000) };
@@ -52,12 +52,38 @@ const START: Now =
 pub(super) enum Parcel {
     ToCoordinator(SessionId, ClientBody),
     ToDevice(DeviceNo, SessionId, Box<ServerBody>),
-    ToRelay(ConnId, Vec<u8>),
-    FromRelay(DeviceNo, ConnId, Vec<u8>),
     ConnectCoordinator(DeviceNo),
-    ConnectRelay(DeviceNo),
-    /// Its streams are dead and it finds out.
-    StreamsLost(DeviceNo),
+    /// Its session is dead and it finds out.
+    SessionLost(DeviceNo),
+    DialsRelay {
+        device: DeviceNo,
+        no: RelayNo,
+        dial: DialNo,
+    },
+    ToRelay {
+        device: DeviceNo,
+        no: RelayNo,
+        dial: DialNo,
+        frame: Vec<u8>,
+    },
+    HangsUp {
+        device: DeviceNo,
+        no: RelayNo,
+        dial: DialNo,
+    },
+    FromRelay {
+        device: DeviceNo,
+        relay: RelayId,
+        dial: DialNo,
+        frame: Vec<u8>,
+    },
+    /// `why` is what the relay says, if it does.
+    RelayClosed {
+        device: DeviceNo,
+        relay: RelayId,
+        dial: DialNo,
+        why: Option<RefusalCode>,
+    },
     Wake(DeviceNo),
 }
 
@@ -79,7 +105,7 @@ pub struct Tally {
     pub wakes: u64,
     /// Datagrams that agents sent into the internet.
     pub datagrams: u64,
-    /// Frames that agents sent to the relay.
+    /// Packets that agents sent to relays.
     pub relayed: u64,
     /// Application datagrams delivered.
     pub delivered: u64,
@@ -127,21 +153,18 @@ pub struct World {
     pub(super) rng: ChaCha20Rng,
     pub(super) network: NetworkId,
     pub(super) netmap_key: NetmapSecretKey,
-    coordinator: Option<Coordinator>,
-    disk: State,
-    relay: Option<Relay>,
-    relay_id: RelayId,
-    relay_host: HostId,
+    pub(super) coordinator: Option<Coordinator>,
+    pub(super) disk: State,
+    pub(super) relays: Vec<Server>,
     stun_host: HostId,
     /// The last revision that took something away: a relay that starts anew must not take older tokens.
-    relay_floor: u64,
-    relay_clients: BTreeMap<ConnId, DeviceNo>,
-    sessions: BTreeMap<SessionId, DeviceNo>,
+    pub(super) relay_floor: u64,
+    pub(super) sessions: BTreeMap<SessionId, DeviceNo>,
     parcels: BTreeMap<(Instant, u64), Parcel>,
     timers: BTreeSet<(Instant, DeviceNo)>,
-    sequence: u64,
-    next_ticket: u64,
-    replies: BTreeMap<u64, Result<Reply, Refusal>>,
+    pub(super) sequence: u64,
+    pub(super) next_ticket: u64,
+    pub(super) replies: BTreeMap<u64, Result<Reply, Refusal>>,
     hosts: BTreeMap<HostId, DeviceNo>,
     outbox: Outbox,
     tun: TunOut,
@@ -160,7 +183,7 @@ const RELAY_CERT: [u8; 32] = [0xce; 32];
 pub(super) const EPOCH: u64 = 1;
 
 impl World {
-    /// A world with a coordinator and a relay, and no devices.
+    /// A world with a coordinator and its relay, and no devices.
     pub fn new(seed: u64) -> Self {
         let mut rng = ChaCha20Rng::seed_from_u64(seed);
         let root = RootSecretKey::generate(&mut rng);
@@ -194,12 +217,9 @@ impl World {
             netmap_key,
             coordinator: None,
             disk,
-            relay: None,
-            relay_id: RelayId::from_bytes([0; 16]),
-            relay_host,
+            relays: Vec::new(),
             stun_host,
             relay_floor: 0,
-            relay_clients: BTreeMap::new(),
             sessions: BTreeMap::new(),
             parcels: BTreeMap::new(),
             timers: BTreeSet::new(),
@@ -224,16 +244,16 @@ impl World {
             cert_sha256: RELAY_CERT,
         };
         world.command(embedded).unwrap_or_else(|e| panic!("the embedded relay was refused: {e}"));
-        world.relay_id =
-            *world.state().relays().keys().next().unwrap_or_else(|| panic!("there is no relay record"));
-        world.start_relay();
+        let id = *world.state().relays().keys().next().unwrap_or_else(|| panic!("there is no relay record"));
+        world.relays.push(Server::new(id, relay_host, RELAY_CERT));
+        world.start_relay(0);
         world
     }
 
     /// Where every device asks for its reflexive addresses.
     pub fn stun_servers(&self) -> Vec<SocketAddr> {
-        let hosts = [self.relay_host, self.stun_host];
-        hosts.iter().flat_map(|h| self.net.addrs(*h)).map(|addr| SocketAddr::new(addr, STUN_PORT)).collect()
+        let hosts = self.relays.iter().map(|relay| relay.host).chain([self.stun_host]);
+        hosts.flat_map(|h| self.net.addrs(h)).map(|addr| SocketAddr::new(addr, STUN_PORT)).collect()
     }
 
     /// The coordinator's state as saved.
@@ -302,77 +322,6 @@ impl World {
         no
     }
 
-    /// Carries out an administrator's command.
-    ///
-    /// # Errors
-    /// The coordinator is away, or its refusal.
-    pub fn command(&mut self, command: Command) -> Result<Reply, Refusal> {
-        let (now, ticket) = (self.now, self.next_ticket);
-        self.next_ticket += 1;
-        let Some(coordinator) = &mut self.coordinator else {
-            return Err(Refusal::Busy("the coordinator is away"));
-        };
-        coordinator.run(Origin::Ticket(ticket), command, now, &mut self.rng);
-        self.drain_coordinator();
-        self.replies.remove(&ticket).unwrap_or(Err(Refusal::Busy("no answer")))
-    }
-
-    /// Puts a policy in force.
-    ///
-    /// # Errors
-    /// As [`World::command`].
-    pub fn set_policy(&mut self, text: String) -> Result<(), Refusal> {
-        self.command(Command::SetPolicy { source: PolicySource::Api, text }).map(|_| ())
-    }
-
-    /// True if a coordinator runs.
-    pub const fn coordinator_up(&self) -> bool {
-        self.coordinator.is_some()
-    }
-
-    /// True if the relay runs.
-    pub const fn relay_up(&self) -> bool {
-        self.relay.is_some()
-    }
-
-    /// Stops the coordinator as `kill -9` does: what was saved remains.
-    pub fn stop_coordinator(&mut self) {
-        if let Some(coordinator) = self.coordinator.take() {
-            self.disk = coordinator.state().clone();
-        }
-        for (session, no) in std::mem::take(&mut self.sessions) {
-            self.session_lost(no, session);
-        }
-    }
-
-    /// Starts a coordinator from what was saved.
-    pub fn start_coordinator(&mut self) {
-        let config = Config { netmap_key: self.netmap_key.clone(), lease: Duration::from_secs(24 * 3_600) };
-        self.coordinator = Some(Coordinator::new(config, self.disk.clone(), self.now));
-        self.drain_coordinator();
-    }
-
-    /// Stops the relay: every connection breaks.
-    pub fn stop_relay(&mut self) {
-        self.relay = None;
-        for (conn, no) in std::mem::take(&mut self.relay_clients) {
-            self.relay_lost(no, conn);
-        }
-    }
-
-    /// Starts a relay that remembers nothing.
-    pub fn start_relay(&mut self) {
-        self.relay = Some(Relay::new(relay::Config {
-            network: self.network,
-            relay: self.relay_id,
-            cert_sha256: RELAY_CERT,
-            netmap_key: self.netmap_key.public(),
-            floor: self.relay_floor,
-            plain_udp: false,
-            limits: relay::Limits::default(),
-        }));
-    }
-
     /// Stops a device's agent as `kill -9` does, and starts it again from its disk.
     pub fn restart_agent(&mut self, no: DeviceNo) {
         if let Some(session) = self.devices[no].session {
@@ -381,19 +330,14 @@ impl World {
                 coordinator.disconnect(session, self.now);
             }
         }
-        if let Some(conn) = self.devices[no].relay_conn() {
-            self.relay_clients.remove(&conn);
-            if let Some(relay) = &mut self.relay {
-                relay.handle_disconnected(conn);
-            }
-        }
+        let dials: Vec<_> = self.devices[no].dials().collect();
+        dials.into_iter().for_each(|(relay, dial)| self.hang_up(no, relay, dial));
         let seed = self.rng.next_u64();
         let context = self.context();
         self.devices[no].restart(self.now, &context, seed);
         self.interfaces_changed(no);
         self.after(RECONNECT_AFTER, Parcel::ConnectCoordinator(no));
         self.drain_coordinator();
-        self.drain_relay();
     }
 
     /// Moves a device to another network.
@@ -406,7 +350,8 @@ impl World {
     pub fn roam(&mut self, no: DeviceNo, interfaces: &[(Realm, IpAddr)]) {
         self.net.set_interfaces(self.devices[no].host, interfaces);
         self.interfaces_changed(no);
-        self.lose_streams(no);
+        self.devices[no].lose_uplinks(self.now);
+        self.lose_session(no);
     }
 
     /// A router starts anew with another public address. The devices behind it are told nothing, and their streams are
@@ -422,8 +367,8 @@ impl World {
         self.net.renumber_nat(nat, outside);
         for no in 0..self.devices.len() {
             if self.net.is_behind(self.devices[no].host, nat) {
-                self.devices[no].cut = true;
-                self.after(STREAM_SILENCE, Parcel::StreamsLost(no));
+                self.devices[no].cut_streams();
+                self.after(STREAM_SILENCE, Parcel::SessionLost(no));
             }
         }
     }
@@ -431,7 +376,8 @@ impl World {
     /// Suspends a device: it hears and does nothing for so long, and its streams are dead when it wakes up.
     pub fn sleep(&mut self, no: DeviceNo, duration: Duration) {
         let device = &mut self.devices[no];
-        (device.asleep, device.cut) = (true, true);
+        device.asleep = true;
+        device.cut_streams();
         if let Some(timer) = device.timer.take() {
             self.timers.remove(&(timer, no));
         }
@@ -442,31 +388,7 @@ impl World {
         self.devices[no].asleep = false;
         self.devices[no].handle_timeout(self.now);
         self.drain_device(no);
-        self.after(STREAM_SILENCE, Parcel::StreamsLost(no));
-    }
-
-    /// The device finds its streams dead, and connects again.
-    fn lose_streams(&mut self, no: DeviceNo) {
-        self.devices[no].cut = false;
-        if let Some(session) = self.devices[no].session {
-            self.sessions.remove(&session);
-            if let Some(coordinator) = &mut self.coordinator {
-                coordinator.disconnect(session, self.now);
-            }
-            self.devices[no].session_lost();
-            self.after(STREAM_SETUP, Parcel::ConnectCoordinator(no));
-        }
-        if let Some(conn) = self.devices[no].relay_conn() {
-            self.relay_clients.remove(&conn);
-            if let Some(relay) = &mut self.relay {
-                relay.handle_disconnected(conn);
-            }
-            self.devices[no].relay_lost(self.now, self.relay_id);
-            self.after(STREAM_SETUP, Parcel::ConnectRelay(no));
-        }
-        self.drain_coordinator();
-        self.drain_relay();
-        self.drain_device(no);
+        self.after(STREAM_SILENCE, Parcel::SessionLost(no));
     }
 
     fn interfaces_changed(&mut self, no: DeviceNo) {
@@ -549,7 +471,7 @@ impl World {
         let parcel = self.parcels.keys().next().map(|(at, _)| *at);
         let timer = self.timers.first().map(|(at, _)| *at);
         let coordinator = self.coordinator.as_ref().map(Coordinator::poll_timeout);
-        let relay = self.relay.as_ref().and_then(Relay::poll_timeout);
+        let relay = self.relays.iter().filter_map(Server::poll_timeout).min();
         [self.net.next_arrival(), parcel, timer, coordinator, relay].into_iter().flatten().min()
     }
 
@@ -570,9 +492,8 @@ impl World {
                 break;
             }
             self.timers.remove(&(at, no));
-            self.tally.wakes += 1;
             self.devices[no].timer = None;
-            self.devices[no].handle_timeout(self.now);
+            self.tally.wakes += u64::from(self.devices[no].handle_timeout(self.now));
             self.drain_device(no);
         }
         if let Some(coordinator) = &mut self.coordinator
@@ -581,19 +502,17 @@ impl World {
             coordinator.handle_timeout(self.now);
             self.drain_coordinator();
         }
-        if let Some(relay) = &mut self.relay
-            && relay.poll_timeout().is_some_and(|due| due <= self.now.boot)
-        {
-            relay.handle_timeout(self.now);
-            self.drain_relay();
+        if self.relays.iter().filter_map(Server::poll_timeout).any(|due| due <= self.now.boot) {
+            self.relay_timeouts();
         }
     }
 
     fn handle_arrival(&mut self, host: HostId, port: u16, from: SocketAddr, mut payload: Vec<u8>) {
-        if host == self.relay_host || host == self.stun_host {
+        let relay = self.relays.iter().find(|relay| relay.host == host);
+        if relay.is_some() || host == self.stun_host {
             let serves = port == STUN_PORT || host == self.stun_host && port == OTHER_STUN_PORT;
             if serves
-                && (self.relay.is_some() || host == self.stun_host)
+                && relay.is_none_or(Server::is_up)
                 && let Some((answer, to)) = super::stun::answer(&payload, from)
             {
                 let to = SocketAddr::new(from.ip(), to);
@@ -634,141 +553,30 @@ impl World {
                     self.drain_device(no);
                 }
             }
-            Parcel::ToRelay(conn, frame) => {
-                if let Some(relay) = &mut self.relay {
-                    relay.handle_frame(conn, self.now, &frame);
-                    self.drain_relay();
+            Parcel::DialsRelay { device, no, dial } => self.on_dial(device, no, dial),
+            Parcel::ToRelay { device, no, dial, frame } => self.on_frame_to_relay(device, no, dial, frame),
+            Parcel::HangsUp { device, no, dial } => self.on_hang_up(device, no, dial),
+            Parcel::FromRelay { device, relay, dial, frame } => {
+                if !self.devices[device].is_cut(dial) {
+                    self.tun.clear();
+                    let from = (relay, dial);
+                    self.devices[device].handle_relay_frame(self.now, from, &frame, &mut self.tun);
+                    self.flush_tun(device);
+                    self.drain_device(device);
                 }
             }
-            Parcel::FromRelay(no, conn, frame) => {
-                if self.devices[no].relay_conn() == Some(conn) && !self.devices[no].cut {
-                    self.tun.clear();
-                    let context = self.context();
-                    self.devices[no].handle_relay_frame(self.now, &context, &frame, &mut self.tun);
-                    self.flush_tun(no);
-                    self.drain_device(no);
+            Parcel::RelayClosed { device, relay, dial, why } => {
+                if !self.devices[device].is_cut(dial) {
+                    self.devices[device].relay_closed(self.now, relay, dial, why);
+                    self.drain_device(device);
                 }
             }
             Parcel::ConnectCoordinator(no) => self.connect_coordinator(no),
-            Parcel::ConnectRelay(no) => self.connect_relay(no),
-            Parcel::StreamsLost(no) if self.devices[no].cut && !self.devices[no].asleep => {
-                self.lose_streams(no);
+            Parcel::SessionLost(no) if self.devices[no].cut && !self.devices[no].asleep => {
+                self.lose_session(no);
             }
-            Parcel::StreamsLost(_) => {}
+            Parcel::SessionLost(_) => {}
             Parcel::Wake(no) => self.wake(no),
-        }
-    }
-
-    fn connect_coordinator(&mut self, no: DeviceNo) {
-        if self.devices[no].session.is_some() || self.devices[no].gone {
-            return;
-        }
-        if self.devices[no].asleep {
-            return self.after(RECONNECT_AFTER, Parcel::ConnectCoordinator(no));
-        }
-        let session = SessionId(self.sequence);
-        self.sequence += 1;
-        let control = self.devices[no].control_key();
-        let connected =
-            self.coordinator.as_mut().is_some_and(|c| c.connect(session, control, self.now).is_ok());
-        if !connected {
-            return self.after(RECONNECT_AFTER, Parcel::ConnectCoordinator(no));
-        }
-        self.sessions.insert(session, no);
-        let hello = self.devices[no].greet(session);
-        self.after(STREAM_LATENCY, Parcel::ToCoordinator(session, hello));
-    }
-
-    fn connect_relay(&mut self, no: DeviceNo) {
-        if self.devices[no].relay_conn().is_some() || self.devices[no].gone {
-            return;
-        }
-        if self.devices[no].asleep {
-            return self.after(RECONNECT_AFTER, Parcel::ConnectRelay(no));
-        }
-        let Some(relay) = &mut self.relay else {
-            return self.after(RECONNECT_AFTER, Parcel::ConnectRelay(no));
-        };
-        let conn = relay.handle_connected(self.now, &mut self.rng);
-        self.relay_clients.insert(conn, no);
-        self.devices[no].relay_connecting(conn);
-        self.drain_relay();
-        self.drain_device(no);
-    }
-
-    fn session_lost(&mut self, no: DeviceNo, session: SessionId) {
-        if self.devices[no].session == Some(session) {
-            self.devices[no].session_lost();
-            self.after(RECONNECT_AFTER, Parcel::ConnectCoordinator(no));
-        }
-    }
-
-    fn relay_lost(&mut self, no: DeviceNo, conn: ConnId) {
-        if self.devices[no].relay_conn() == Some(conn) {
-            self.devices[no].relay_lost(self.now, self.relay_id);
-            self.after(RECONNECT_AFTER, Parcel::ConnectRelay(no));
-            self.drain_device(no);
-        }
-    }
-
-    fn drain_coordinator(&mut self) {
-        while let Some(coordinator) = &mut self.coordinator {
-            if let Some(command) = coordinator.poll_command() {
-                coordinator.submit(Origin::Internal, command, self.now, &mut self.rng);
-                coordinator.saved(self.now);
-                continue;
-            }
-            let Some(output) = coordinator.poll_output() else { break };
-            match output {
-                Output::Send { session, message } => {
-                    if let Some(no) = self.sessions.get(&session).copied() {
-                        self.after(STREAM_LATENCY, Parcel::ToDevice(no, session, message));
-                    }
-                }
-                Output::RelayRemoved(_) => {}
-                Output::Close { session, .. } => {
-                    coordinator.disconnect(session, self.now);
-                    if let Some(no) = self.sessions.remove(&session) {
-                        self.session_lost(no, session);
-                    }
-                }
-                Output::Reply { ticket, result } => {
-                    self.replies.insert(ticket, result);
-                }
-                Output::RelayMinimum { revision, devices, revoked } => {
-                    self.relay_floor = revision;
-                    if let Some(relay) = &mut self.relay {
-                        for device in devices {
-                            relay.set_minimum_revision(device, revision, self.now);
-                        }
-                        for device in revoked {
-                            relay.revoke(device, revision, self.now);
-                        }
-                    }
-                    self.drain_relay();
-                }
-            }
-        }
-    }
-
-    fn drain_relay(&mut self) {
-        while let Some(relay) = &mut self.relay {
-            let Some(output) = relay.poll_output() else { break };
-            match output {
-                relay::Output::Wake(conn) => {
-                    while let Some(frame) = self.relay.as_mut().and_then(|r| r.next_frame(conn)) {
-                        if let Some(no) = self.relay_clients.get(&conn).copied() {
-                            let parcel = Parcel::FromRelay(no, conn, frame.bytes.to_vec());
-                            self.after(STREAM_LATENCY, parcel);
-                        }
-                    }
-                }
-                relay::Output::Close(conn, _) => {
-                    if let Some(no) = self.relay_clients.remove(&conn) {
-                        self.relay_lost(no, conn);
-                    }
-                }
-            }
         }
     }
 
@@ -799,13 +607,14 @@ impl World {
         }
         for sent in self.devices[no].take_sent() {
             match sent {
-                Sent::Control(..) | Sent::Relay(..) if self.devices[no].cut => {}
-                Sent::CheckStreams => self.after(STREAM_PROBE, Parcel::StreamsLost(no)),
+                Sent::Control(..) if self.devices[no].cut => {}
+                Sent::CheckSession => self.after(STREAM_PROBE, Parcel::SessionLost(no)),
                 Sent::Control(session, body) => {
                     self.after(STREAM_LATENCY, Parcel::ToCoordinator(session, body));
                 }
-                Sent::Relay(conn, frame) => self.after(STREAM_LATENCY, Parcel::ToRelay(conn, frame)),
-                Sent::ConnectRelay => self.after(Duration::ZERO, Parcel::ConnectRelay(no)),
+                Sent::Dial(relay, dial) => self.dial_relay(no, relay, dial),
+                Sent::Relay(relay, dial, frame) => self.send_to_relay(no, relay, dial, frame),
+                Sent::HangUp(relay, dial) => self.hang_up(no, relay, dial),
             }
         }
         let timer = self.devices[no].poll_timeout(self.now);
@@ -822,30 +631,28 @@ impl World {
         let host = self.devices[no].host;
         let whole = self.outbox.iter().filter(|(t, _)| t.whole).map(|(t, _)| t.offset);
         let whole: BTreeSet<usize> = whole.collect();
-        let mut offset = 0;
+        let (mut offset, mut relayed) = (0, Vec::new());
         for (to, bytes) in self.outbox.datagrams() {
             let oversize = if whole.contains(&offset) { Oversize::Lost } else { Oversize::Fragmented };
             offset += bytes.len();
-            match self.devices[no].route(to, bytes) {
+            match self.devices[no].route(self.now.boot, to, bytes) {
                 super::device::Route::Internet { port, remote } => {
                     self.tally.datagrams += 1;
                     self.tally.count(bytes);
                     self.net.send(self.now.boot, host, port, remote, bytes, oversize);
                 }
-                super::device::Route::Relay(conn, frame) => {
+                super::device::Route::Relay(relay, dial, frame) => {
                     self.tally.relayed += 1;
                     self.tally.count(bytes);
-                    if self.devices[no].cut {
-                        continue;
-                    }
-                    let at = self.now.boot + STREAM_LATENCY;
-                    self.sequence += 1;
-                    self.parcels.insert((at, self.sequence), Parcel::ToRelay(conn, frame));
+                    relayed.push((relay, dial, frame));
                 }
                 super::device::Route::Nowhere => {}
             }
         }
         self.outbox.clear();
+        for (relay, dial, frame) in relayed {
+            self.send_to_relay(no, relay, dial, frame);
+        }
     }
 
     fn flush_tun(&mut self, no: DeviceNo) {
@@ -861,21 +668,12 @@ impl World {
         }
     }
 
-    fn after(&mut self, delay: Duration, parcel: Parcel) {
+    pub(super) fn after(&mut self, delay: Duration, parcel: Parcel) {
         self.sequence += 1;
         self.parcels.insert((self.now.boot + delay, self.sequence), parcel);
     }
 
     fn context(&self) -> super::device::Context {
-        super::device::Context {
-            network: self.network,
-            netmap_key: self.netmap_key.public(),
-            relay: self.relay_id,
-            binding: warren_common::wire::relay::Binding {
-                network: self.network,
-                relay: self.relay_id,
-                cert_sha256: RELAY_CERT,
-            },
-        }
+        super::device::Context { network: self.network, netmap_key: self.netmap_key.public() }
     }
 }

@@ -137,8 +137,18 @@ impl Engine {
             connected: &|relay| self.paths.relay_connected(relay),
             settled,
         };
-        if self.home.choose(now.boot, &view) {
+        let moved = self.home.choose(now.boot, &view);
+        self.paths.set_known_relays(&self.relays, self.home.current());
+        if moved {
             self.push_event(Event::HomeRelay { relay: self.home.current() });
+        }
+        self.announce_home();
+    }
+
+    /// Has the coordinator, and so peers, told where we are, when that is true.
+    pub(super) fn announce_home(&mut self) {
+        if let Some(relay) = self.home.announce(|relay| self.paths.relay_connected(relay)) {
+            self.push_event(Event::HomeAnnounced { relay });
         }
     }
 }

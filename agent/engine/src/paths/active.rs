@@ -10,12 +10,13 @@ use warren_common::wire::probe::{CandidateKind, Ports, ProbeKeys, TxId};
 
 use super::guess::{Search, is_private};
 use super::mtu::PathMtu;
+use super::relays::PairRelays;
 use super::score::Losses;
 use super::shared::Shared;
 use super::why::Facts;
 use super::{
     HEDGE_AFTER, MAX_HINT_ENDPOINTS, MAX_INFLIGHT, MAX_REMOTES, MAX_USER_PINGS, MIN_KEEPALIVE, PeerIdx,
-    RELAY_FRESH, REPLY_FRESH, Rate, TRUST, Way,
+    REPLY_FRESH, Rate, TRUST, Way,
 };
 use crate::event::{Event, Path, PingToken};
 use crate::io::Destination;
@@ -49,6 +50,15 @@ const FORMER_FRESH: Duration = Duration::from_secs(10);
 /// The share of a fatal silence that counts as safe, in percent.
 const SAFE_PERCENT: u32 = 60;
 
+/// Why a peer is in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Use {
+    /// There is data for it, or from it.
+    Data,
+    /// It asks for our addresses.
+    Asked,
+}
+
 /// See the parent module.
 pub(super) struct Active {
     pub(super) idx: PeerIdx,
@@ -56,6 +66,9 @@ pub(super) struct Active {
     keys: Option<ProbeKeys>,
     /// When there last was data, or the peer asked for addresses.
     used: Instant,
+    /// When there last was data. A peer that only asked is answered, and not asked in turn: else two that can't meet would
+    /// keep each other in use for ever.
+    data: Option<Instant>,
     pub(super) current: Option<Current>,
     /// The way in use before, how silent we had been when it was found dead, and when that was.
     former: Option<(Way, Duration, Instant)>,
@@ -74,8 +87,7 @@ pub(super) struct Active {
     owed: Option<(Instant, bool)>,
     announced: Option<Instant>,
     listed: bool,
-    relay_seen: Option<(RelayId, Instant)>,
-    relay_rtt: Option<Duration>,
+    relays: PairRelays,
     /// The source of the last authentic packet on a direct way other than the current one.
     reply_to: Option<(Way, Instant)>,
     reachable: bool,
@@ -165,6 +177,11 @@ impl Current {
         self.last_rx = now;
     }
 
+    /// True if a check has been unanswered for so long that packets should not be risked on the way.
+    fn is_in_doubt(&self, now: Instant) -> bool {
+        self.is_checked() && self.check.as_ref().is_some_and(|check| now >= check.hedge_at)
+    }
+
     /// True while a check has had no answer.
     fn is_checked(&self) -> bool {
         self.check.as_ref().is_some_and(|check| self.last_rx <= check.started)
@@ -212,6 +229,7 @@ impl Active {
             device,
             keys,
             used: now,
+            data: None,
             current: None,
             former: None,
             early_death: None,
@@ -225,8 +243,7 @@ impl Active {
             owed: None,
             announced: None,
             listed: false,
-            relay_seen: None,
-            relay_rtt: None,
+            relays: PairRelays::default(),
             reply_to: None,
             reachable: false,
             told: Path::None,
@@ -252,8 +269,11 @@ impl Active {
         self.inflight.len()
     }
 
-    pub(super) const fn used(&mut self, now: Instant) {
+    pub(super) const fn used(&mut self, now: Instant, by: Use) {
         self.used = now;
+        if let Use::Data = by {
+            self.data = Some(now);
+        }
     }
 
     pub(super) const fn last_used(&self) -> Instant {
@@ -374,11 +394,11 @@ impl Active {
     ) -> Option<Destination> {
         let direct = self.current.as_ref();
         if let Some(current) = direct
-            && !self.is_in_doubt(now, current)
+            && !current.is_in_doubt(now)
         {
             return Some(current.way.into());
         }
-        if let Some(relay) = self.relay(now, home, shared) {
+        if let Some(relay) = self.relay(home, shared) {
             return Some(Destination::Relay { relay, device });
         }
         // Nothing better is known; and if it arrives, the peer learns where we are.
@@ -392,30 +412,15 @@ impl Active {
         self.current.as_ref().map(|c| c.mtu.usable())
     }
 
-    /// True if a check of the way in use has been unanswered for so long that packets should not be risked on it.
-    fn is_in_doubt(&self, now: Instant, current: &Current) -> bool {
-        current.is_checked() && current.check.as_ref().is_some_and(|c| now >= c.hedge_at)
-    }
-
     /// The relay to use, as a destination.
-    pub(super) fn relay_to(
-        &self,
-        now: Instant,
-        home: Option<RelayId>,
-        shared: &Shared,
-    ) -> Option<Destination> {
-        let relay = self.relay(now, home, shared)?;
+    pub(super) fn relay_to(&self, home: Option<RelayId>, shared: &Shared) -> Option<Destination> {
+        let relay = self.relay(home, shared)?;
         Some(Destination::Relay { relay, device: self.device })
     }
 
-    /// The relay to use: where the peer was just heard, or else where it listens.
-    fn relay(&self, now: Instant, home: Option<RelayId>, shared: &Shared) -> Option<RelayId> {
-        let up = |relay: &RelayId| shared.relays.contains(relay);
-        let seen = self.relay_seen.filter(|(relay, _)| up(relay));
-        seen.filter(|(_, at)| now.since(*at) < RELAY_FRESH)
-            .map(|(relay, _)| relay)
-            .or_else(|| home.filter(up))
-            .or(seen.map(|(relay, _)| relay))
+    /// The relay to use.
+    fn relay(&self, home: Option<RelayId>, shared: &Shared) -> Option<RelayId> {
+        self.relays.choose(home, &shared.relays)
     }
 
     pub(super) fn path(&self, home: Option<RelayId>, shared: &Shared) -> (Path, Option<Duration>) {
@@ -423,10 +428,8 @@ impl Active {
             let rtt = self.remotes.iter().find(|r| r.way == current.way).map(|r| r.rtt);
             return (Path::Direct { endpoint: current.way.remote }, rtt);
         }
-        // Without a clock: a relay that is up and was ever heard counts like a fresh one.
-        let seen = self.relay_seen.map(|(relay, _)| relay).filter(|r| shared.relays.contains(r));
-        match home.filter(|relay| shared.relays.contains(relay)).or(seen) {
-            Some(relay) => (Path::Relay { relay }, self.relay_rtt),
+        match self.relay(home, shared) {
+            Some(relay) => (Path::Relay { relay }, self.relays.rtt(relay)),
             None => (Path::None, None),
         }
     }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use warren_common::ids::DeviceId;
 use warren_common::time::Instant;
 
+use super::active::Use;
 use super::{Paths, PeerIdx};
 
 /// Peers that are kept, those used last: what a busy device talks with at a time. Each costs a handshake and a round of
@@ -41,7 +42,7 @@ impl Paths {
 
     /// Looks for a way to a peer that was in use before a restart, first of all where it was reached then.
     pub(crate) fn resume(&mut self, now: Instant, idx: PeerIdx, endpoints: &[SocketAddr]) {
-        self.touch(now, idx);
+        self.touch(now, idx, Use::Data);
         self.with_active(now, idx, |active, _, shared| {
             active.relearn(now, endpoints.iter().take(MAX_HINT_ENDPOINTS), shared);
         });

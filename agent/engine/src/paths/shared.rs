@@ -9,10 +9,10 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use rand_chacha::ChaCha20Rng;
 use rand_core::SeedableRng as _;
 use warren_common::endpoint::is_endpoint;
-use warren_common::ids::RelayId;
 use warren_common::time::Instant;
 use warren_common::wire::probe::{Candidate, CandidateKind, MAX_CANDIDATES, MAX_PROBE_LEN};
 
+use super::relays::Relays;
 use super::{
     KEEPALIVE, MAX_OBSERVED, MAX_PATH_EVENTS, MAX_PREDICTED, MAX_QUEUED, MAX_QUEUED_LONG, PathCounters,
     PeerIdx, Rate, SUSPECT_INTERVAL, UNKNOWN_SILENCE,
@@ -33,7 +33,7 @@ pub(super) struct Shared {
     pub(super) observed: ArrayVec<SocketAddr, MAX_OBSERVED>,
     pub(super) own: ArrayVec<Candidate, MAX_CANDIDATES>,
     pub(super) overlay: Option<(Ipv4Net, Ipv6Net)>,
-    pub(super) relays: BTreeSet<RelayId>,
+    pub(super) relays: Relays,
     pub(super) signal: bool,
     /// A round found no direct way: our reflexive address may be a former one.
     pub(super) wants_fresh_stun: bool,
@@ -92,7 +92,7 @@ impl Shared {
             guesses: Rate::default(),
             probes: Rate::default(),
             suspected: None,
-            relays: BTreeSet::new(),
+            relays: Relays::default(),
             signal: false,
             rng: ChaCha20Rng::from_seed(seed),
             queue: VecDeque::new(),

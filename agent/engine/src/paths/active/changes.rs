@@ -61,7 +61,7 @@ impl Active {
             self.owe(now, true);
             self.restart_rounds(now);
         }
-        let relay = self.relay_to(now, home, shared);
+        let relay = self.relay_to(home, shared);
         if shared.search == Some(self.idx) && !shared.extra.is_empty() {
             self.open_ports(now, relay, shared);
         }
@@ -100,7 +100,7 @@ impl Active {
                 self.learn_on_all(now, addr, kind, shared);
             }
         }
-        let relayed = self.relay(now, home, shared).is_some();
+        let relayed = self.relay(home, shared).is_some();
         let remotes = &self.remotes;
         if let Some(lost) = self.current.take_if(|c| relayed || !remotes.iter().any(|r| r.way == c.way)) {
             // Should the relay's connection not survive the move, the peer may still let us in where it did.

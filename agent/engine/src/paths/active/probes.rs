@@ -17,7 +17,18 @@ use crate::paths::shared::Shared;
 use crate::paths::{ELSEWHERE, MAX_PONGS_PER_SECOND, TRUST, Way};
 
 impl Active {
-    /// An authentic packet came from there. True if that is worth a closer look.
+    /// An authentic packet of WireGuard's came from there. True if that is worth a closer look.
+    pub(in crate::paths) fn on_packet(&mut self, now: Instant, from: Source) -> bool {
+        let news = self.on_heard(now, from);
+        self.on_spoke(now, from) || news
+    }
+
+    /// The peer chose that way for something that it could have sent another way. True if that is another relay than before.
+    fn on_spoke(&mut self, now: Instant, from: Source) -> bool {
+        matches!(from, Source::Relay { relay, .. } if self.relays.on_spoke(now, relay))
+    }
+
+    /// Something authentic came from there. True if that is worth a closer look.
     pub(in crate::paths) fn on_heard(&mut self, now: Instant, from: Source) -> bool {
         match from {
             Source::Direct { socket, remote } => {
@@ -40,16 +51,17 @@ impl Active {
                 first || remote.pinged.is_none_or(|at| now.since(at) >= TRIGGERED_INTERVAL)
             }
             Source::Relay { relay, .. } => {
-                let news = self.relay_seen.is_none_or(|(seen, _)| seen != relay);
-                self.relay_seen = Some((relay, now));
+                self.relays.on_seen(now, relay);
                 // The peer may have no direct way any more.
-                let silent =
-                    self.current.as_mut().filter(|c| now.since(c.last_rx) >= ELSEWHERE && !c.is_checked());
+                let silent = self
+                    .current
+                    .as_mut()
+                    .filter(|c| now.since(c.last_rx) >= ELSEWHERE && !c.is_in_doubt(now));
                 let suspicious = silent.is_some();
                 if let Some(current) = silent {
                     current.check(now, now, Doubt::Dead);
                 }
-                news || suspicious
+                suspicious
             }
             Source::Signal { .. } => false,
         }
@@ -92,13 +104,20 @@ impl Active {
     ) {
         let news = self.on_heard(now, from);
         match message {
+            // Pings go over every relay, and an answer back where the question came from: no choice of the peer's.
+            Message::Ping { .. } | Message::Pong { .. } | Message::Unknown => {}
+            Message::Candidates { .. } | Message::Guess { .. } => {
+                self.on_spoke(now, from);
+            }
+        }
+        match message {
             Message::Ping { txid } => {
                 self.answer(now, from, txid, shared);
                 if news {
                     self.on_heard_news(now, from, home, shared);
                 }
             }
-            Message::Pong { txid, observed } => self.on_pong(now, from, txid, observed, shared),
+            Message::Pong { txid, observed } => self.on_pong(now, from, txid, observed, home, shared),
             Message::Candidates { request, candidates, ports } => {
                 self.peer_ports = ports.or(self.peer_ports);
                 self.on_candidates(now, request, &candidates, shared);
@@ -130,6 +149,7 @@ impl Active {
         from: Source,
         txid: TxId,
         observed: Option<SocketAddr>,
+        home: Option<RelayId>,
         shared: &mut Shared,
     ) {
         let came = match from {
@@ -158,7 +178,7 @@ impl Active {
                 Path::Direct { endpoint: remote }
             }
             Destination::Relay { relay, .. } => {
-                self.relay_rtt = Some(rtt);
+                self.relays.on_pong(now, relay, rtt, home, &shared.relays);
                 Path::Relay { relay }
             }
         };

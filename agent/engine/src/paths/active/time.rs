@@ -28,6 +28,7 @@ impl Active {
         shared: &mut Shared,
     ) -> Option<Instant> {
         self.expire(now, shared);
+        self.relays.expire(now);
         let idle_at = self.used + IDLE_AFTER;
         if idle_at <= now && !self.has_user_pings() {
             return None;
@@ -35,7 +36,7 @@ impl Active {
         self.check_current(now, shared);
         self.look_after_mtu(now, shared);
         self.run_round(now, home, shared);
-        let relay = self.relay_to(now, home, shared);
+        let relay = self.relay_to(home, shared);
         self.run_search(now, relay, shared);
         self.announce(now, home, shared);
         if let Some(to) = self.destination(now, self.device, home, shared) {
@@ -48,9 +49,11 @@ impl Active {
         }
         let (path, _) = self.path(home, shared);
         if path != self.told {
-            self.told = path;
+            let former = std::mem::replace(&mut self.told, path);
             shared.push_event(Event::PathChanged { device: self.device, path });
-            if matches!(path, Path::Direct { .. }) {
+            // A handshake under way may be lost on a former relay.
+            let other_relay = matches!((former, path), (Path::Relay { .. }, Path::Relay { .. }));
+            if matches!(path, Path::Direct { .. }) || other_relay {
                 shared.ready.push_back(self.idx);
             }
         }
@@ -172,10 +175,12 @@ impl Active {
         if !direct {
             shared.wants_fresh_stun = true;
             // The first announcement may be lost, or the peer's answer; later it may have moved.
-            if self.round > 0 && (!self.listed || self.round > 3) {
+            let has_data = self.data.is_some_and(|at| now.since(at) < IDLE_AFTER);
+            if has_data && self.round > 0 && (!self.listed || self.round > 3) {
                 self.owe(now, true);
             }
-            if let Some(relay) = home.filter(|relay| !shared.relays.contains(relay)) {
+            self.probe_relays(now, home, shared);
+            for relay in shared.relays.wanted(home, self.round) {
                 shared.push_event(Event::RelayWanted { relay });
             }
         }
@@ -200,6 +205,17 @@ impl Active {
         }
     }
 
+    /// Pings the peer through every relay that it may be reached through, if there are several, within the budget: that it
+    /// answers there is what makes a relay a choice, should another fail.
+    fn probe_relays(&mut self, now: Instant, home: Option<RelayId>, shared: &mut Shared) {
+        let relays = self.relays.to_ping(home, &shared.relays);
+        let several = relays.len() > 1;
+        for relay in relays.into_iter().filter(|_| several) {
+            let to = Destination::Relay { relay, device: self.device };
+            self.probe(now, to, shared);
+        }
+    }
+
     pub(super) const fn restart_rounds(&mut self, now: Instant) {
         self.round = 0;
         self.next_round = now;
@@ -214,7 +230,7 @@ impl Active {
     /// Sends our addresses, if they are owed: through the relay, or else through the coordinator.
     fn announce(&mut self, now: Instant, home: Option<RelayId>, shared: &mut Shared) {
         let Some((_, request)) = self.owed.take_if(|(at, _)| *at <= now) else { return };
-        let relay = self.relay(now, home, shared);
+        let relay = self.relay(home, shared);
         let direct = self.current.as_ref().map(|c| Destination::from(c.way));
         // If relayed announcements bring no answer, the peer may not be on its relay.
         let signal = shared.signal
