@@ -50,6 +50,18 @@ impl Talk {
         Ok(Self { ann, bob, _servers: servers, transfer, datagrams })
     }
 
+    /// Waits until each end is connected to a second relay, where the two meet should the first one fail.
+    fn wait_for_second_relay(&self) -> Result<()> {
+        for agent in [&self.ann, &self.bob] {
+            let what = format!("{} is connected to two relays", agent.host.name());
+            eventually(&what, LIMIT, || {
+                let connected = relays(agent)?.into_iter().filter(|relay| !relay["transport"].is_null());
+                Ok((connected.count() == 2).then_some(()))
+            })?;
+        }
+        Ok(())
+    }
+
     fn goes_on(&self) -> Result<()> {
         self.transfer.goes_on(Duration::from_secs(1))?;
         self.datagrams.go_on(20)
@@ -124,12 +136,52 @@ fn a_relay_that_drains_is_left_without_a_gap() -> Result<()> {
 }
 
 #[test]
+fn a_relay_that_is_restarted_beside_another_is_not_missed() -> Result<()> {
+    lab::test("restarted relay of two", |lab| {
+        let coordinator = Coordinator::start_without_relay(lab.host("coord")?, POLICY)?;
+        let mut first = Relay::start(lab.host("fra")?, &coordinator, "fra")?;
+        let mut second = Relay::start(lab.host("ams")?, &coordinator, "ams")?;
+        let talk = Talk::start(lab, &coordinator)?;
+        talk.wait_for_second_relay()?;
+        talk.goes_on()?;
+        let home = wait_for_home(&talk.ann, None, "udp")?;
+        let relay = if home == "fra" { &mut first } else { &mut second };
+        relay.process.stop(LIMIT)?;
+        relay.start_again()?;
+        talk.goes_on()?;
+        talk.wait_for_second_relay()?;
+        talk.finish("restart of one of two relays").map(drop)
+    })
+}
+
+#[test]
+fn a_relay_that_is_killed_is_replaced_by_another() -> Result<()> {
+    lab::test("killed relay", |lab| {
+        let coordinator = Coordinator::start_without_relay(lab.host("coord")?, POLICY)?;
+        let mut first = Relay::start(lab.host("fra")?, &coordinator, "fra")?;
+        let mut second = Relay::start(lab.host("ams")?, &coordinator, "ams")?;
+        let talk = Talk::start(lab, &coordinator)?;
+        talk.wait_for_second_relay()?;
+        talk.goes_on()?;
+        let home = wait_for_home(&talk.ann, None, "udp")?;
+        let (relay, other) = if home == "fra" { (&mut first, "ams") } else { (&mut second, "fra") };
+        relay.process.kill()?;
+        talk.goes_on()?;
+        for agent in [&talk.ann, &talk.bob] {
+            wait_for_home(agent, Some(other), "udp")?;
+        }
+        talk.finish("kill -9 of one of two relays").map(drop)
+    })
+}
+
+#[test]
 fn a_relay_that_dies_is_replaced_by_another() -> Result<()> {
     lab::test("dying relay", |lab| {
         let coordinator = Coordinator::start_without_relay(lab.host("coord")?, POLICY)?;
         let first = Relay::start(lab.host("fra")?, &coordinator, "fra")?;
         let second = Relay::start(lab.host("ams")?, &coordinator, "ams")?;
         let talk = Talk::start(lab, &coordinator)?;
+        talk.wait_for_second_relay()?;
         talk.goes_on()?;
         let home = wait_for_home(&talk.ann, None, "udp")?;
         // Silently: nothing answers any more, no reset, no ICMP.
