@@ -26,6 +26,8 @@ pub const MAX_PEERS: usize = 100_000;
 pub const MAX_RULES: usize = 100_000;
 /// Most relays.
 pub const MAX_RELAYS: usize = 256;
+/// Most peer relays among them: what a device is connected to at once while it looks for a way to a peer.
+pub const MAX_PEER_RELAYS: usize = 8;
 /// Most application capabilities, for the same reason.
 pub const MAX_APPS: usize = 10_000;
 /// Most attributes of a device; files give each a handful.

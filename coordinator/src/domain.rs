@@ -34,7 +34,7 @@ pub use entity::{
     RelayRecord, Settings, User,
 };
 pub use name::{MAX_NAME, sanitise_hostname, valid_email, valid_tag};
-pub use peer_relay::{MAX_PEER_RELAYS, PeerRelays, RelayDifference};
+pub use peer_relay::{PeerRelays, RelayDifference};
 pub use token::{
     API_TOKEN_PREFIX, ApiToken, ApiTokenRecord, DEFAULT_API_TOKEN_LIFE, MAX_API_TOKEN_LIFE, MAX_API_TOKENS,
     NewApiToken, ParseApiTokenError,

@@ -321,6 +321,15 @@ impl Engine {
         self.resend_handshakes(now);
     }
 
+    /// A relay says that a packet for `device` went nowhere: it is not connected there, or our token does not name it. Advisory:
+    /// packets take another relay, if there is one.
+    pub fn handle_gone_from_relay(&mut self, now: Now, relay: RelayId, device: DeviceId) {
+        if let Some(idx) = self.paths.find(device) {
+            self.paths.on_gone_from_relay(now.boot, idx, relay);
+            self.resend_handshakes(now);
+        }
+    }
+
     /// A relay says that it will close: packets still flow through it, but others had better be used, and be home.
     pub fn handle_relay_draining(&mut self, now: Now, relay: RelayId) {
         self.paths.set_relay_draining(now.boot, relay);

@@ -103,7 +103,7 @@ pub const MAX_REMOTES: usize = 2 * MAX_CANDIDATES;
 pub const MAX_INFLIGHT: usize = 2 * MAX_REMOTES;
 /// Probes per peer and minute that look for a path: the first rounds over a dozen addresses.
 pub const MAX_PROBES_PER_MINUTE: u32 = 120;
-/// Probes per peer and minute that check the path in use or announce addresses, beyond those.
+/// Probes per peer and minute that check the path in use, compare relays or announce addresses, beyond those.
 pub const MAX_CHECKS_PER_MINUTE: u32 = 180;
 /// Pongs per peer and second: more than a peer that keeps to its own budgets asks for, even if it spends those of a
 /// minute at once. A pong is as long as its ping, so it costs others no more than who asked for it.
@@ -415,6 +415,22 @@ impl Paths {
     /// The relays of the netmap, and the one that is home.
     pub(crate) fn set_known_relays(&mut self, known: &[RelayId], home: Option<RelayId>) {
         self.shared.relays.set_known(known, home);
+    }
+
+    /// The relays of the netmap that are devices.
+    pub(crate) fn set_peer_relays(&mut self, now: Instant, relays: impl Iterator<Item = RelayId>) {
+        if self.shared.relays.set_peer_relays(relays) {
+            for idx in self.active_peers() {
+                self.with_active(now, idx, |active, home, shared| {
+                    active.on_relays_changed(now, home, shared)
+                });
+            }
+        }
+    }
+
+    /// A relay says that a peer is not connected to it, or that our token does not let us send there.
+    pub(crate) fn on_gone_from_relay(&mut self, now: Instant, idx: PeerIdx, relay: RelayId) {
+        self.with_active(now, idx, |active, _, _| active.on_gone_from_relay(relay));
     }
 
     /// A relay connection came up or went down. True if that is news.

@@ -268,7 +268,8 @@ impl Up {
             }
             RelayEventKind::NeedToken => self.ask_token(relay),
             RelayEventKind::PeerGone { device, why } => {
-                tracing::debug!(%relay, %device, ?why, "a peer is not there")
+                tracing::debug!(%relay, %device, ?why, "a peer is not there");
+                engine.handle_gone_from_relay(now, relay, device);
             }
             RelayEventKind::Doubt { doubt } => {
                 tracing::debug!(%relay, doubt, "does the relay answer?");

@@ -11,6 +11,7 @@ use warren_common::auth_key::{AuthKey, AuthKeySecret};
 use warren_common::endpoint::is_endpoint;
 use warren_common::ids::{AuthKeyId, DeviceId, RelayId, UserId};
 use warren_common::keys::ControlPublicKey;
+use warren_common::netmap;
 use warren_common::time::UnixTime;
 use warren_common::wire::relay_control::{MAX_ADDRS, RelayJoinKey, RelayJoinSecret};
 
@@ -30,7 +31,7 @@ pub const MAX_USERS: usize = 100_000;
 /// Most auth keys kept at a time, used and expired ones included.
 pub const MAX_AUTH_KEYS: usize = 100_000;
 /// Most relays: what a netmap may hold beside peer relays.
-pub const MAX_RELAYS: usize = warren_common::netmap::MAX_RELAYS - super::MAX_PEER_RELAYS;
+pub const MAX_RELAYS: usize = netmap::MAX_RELAYS - netmap::MAX_PEER_RELAYS;
 /// Most devices whose offer to relay is kept: what bounds every scan over them.
 pub const MAX_RELAY_OFFERS: usize = 256;
 /// Most tags of one auth key or device.

@@ -6,16 +6,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use warren_common::ids::{DeviceId, RelayId};
-use warren_common::netmap::Relay;
+use warren_common::netmap::{MAX_PEER_RELAYS, Relay};
 use warren_common::policy::Compiled;
 use warren_common::time::UnixTime;
 
 use super::State;
 use super::entity::Device;
-
-/// Most peer relays in one netmap: those with the lowest ids, so that two devices with the same grants get the same.
-/// While a path is looked for, a device is connected to all of them.
-pub const MAX_PEER_RELAYS: usize = 8;
 
 /// The devices that serve as relays, and for whom: those that offer it, and that a grant lets relay for somebody.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -61,7 +57,8 @@ impl PeerRelays {
         difference
     }
 
-    /// What a device is told of: the relays that it may use.
+    /// What a device is told of: the relays that it may use. If there are too many, those with the lowest ids, so that two
+    /// devices with the same grants are told the same.
     pub fn listed_for(&self, user: DeviceId) -> impl Iterator<Item = &Relay> {
         let usable = self.serving.values().filter(move |s| s.users.contains(&user));
         usable.map(|s| &s.relay).take(MAX_PEER_RELAYS)

@@ -7,6 +7,7 @@ use rand_core::SeedableRng;
 use warren_common::auth_key::{AuthKey, AuthKeySecret};
 use warren_common::ids::NetworkId;
 use warren_common::keys::{Fingerprint, ProbePublicKey, WgPublicKey};
+use warren_common::netmap::MAX_PEER_RELAYS;
 
 use super::reach::Reach;
 use super::records::PeerRecords;

@@ -13,6 +13,7 @@ use warren_common::wire::control::{
     Ack, ClientBody, ConfirmGeneration, Enroll, RelayTokenRequest, Report, Resume, ServerBody, Signal, Signed,
 };
 use warren_common::wire::relay::{Binding, RefusalCode};
+use warren_common::wire::relay_control::{RelayCommand, RelayDuty, RelayOffer};
 use warren_coordinator::push::SessionId;
 use warren_engine::engine::{Config, Engine};
 use warren_engine::event::Event;
@@ -48,8 +49,17 @@ pub(super) enum Sent {
     Dial(RelayId, DialNo),
     Relay(RelayId, DialNo, Vec<u8>),
     HangUp(RelayId, DialNo),
+    /// What the coordinator says to a device that offers to relay.
+    Relaying(Word),
     /// The network may be another one: is the session with the coordinator still alive?
     CheckSession,
+}
+
+/// What the coordinator says to a device that offers to relay.
+#[derive(Debug)]
+pub(super) enum Word {
+    Duty(RelayDuty),
+    Command(RelayCommand),
 }
 
 /// Where a datagram of the engine goes.
@@ -97,6 +107,7 @@ pub struct Device {
     /// The relay to be connected to for good, and the one that peers are told of.
     chosen_home: Option<RelayId>,
     home_relay: Option<RelayId>,
+    offer: Option<RelayOffer>,
     /// Revisions applied, for the properties.
     pub applied: u64,
     /// Its session with the coordinator is dead, and neither end has noticed.
@@ -131,6 +142,7 @@ impl Device {
             interfaces_wanted: false,
             chosen_home: None,
             home_relay: None,
+            offer: None,
             applied: 0,
             cut: false,
             asleep: false,
@@ -257,6 +269,7 @@ impl Device {
                 };
                 let before = peers(self);
                 self.update(now, session, &signed);
+                self.leave_gone_relays(now);
                 // The relay passes packets to the peers that a token names.
                 if before != peers(self) {
                     self.with_uplinks(now, |uplink, now, _, out| uplink.want_token(now, out));
@@ -279,11 +292,9 @@ impl Device {
                     });
                 }
             }
-            ServerBody::Presence(_)
-            | ServerBody::Pong(_)
-            | ServerBody::RuleOrigins(_)
-            | ServerBody::RelayDuty(_)
-            | ServerBody::RelayCommand(_) => {}
+            ServerBody::RelayDuty(duty) => self.sent.push(Sent::Relaying(Word::Duty(duty))),
+            ServerBody::RelayCommand(command) => self.sent.push(Sent::Relaying(Word::Command(command))),
+            ServerBody::Presence(_) | ServerBody::Pong(_) | ServerBody::RuleOrigins(_) => {}
         }
     }
 
@@ -398,6 +409,7 @@ impl Device {
             Out::Down => engine.handle_relay_state(now, relay, false),
             Out::Doubt(doubt) => engine.handle_relay_doubt(now, relay, doubt),
             Out::Draining => engine.handle_relay_draining(now, relay),
+            Out::Gone(device) => engine.handle_gone_from_relay(now, relay, device),
             Out::Received(src, payload) => self.received.push((relay, src, payload)),
         }
     }
@@ -416,10 +428,21 @@ impl Device {
     }
 
     fn leave_idle_relays(&mut self, now: Now) {
-        let needed = |relay: RelayId| [self.chosen_home, self.home_relay].contains(&Some(relay));
-        let idle = |u: &Uplink| !needed(u.relay()) && now.boot.since(u.used) >= LEAVE_AFTER;
-        let idle: Vec<RelayId> = self.uplinks.values().filter(|u| idle(u)).map(Uplink::relay).collect();
-        for relay in idle {
+        let homes = [self.chosen_home, self.home_relay];
+        let idle = |u: &Uplink| !homes.contains(&Some(u.relay())) && now.boot.since(u.used) >= LEAVE_AFTER;
+        self.leave_relays(now, idle);
+    }
+
+    /// Leaves relays that are gone from the netmap.
+    fn leave_gone_relays(&mut self, now: Now) {
+        let Some(netmap) = self.engine.as_ref().and_then(Engine::netmap) else { return };
+        let known: Vec<RelayId> = netmap.relays.keys().copied().collect();
+        self.leave_relays(now, |uplink| !known.contains(&uplink.relay()));
+    }
+
+    fn leave_relays(&mut self, now: Now, which: impl Fn(&Uplink) -> bool) {
+        let left: Vec<RelayId> = self.uplinks.values().filter(|u| which(u)).map(Uplink::relay).collect();
+        for relay in left {
             if let Some(dial) = self.uplinks.remove(&relay).and_then(|uplink| uplink.dial_no()) {
                 self.sent.push(Sent::HangUp(relay, dial));
             }
@@ -577,10 +600,17 @@ impl Device {
 
     /// Tells the coordinator which relay it listens on.
     fn report(&mut self) {
-        if let (Some(session), Some(relay)) = (self.session, self.home_relay) {
-            let report = Report { home_relay: relay.to_bytes().to_vec(), ..Report::default() };
+        let home_relay = self.home_relay.map_or_else(Vec::new, |relay| relay.to_bytes().to_vec());
+        if let Some(session) = self.session.filter(|_| !home_relay.is_empty() || self.offer.is_some()) {
+            let report = Report { home_relay, relay: self.offer.clone(), ..Report::default() };
             self.sent.push(Sent::Control(session, ClientBody::Report(report)));
         }
+    }
+
+    /// Offers to relay for others.
+    pub(super) fn offer_to_relay(&mut self, offer: RelayOffer) {
+        self.offer = Some(offer);
+        self.report();
     }
 
     /// Where a datagram of the engine goes.

@@ -11,10 +11,11 @@ use warren_common::ids::{DeviceId, RelayId};
 use warren_common::keys::ControlSecretKey;
 use warren_common::time::Instant;
 use warren_common::wire::relay::RefusalCode;
-use warren_common::wire::relay_control::RelayJoinKey;
+use warren_common::wire::relay_control::{RelayJoinKey, RelayOffer};
 use warren_coordinator::domain::{Command, Reply};
 use warren_relay::core::{self as relay, ConnId, Relay};
 
+use super::device::Word;
 use super::internet::{HostId, Link, Realm};
 use super::model::DeviceNo;
 use super::uplink::DialNo;
@@ -31,6 +32,8 @@ pub type RelayNo = usize;
 pub(super) struct Server {
     pub(super) id: RelayId,
     pub(super) host: HostId,
+    /// The device that it is, if it is one that a grant lets relay. It hears of changes in that device's control session.
+    device: Option<DeviceNo>,
     cert_sha256: [u8; 32],
     core: Option<Relay>,
     /// Nothing comes back from its host.
@@ -46,7 +49,7 @@ impl Server {
     /// A relay that does not run yet.
     pub(super) fn new(id: RelayId, host: HostId, cert_sha256: [u8; 32]) -> Self {
         let (clients, conns) = (BTreeMap::new(), BTreeMap::new());
-        Self { id, host, cert_sha256, core: None, silent: false, frozen: None, clients, conns }
+        Self { id, host, device: None, cert_sha256, core: None, silent: false, frozen: None, clients, conns }
     }
 
     pub(super) fn poll_timeout(&self) -> Option<Instant> {
@@ -98,6 +101,51 @@ impl World {
         self.relays.push(Server::new(id, host, cert_sha256));
         self.start_relay(no);
         no
+    }
+
+    /// Has a device that has joined offer to relay, in a region. It does so once the coordinator has told it to, and is heard
+    /// of by those that the policy lets use it.
+    pub fn add_peer_relay(&mut self, device: DeviceNo, position: Duration) -> RelayNo {
+        let no = self.relays.len();
+        let record = self.devices[device].id().and_then(|id| self.state().device(id));
+        let id = record.map_or_else(|| panic!("device {device} has not joined"), |record| record.relay_id());
+        let addr = IpAddr::from([198, 51, 100, 10 + no as u8]);
+        let cert_sha256 = [no as u8; 32];
+        let host = self.net.add_host(Realm::Public, addr, Link { position, ..Link::default() });
+        self.relays.push(Server { device: Some(device), ..Server::new(id, host, cert_sha256) });
+        let addrs = vec![SocketAddr::new(addr, 443).to_string()];
+        self.devices[device].offer_to_relay(RelayOffer { addrs, cert_sha256: cert_sha256.to_vec() });
+        self.drain_device(device);
+        no
+    }
+
+    /// What the coordinator says to a device that offers to relay.
+    pub(super) fn on_relaying(&mut self, device: DeviceNo, word: Word) {
+        let Some(no) = self.relays.iter().position(|server| server.device == Some(device)) else { return };
+        let now = self.now;
+        match (word, &mut self.relays[no].core) {
+            (Word::Duty(duty), None) if !duty.relay.is_empty() => self.start_relay_from(no, duty.floor),
+            (Word::Duty(duty), Some(_)) if duty.relay.is_empty() => self.stop_relay(no),
+            (Word::Duty(duty), Some(core)) => core.set_floor(duty.floor, now),
+            (Word::Command(command), Some(core)) => {
+                for device in command.revoked.iter().filter_map(|id| DeviceId::from_slice(id)) {
+                    core.revoke(device, command.revision, now);
+                }
+                for minimum in &command.minimums {
+                    if let Some(device) = DeviceId::from_slice(&minimum.device) {
+                        core.set_minimum_revision(device, minimum.revision, now);
+                    }
+                }
+                core.set_floor(command.floor, now);
+            }
+            (Word::Duty(_) | Word::Command(_), None) => {}
+        }
+        self.drain_relays();
+    }
+
+    /// How many packets the relay has passed on since it was started.
+    pub fn relay_forwarded(&self, no: RelayNo) -> u64 {
+        self.relays[no].core.as_ref().map_or(0, |core| core.stats().counters.forwarded_packets)
     }
 
     /// The relay's id.
@@ -173,7 +221,11 @@ impl World {
 
     /// Starts a relay that remembers nothing.
     pub fn start_relay(&mut self, no: RelayNo) {
-        let (network, floor) = (self.network, self.relay_floor);
+        self.start_relay_from(no, self.relay_floor);
+    }
+
+    fn start_relay_from(&mut self, no: RelayNo, floor: u64) {
+        let network = self.network;
         let netmap_key = self.netmap_key.public();
         let server = &mut self.relays[no];
         server.silent = false;
@@ -253,10 +305,11 @@ impl World {
         }
     }
 
-    /// Tells every relay what tokens must have from now on.
+    /// Tells every relay that has a session of its own what tokens must have from now on.
     pub(super) fn raise_minimum(&mut self, revision: u64, devices: &[DeviceId], revoked: &[DeviceId]) {
         self.relay_floor = revision;
-        for core in self.relays.iter_mut().filter_map(|server| server.core.as_mut()) {
+        let own = self.relays.iter_mut().filter(|server| server.device.is_none());
+        for core in own.filter_map(|server| server.core.as_mut()) {
             devices.iter().for_each(|device| core.set_minimum_revision(*device, revision, self.now));
             revoked.iter().for_each(|device| core.revoke(*device, revision, self.now));
         }

@@ -32,6 +32,8 @@ pub(super) enum Out {
     Down,
     Doubt(bool),
     Draining,
+    /// A packet for that device went nowhere.
+    Gone(DeviceId),
     Received(DeviceId, Vec<u8>),
 }
 
@@ -262,11 +264,12 @@ impl Uplink {
                 self.used = now;
                 out.push(Out::Received(src, payload.to_vec()));
             }
-            (Frame::TokenWanted { .. }, _)
-            | (Frame::PeerGone { why: GoneReason::NotPermitted, .. }, State::Ready { .. })
-                if self.asked.is_none() =>
-            {
-                self.ask(now, out);
+            (Frame::TokenWanted { .. }, _) if self.asked.is_none() => self.ask(now, out),
+            (Frame::PeerGone { device, why }, State::Ready { .. }) => {
+                out.push(Out::Gone(device));
+                if why == GoneReason::NotPermitted && self.asked.is_none() {
+                    self.ask(now, out);
+                }
             }
             (Frame::Ping { nonce }, State::Ready { dial, .. }) => {
                 out.push(Out::Frame(*dial, Frame::Pong { nonce }.to_vec()));

@@ -615,6 +615,7 @@ impl World {
                 Sent::Dial(relay, dial) => self.dial_relay(no, relay, dial),
                 Sent::Relay(relay, dial, frame) => self.send_to_relay(no, relay, dial, frame),
                 Sent::HangUp(relay, dial) => self.hang_up(no, relay, dial),
+                Sent::Relaying(word) => self.on_relaying(no, word),
             }
         }
         let timer = self.devices[no].poll_timeout(self.now);

@@ -35,6 +35,8 @@ impl Engine {
         self.routes = self.routes_of(netmap);
         // A device that relays may be asleep tomorrow: it is a way to peers, never a home.
         self.relays = netmap.relays.values().filter(|r| !r.peer).map(|r| r.id).collect();
+        let peer_relays = netmap.relays.values().filter(|r| r.peer).map(|r| r.id);
+        self.paths.set_peer_relays(now.boot, peer_relays);
         let servers = netmap.relays.values().flat_map(|r| r.stun.iter().map(|addr| (r.id, *addr)));
         let new_servers = self.stun.set_servers(servers);
         let stay: BTreeSet<DeviceId> =

@@ -8,6 +8,9 @@
 //! that is one and the same, to a *meeting relay* that both can compute, the next one by id. A round of probes pings the
 //! peer through each, which proves that it is there, and moves the pair to one that is clearly nearer.
 //!
+//! *Peer relays*, devices that a grant lets relay for us, are further places to meet for both ends that know of the same
+//! one. They are no homes, so nothing but an answer through one says that the peer is there too.
+//!
 //! The ends need not agree. Each sends over one relay and listens on all it is connected to.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,12 +18,14 @@ use std::time::Duration;
 
 use arrayvec::ArrayVec;
 use warren_common::ids::RelayId;
+use warren_common::netmap::MAX_PEER_RELAYS;
 use warren_common::time::Instant;
 
+use super::PING_TIMEOUT;
 use crate::home::is_clearly_nearer;
 
 /// Relays on which one peer is known to listen: the homes of both ends, former ones, meeting relays.
-const MAX_SEEN: usize = 6;
+const MAX_SEEN: usize = 6 + MAX_PEER_RELAYS;
 /// Meeting relays of one pair, should the first ones be away.
 const MAX_MEETING: usize = 3;
 /// How long a relay that a peer was heard on is preferred to its home relay.
@@ -41,6 +46,8 @@ pub(super) struct Relays {
     /// Of the netmap, by id.
     known: Vec<RelayId>,
     home: Option<RelayId>,
+    /// Devices that a grant lets relay for us: never a home.
+    peer_relays: ArrayVec<RelayId, MAX_PEER_RELAYS>,
     /// Those that are connected.
     up: BTreeMap<RelayId, Doubts>,
     /// Those that were tried, or lost, and not connected since.
@@ -63,6 +70,13 @@ impl Relays {
             self.failed.retain(|relay| known.contains(relay));
         }
         self.home = home;
+    }
+
+    /// Takes the netmap's relays that are devices. True if there are others than before.
+    pub(super) fn set_peer_relays(&mut self, relays: impl Iterator<Item = RelayId>) -> bool {
+        let relays = relays.take(MAX_PEER_RELAYS).collect();
+        let former = std::mem::replace(&mut self.peer_relays, relays);
+        self.peer_relays.iter().any(|relay| !former.contains(relay))
     }
 
     /// A connection came up, or went down, or could not be made. True if that is news.
@@ -116,8 +130,12 @@ impl Relays {
         peer_home: Option<RelayId>,
         round: usize,
     ) -> impl Iterator<Item = RelayId> + use<> {
-        let meeting = if round >= MEET_FROM_ROUND { self.meeting(peer_home) } else { ArrayVec::new() };
-        peer_home.into_iter().chain(meeting)
+        let late = round >= MEET_FROM_ROUND;
+        let meeting = if late { self.meeting(peer_home) } else { ArrayVec::new() };
+        // Where nothing else carries packets they are wanted at once.
+        let reached = peer_home.is_some_and(|home| self.is_up(home));
+        let peer_relays = if late || !reached { self.peer_relays.clone() } else { ArrayVec::new() };
+        peer_home.into_iter().chain(meeting).chain(peer_relays)
     }
 }
 
@@ -136,8 +154,10 @@ pub(super) struct PairRelays {
 struct Seen {
     relay: RelayId,
     at: Instant,
-    /// The round trip to the peer through this relay, smoothed.
+    /// The round trip to the peer through this relay, smoothed where it gets longer.
     rtt: Option<Duration>,
+    /// When it was measured last.
+    measured: Option<Instant>,
 }
 
 impl PairRelays {
@@ -152,7 +172,7 @@ impl PairRelays {
         {
             self.seen.remove(oldest);
         }
-        self.seen.push(Seen { relay, at: now, rtt: None });
+        self.seen.push(Seen { relay, at: now, rtt: None, measured: None });
     }
 
     /// The peer chose `relay` for a packet. True if we follow it there.
@@ -171,7 +191,8 @@ impl PairRelays {
         false
     }
 
-    /// A ping through `relay` was answered after so long. If the way is clearly shorter than the one in use, it is taken.
+    /// A ping through `relay` was answered after so long. If the way is clearly shorter than the one in use, it is taken; so
+    /// is one that was measured a moment ago, once it is first known how long the one in use is.
     pub(super) fn on_pong(
         &mut self,
         now: Instant,
@@ -181,19 +202,33 @@ impl PairRelays {
         relays: &Relays,
     ) {
         self.on_seen(now, relay);
+        let mut first = false;
         if let Some(seen) = self.seen.iter_mut().find(|seen| seen.relay == relay) {
-            seen.rtt = Some(seen.rtt.map_or(rtt, |former| (3 * former + rtt) / 4));
+            first = seen.rtt.is_none();
+            // Shorter at once: it is how far the peer is that counts, and a relay that stood still for a moment is no farther.
+            seen.rtt = Some(seen.rtt.map_or(rtt, |former| rtt.min((3 * former + rtt) / 4)));
+            seen.measured = Some(now);
         }
         let held = self.hold.is_some_and(|until| now < until);
         let used = self.choose(home, relays);
         let (Some(used), Some(own)) = (used, used.and_then(|used| self.rtt(used))) else { return };
-        if held || used == relay || !relays.is_sound(relay) {
-            return;
-        }
-        if self.rtt(relay).is_some_and(|rtt| is_clearly_nearer(rtt, own)) {
+        let counts = |seen: &&Seen| {
+            let lately = seen.measured.is_some_and(|at| now.since(at) < PING_TIMEOUT);
+            seen.relay != used
+                && relays.is_sound(seen.relay)
+                && (seen.relay == relay || relay == used && first && lately)
+        };
+        let best = self.seen.iter().filter(counts).filter_map(|seen| Some((seen.rtt?, seen.relay))).min();
+        if let Some((_, relay)) = best.filter(|(rtt, _)| !held && is_clearly_nearer(*rtt, own)) {
             self.spoke = Some((relay, now));
             self.hold = Some(now + HOLD);
         }
+    }
+
+    /// `relay` says that the peer is not there, or not for us.
+    pub(super) fn on_gone(&mut self, relay: RelayId) {
+        self.seen.retain(|seen| seen.relay != relay);
+        self.spoke = self.spoke.filter(|(spoke, _)| *spoke != relay);
     }
 
     /// The round trip to the peer through `relay`.
@@ -224,10 +259,11 @@ impl PairRelays {
         &self,
         home: Option<RelayId>,
         relays: &Relays,
-    ) -> ArrayVec<RelayId, { MAX_SEEN + MAX_MEETING + 2 }> {
+    ) -> ArrayVec<RelayId, { MAX_SEEN + MAX_MEETING + MAX_PEER_RELAYS + 2 }> {
         let mut all = ArrayVec::new();
         let seen = self.seen.iter().map(|seen| seen.relay);
-        for relay in seen.chain(home).chain(relays.home).chain(relays.meeting(home)) {
+        let others = relays.meeting(home).into_iter().chain(relays.peer_relays.iter().copied());
+        for relay in seen.chain(home).chain(relays.home).chain(others) {
             if relays.is_up(relay) && !all.contains(&relay) {
                 all.push(relay);
             }
@@ -370,6 +406,41 @@ mod tests {
         // It has its reasons.
         pair.on_spoke(now + HOLD, relay(3));
         assert_eq!(pair.choose(home, &relays), Some(relay(3)));
+    }
+
+    #[test]
+    fn a_pair_meets_at_peer_relays_and_leaves_one_where_the_other_end_is_not() {
+        let mut relays = relays(&[2]);
+        assert!(relays.set_peer_relays([8, 9].map(relay).into_iter()));
+        assert!(!relays.set_peer_relays([8].map(relay).into_iter()), "nothing new");
+        assert!(relays.set_peer_relays([8, 9].map(relay).into_iter()));
+        // A relay carries packets already: the first rounds find most direct ways.
+        assert_eq!(wanted(&relays, 2, 0), [relay(2)]);
+        assert_eq!(wanted(&relays, 2, MEET_FROM_ROUND), [2, 3, 8, 9].map(relay));
+        assert_eq!(wanted(&relays, 4, 0), [4, 8, 9].map(relay), "nothing else does yet");
+        assert_eq!(relays.wanted(None, 0).collect::<Vec<_>>(), [8, 9].map(relay));
+        let (mut pair, home) = (PairRelays::default(), Some(relay(2)));
+        assert!(!pair.to_ping(home, &relays).contains(&relay(8)), "not connected yet");
+        relays.set(relay(8), true);
+        assert!(pair.to_ping(home, &relays).contains(&relay(8)));
+        pair.on_pong(START, relay(2), ms(90), home, &relays);
+        assert_eq!(pair.choose(home, &relays), home, "no answer came through it");
+        pair.on_pong(START, relay(8), ms(10), home, &relays);
+        assert_eq!(pair.choose(home, &relays), Some(relay(8)));
+        pair.on_gone(relay(8));
+        assert_eq!(pair.choose(home, &relays), home);
+        // The nearer one answers first, before anybody knows how far the present one is.
+        let mut pair = PairRelays::default();
+        pair.on_spoke(START, relay(2));
+        pair.on_pong(START, relay(8), ms(10), home, &relays);
+        assert_eq!(pair.choose(home, &relays), home);
+        pair.on_pong(START + ms(80), relay(2), ms(90), home, &relays);
+        assert_eq!(pair.choose(home, &relays), Some(relay(8)));
+        // Where there is no other relay, an answer is all it takes.
+        let mut pair = PairRelays::default();
+        assert_eq!(pair.choose(None, &relays), None);
+        pair.on_pong(START, relay(8), ms(10), None, &relays);
+        assert_eq!(pair.choose(None, &relays), Some(relay(8)));
     }
 
     #[test]

@@ -80,6 +80,11 @@ impl Active {
         }
     }
 
+    /// The peer is not at that relay.
+    pub(in crate::paths) fn on_gone_from_relay(&mut self, relay: RelayId) {
+        self.relays.on_gone(relay);
+    }
+
     /// We are somewhere else: nothing that was proved holds.
     pub(in crate::paths) fn on_network_change(
         &mut self,

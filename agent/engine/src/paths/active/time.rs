@@ -13,7 +13,8 @@ use crate::io::Destination;
 use crate::paths::shared::Shared;
 use crate::paths::{
     ANNOUNCE_INTERVAL, CANDIDATE_AGE, CHECK_INTERVAL, DISTRESS_AFTER, IDLE_AFTER, MAX_CHECKS_PER_MINUTE,
-    MAX_REMOTES, PING_TIMEOUT, ROUND_PAUSES, ROUNDS_AFTER_PROMOTION, UPGRADE_INTERVAL, Way,
+    MAX_DEVICE_PROBES_PER_MINUTE, MAX_REMOTES, PING_TIMEOUT, ROUND_PAUSES, ROUNDS_AFTER_PROMOTION,
+    UPGRADE_INTERVAL, Way,
 };
 
 /// How long an extra socket that the peer has hit, and neither end uses, stays open.
@@ -205,14 +206,20 @@ impl Active {
         }
     }
 
-    /// Pings the peer through every relay that it may be reached through, if there are several, within the budget: that it
-    /// answers there is what makes a relay a choice, should another fail.
+    /// Pings the peer through every relay that it may be reached through, if there are several or none is in use, within the
+    /// budget: that it answers there is what makes a relay a choice, should another fail.
     fn probe_relays(&mut self, now: Instant, home: Option<RelayId>, shared: &mut Shared) {
         let relays = self.relays.to_ping(home, &shared.relays);
-        let several = relays.len() > 1;
-        for relay in relays.into_iter().filter(|_| several) {
-            let to = Destination::Relay { relay, device: self.device };
-            self.probe(now, to, shared);
+        let wanted = relays.len() > 1 || self.relay(home, shared).is_none();
+        for relay in relays.into_iter().filter(|_| wanted) {
+            // Not of the budget for addresses: what those behind hard NATs try in vain must not hide a better relay.
+            if self.checks.take(now, MINUTE, MAX_CHECKS_PER_MINUTE)
+                && shared.probes.take(now, MINUTE, MAX_DEVICE_PROBES_PER_MINUTE)
+            {
+                self.ping(now, Destination::Relay { relay, device: self.device }, None, shared);
+            } else {
+                shared.counters.probe_limited += 1;
+            }
         }
     }
 
