@@ -51,7 +51,7 @@ pub fn render(stats: &ServerStats, out: &mut String) {
         (
             "warren_relay_handshakes_refused_total",
             Counter,
-            "Connections refused since too many were in their handshake.",
+            "Connections refused or ended since too many were in their handshake.",
             stats.handshakes_refused,
         ),
         (

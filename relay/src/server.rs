@@ -27,13 +27,14 @@ use crate::core::{Config, ConnId, Limits, Output, Relay, Stats};
 use crate::os;
 use crate::tls::{Identity, IdentityError};
 
+mod handshakes;
 mod quic;
 mod stun;
 mod udp;
 mod websocket;
 
-/// Most connections in their handshake (TLS, and the upgrade to a WebSocket), per transport; more are refused. Each costs some
-/// 20 KiB and a signature.
+/// Most connections in their handshake (TLS, and the upgrade to a WebSocket), per transport; one more ends another or is refused
+/// itself. Each costs some 20 KiB and a signature.
 pub const MAX_HANDSHAKES: usize = 256;
 /// How long a handshake may take.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -103,7 +104,7 @@ pub struct ServerStats {
     pub stun_answered: u64,
     /// STUN datagrams that were no question, or above the rate.
     pub stun_ignored: u64,
-    /// Connections refused since too many were in their handshake.
+    /// Connections refused or ended since too many were in their handshake.
     pub handshakes_refused: u64,
     /// Handshakes that failed or took too long.
     pub handshakes_failed: u64,
@@ -346,6 +347,14 @@ impl Shared {
             handshakes_refused: AtomicU64::new(0),
             handshakes_failed: AtomicU64::new(0),
         }
+    }
+
+    fn refused_handshake(&self) {
+        self.handshakes_refused.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn failed_handshake(&self) {
+        self.handshakes_failed.fetch_add(1, Ordering::Relaxed);
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

@@ -5,7 +5,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -13,14 +12,15 @@ use quinn::congestion::CubicConfig;
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{Connection, Endpoint, EndpointConfig, Incoming, RecvStream, SendStream, VarInt};
 use quinn_proto::HashedConnectionIdGenerator;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use warren_common::wire::relay::{Class, Deframer, QueuedFrame, RefusalCode, put_on_stream};
 
+use crate::os;
 use crate::tls::Identity;
 
+use super::handshakes::{Handshake, Handshakes};
 use super::{
     Client, GOODBYE_TIMEOUT, HANDSHAKE_TIMEOUT, MAX_HANDSHAKES, Shared, WRITE_TIMEOUT, family, reap, udp,
 };
@@ -75,7 +75,7 @@ fn endpoint_config(identity: &Identity) -> EndpointConfig {
 }
 
 pub(super) async fn accept(shared: Arc<Shared>, endpoint: Endpoint, stop: CancellationToken) {
-    let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    let handshakes = Handshakes::new(MAX_HANDSHAKES);
     let mut tasks = JoinSet::new();
     loop {
         let incoming = tokio::select! {
@@ -85,19 +85,19 @@ pub(super) async fn accept(shared: Arc<Shared>, endpoint: Endpoint, stop: Cancel
         let Some(incoming) = incoming else { break };
         reap(&mut tasks);
         // When it gets tight, only those who can be reached at the address they give go on.
-        if handshakes.available_permits() < MAX_HANDSHAKES / 2
+        if handshakes.count() > MAX_HANDSHAKES / 2
             && !incoming.remote_address_validated()
             && incoming.may_retry()
         {
             let _ = incoming.retry(); // it may retry
             continue;
         }
-        match handshakes.clone().try_acquire_owned() {
-            Ok(permit) => {
-                tasks.spawn(serve(shared.clone(), incoming, permit));
+        match handshakes.begin(incoming.remote_address().ip(), os::now().boot) {
+            Some(handshake) => {
+                tasks.spawn(serve(shared.clone(), incoming, handshake));
             }
-            Err(_) => {
-                shared.handshakes_refused.fetch_add(1, Ordering::Relaxed);
+            None => {
+                shared.refused_handshake();
                 incoming.refuse();
             }
         }
@@ -107,12 +107,13 @@ pub(super) async fn accept(shared: Arc<Shared>, endpoint: Endpoint, stop: Cancel
     let _ = timeout(GOODBYE_TIMEOUT, endpoint.wait_idle()).await;
 }
 
-async fn serve(shared: Arc<Shared>, incoming: Incoming, permit: OwnedSemaphorePermit) {
-    let Ok(Ok(connection)) = timeout(HANDSHAKE_TIMEOUT, incoming.into_future()).await else {
-        shared.handshakes_failed.fetch_add(1, Ordering::Relaxed);
-        return;
+async fn serve(shared: Arc<Shared>, incoming: Incoming, handshake: Handshake) {
+    let opened = tokio::select! {
+        opened = timeout(HANDSHAKE_TIMEOUT, incoming.into_future()) => opened,
+        () = handshake.evicted() => return shared.refused_handshake(),
     };
-    drop(permit);
+    drop(handshake);
+    let Ok(Ok(connection)) = opened else { return shared.failed_handshake() };
     let client = shared.connect();
     tracing::debug!(from = %connection.remote_address(), "connected over QUIC");
     // Waits only if the device allows no stream.

@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -10,7 +9,6 @@ use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt as _, StreamExt as _};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
@@ -22,10 +20,11 @@ use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_util::sync::CancellationToken;
 use warren_common::wire::relay::{MAX_FRAME, RefusalCode};
 
+use super::handshakes::{Handshake, Handshakes};
 use super::{
     Client, GOODBYE_TIMEOUT, HANDSHAKE_TIMEOUT, MAX_HANDSHAKES, Shared, WRITE_TIMEOUT, family, reap,
 };
-use crate::http;
+use crate::{http, os};
 
 /// What the kernel may hold unsent for one connection, in bytes: more would only be delay, and packets that a revocation
 /// can't call back.
@@ -46,7 +45,7 @@ pub(super) async fn accept(
     stop: CancellationToken,
 ) {
     let acceptor = TlsAcceptor::from(tls);
-    let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    let handshakes = Handshakes::new(MAX_HANDSHAKES);
     let mut tasks = JoinSet::new();
     loop {
         let accepted = tokio::select! {
@@ -55,12 +54,12 @@ pub(super) async fn accept(
         };
         reap(&mut tasks);
         match accepted {
-            Ok((stream, from)) => match handshakes.clone().try_acquire_owned() {
-                Ok(permit) => {
-                    tasks.spawn(serve(shared.clone(), acceptor.clone(), stream, from, permit));
+            Ok((stream, from)) => match handshakes.begin(from.ip(), os::now().boot) {
+                Some(handshake) => {
+                    tasks.spawn(serve(shared.clone(), acceptor.clone(), stream, from, handshake));
                 }
-                Err(_) => {
-                    shared.handshakes_refused.fetch_add(1, Ordering::Relaxed);
+                None => {
+                    shared.refused_handshake();
                 }
             },
             Err(error) => {
@@ -78,17 +77,18 @@ async fn serve(
     acceptor: TlsAcceptor,
     stream: TcpStream,
     from: SocketAddr,
-    permit: OwnedSemaphorePermit,
+    handshake: Handshake,
 ) {
     // Best effort: without these it is only slower.
     let _ = stream.set_nodelay(true);
     let _ = socket2::SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT_BYTES);
     // Boxed: what a handshake needs is not kept for the life of the session.
-    let Ok(Some(socket)) = timeout(HANDSHAKE_TIMEOUT, Box::pin(open(acceptor, stream))).await else {
-        shared.handshakes_failed.fetch_add(1, Ordering::Relaxed);
-        return;
+    let opened = tokio::select! {
+        opened = timeout(HANDSHAKE_TIMEOUT, Box::pin(open(acceptor, stream))) => opened,
+        () = handshake.evicted() => return shared.refused_handshake(),
     };
-    drop(permit);
+    drop(handshake);
+    let Ok(Some(socket)) = opened else { return shared.failed_handshake() };
     let client = shared.connect();
     tracing::debug!(%from, "connected over a WebSocket");
     let (mut writer, mut reader) = socket.split();

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use crate::support::{Device, Seen, Transport, config, device, patient, probe, start, tls, token};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::UdpSocket;
+use tokio::net::{TcpSocket, UdpSocket};
 use tokio_tungstenite::tungstenite::Message;
 use warren_common::wire::relay::{
     Frame, GoneReason, MAX_FRAME, MAX_PAYLOAD, RefusalCode, TokenRef, WantedReason,
 };
 use warren_relay::core::{DropReason, Limits};
-use warren_relay::server::{RelayServer, RelayServerConfig, StartError};
+use warren_relay::server::{MAX_HANDSHAKES, RelayServer, RelayServerConfig, StartError};
 
 const BOTH: [Transport; 2] = [Transport::Quic, Transport::WebSocket];
 
@@ -150,6 +150,20 @@ async fn who_does_not_ask_for_a_websocket_is_told_and_holds_nothing() {
     assert!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
     let stats = server.stats();
     assert_eq!((stats.handshakes_failed, stats.core.half_open, stats.core.clients), (1, 0, 0));
+}
+
+#[tokio::test]
+async fn strangers_that_say_nothing_keep_nobody_out() {
+    let (_dir, server) = start(Limits::default());
+    let mut silent = Vec::new();
+    for _ in 0..2 * MAX_HANDSHAKES {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+        silent.push(socket.connect(server.local_addr()).await.unwrap());
+    }
+    let _device = Device::join(&server, Transport::WebSocket, 1, &[2]).await;
+    let refused = server.stats().handshakes_refused;
+    assert!(refused > MAX_HANDSHAKES as u64, "{refused}");
 }
 
 #[tokio::test]
