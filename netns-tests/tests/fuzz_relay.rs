@@ -65,6 +65,7 @@ fn frames() -> Vec<Vec<u8>> {
         Frame::Drain { after_ms: 1 },
         Frame::UdpOffer { session: 1 },
         Frame::UdpLost { counter: 1 },
+        Frame::Rest,
     ]
     .map(|frame| frame.to_vec())
     .to_vec()
@@ -178,7 +179,7 @@ fn relay_udp() {
                     break session;
                 }
             };
-            let ping = Ping { nonce: 1, settle: true }.to_bytes();
+            let ping = Ping { nonce: 1, settle: true, leave: false }.to_bytes();
             let other = device(3 - n).to_bytes();
             for (counter, kind, what) in
                 [(0, Kind::Ping, ping), (1, Kind::Send, other), (2, Kind::Ping, ping)]

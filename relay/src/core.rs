@@ -7,7 +7,8 @@
 //!
 //! A connection is *half-open* until it has presented a token and the proof that goes with it, and a *session* after that.
 //! A session is *suspended* when the relay hears that its device needs a newer token: nothing is forwarded from or to it
-//! until that token comes. It ends with its token, unless it is given another in time.
+//! until that token comes. It ends with its token, unless it is given another in time. It *rests* when its device has
+//! given up the connection and is reached over plain UDP alone.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -26,9 +27,11 @@ use warren_common::wire::token::{MAX_TOKEN_LIFE_S, RelayToken};
 
 mod counters;
 mod gcra;
+mod rest;
 mod udp;
 mod window;
 
+use rest::Rest;
 use udp::UdpSession;
 
 pub use counters::{Counters, DropReason, Stats};
@@ -128,7 +131,7 @@ pub enum Output {
     /// Take frames with [`Relay::next_frame`] until there are none, and write them.
     Wake(ConnId),
     /// Write [`RefusalCode::frame`] of the reason if that is possible without waiting long, then close. The relay has
-    /// forgotten the connection.
+    /// forgotten the connection; its session goes on if the reason is [`RefusalCode::Resting`].
     Close(ConnId, RefusalCode),
 }
 
@@ -149,7 +152,6 @@ pub struct Relay {
     floor: u64,
     queued_bytes: usize,
     outputs: VecDeque<Output>,
-    /// At most one for each input, if drained after each.
     datagrams: VecDeque<(UdpPath, Vec<u8>)>,
     counters: Counters,
 }
@@ -183,6 +185,10 @@ struct Session {
     refreshes: Gcra,
     /// `None` if the shell carries no plain UDP.
     udp: Option<Box<UdpSession>>,
+    /// Of the session that this one took over while it rested: carries packets until `udp` does.
+    former_udp: Option<Box<UdpSession>>,
+    /// Set while it rests.
+    rest: Option<Rest>,
 }
 
 impl Session {
@@ -251,7 +257,9 @@ impl Relay {
 
     /// A transport is gone. Harmless for one that the relay has closed itself.
     pub fn handle_disconnected(&mut self, conn: ConnId) {
-        self.forget(conn);
+        if !self.rests(conn) {
+            self.forget(conn);
+        }
     }
 
     /// A frame came in. Whatever it is, it can't panic; one that makes no sense closes the connection.
@@ -279,6 +287,7 @@ impl Relay {
             Ok(Some(Frame::Ping { nonce })) if !half_open => self.control(conn, &Frame::Pong { nonce }),
             Ok(Some(Frame::Pong { .. })) if !half_open => {}
             Ok(Some(Frame::TokenRefresh { token })) if !half_open => self.refresh(conn, now, token),
+            Ok(Some(Frame::Rest)) if !half_open => self.rest(conn, now.boot),
             Ok(Some(Frame::UdpLost { counter })) if !half_open => {
                 if let Some(udp) = self.session_mut(conn).and_then(|s| s.udp.as_mut()) {
                     udp.lose(counter);
@@ -407,8 +416,9 @@ impl Relay {
         }
         // The device keeps its rate limit, or reconnecting would be a way around it.
         let rate = older.and_then(|c| self.session(c)).map_or_else(Gcra::default, |s| s.rate.clone());
-        if let Some(older) = older {
-            self.close(older, RefusalCode::Replaced);
+        let former_udp = older.and_then(|older| self.take_over(older));
+        if let Some(former) = &former_udp {
+            self.udp_ids.insert(former.id, conn);
         }
         let (device, revision) = (token.device, token.revision);
         let (ends, ask_at) = token_ends(&token, now);
@@ -424,6 +434,8 @@ impl Relay {
             notices: Gcra::default(),
             refreshes: Gcra::default(),
             udp: self.config.plain_udp.then(|| Box::new(UdpSession::new(udp_id, keys))),
+            former_udp,
+            rest: None,
         };
         if let Some(entry) = self.conns.get_mut(&conn) {
             entry.state = State::Session(Box::new(session));
@@ -553,6 +565,10 @@ impl Relay {
 
     /// Returns whether the frame waits now.
     fn enqueue(&mut self, conn: ConnId, class: Class, frame: Arc<[u8]>) -> bool {
+        if self.rests(conn) {
+            self.call(conn, class, &frame);
+            return false;
+        }
         let Some(entry) = self.conns.get_mut(&conn) else { return false };
         let before = entry.queue.data_bytes();
         let room = self.config.limits.total_queue_bytes.saturating_sub(self.queued_bytes) / SHARE_OF_FREE;
@@ -666,7 +682,7 @@ impl Relay {
             }
             State::Session(session) => {
                 self.sessions.remove(&session.device);
-                if let Some(udp) = &session.udp {
+                for udp in session.udp.iter().chain(&session.former_udp) {
                     self.udp_ids.remove(&udp.id);
                 }
             }

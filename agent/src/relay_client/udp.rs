@@ -184,7 +184,7 @@ impl UdpLink {
         let mut datagram = vec![0; if full { FULL_UDP_DATAGRAM } else { UDP_HEADER }];
         let counter = self.next.fetch_add(1, Ordering::Relaxed);
         let head = Head { kind: Kind::Ping, session: self.session, counter };
-        let ping = Ping { nonce: micros(), settle };
+        let ping = Ping { nonce: micros(), settle, leave: false };
         if self.keys.sealer().seal(head, ping.to_bytes(), &mut datagram) {
             // Lost like any other: the next one follows.
             let _ = self.transmit(&datagram, None);
@@ -221,6 +221,7 @@ impl UdpLink {
                             (datagram.len() == FULL_UDP_DATAGRAM, Duration::from_micros(micros));
                         self.way().on_pong(clock::now().boot, full, rtt);
                     }
+                    Kind::Call => {}              // only sessions that rest are called
                     Kind::Send | Kind::Ping => {} // ours, reflected: it does not even open
                 }
             }

@@ -109,7 +109,7 @@ async fn stay_with_udp(relay: RelayAt, device: Device) {
         for counter in 0.. {
             let mut datagram = vec![0; UDP_HEADER];
             let head = Head { kind: UdpKind::Ping, session, counter };
-            let what = Ping { nonce: counter, settle: true }.to_bytes();
+            let what = Ping { nonce: counter, settle: true, leave: false }.to_bytes();
             anyhow::ensure!(keys.sealer().seal(head, what, &mut datagram));
             socket.send_to(&datagram, relay.addr).await?;
             tokio::time::sleep(KEEPALIVE).await;

@@ -175,7 +175,7 @@ impl PlainUdp {
     /// # Errors
     /// The socket is broken.
     pub fn ping(&mut self) -> Result<()> {
-        let what = Ping { nonce: 1, settle: true }.to_bytes();
+        let what = Ping { nonce: 1, settle: true, leave: false }.to_bytes();
         self.put(Kind::Ping, what, &[], 1)
     }
 

@@ -73,6 +73,7 @@ const TOKEN_REFRESH: u8 = 0x0b;
 const DRAIN: u8 = 0x0c;
 const UDP_OFFER: u8 = 0x0d;
 const UDP_LOST: u8 = 0x0e;
+const REST: u8 = 0x0f;
 
 /// One frame, borrowing from the bytes it was decoded from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,6 +156,9 @@ pub enum Frame<'a> {
         /// The newest that the device has used.
         counter: u64,
     },
+    /// Device to relay: packets take plain UDP, so this connection need not be kept. The relay closes it with
+    /// [`RefusalCode::Resting`] and the session goes on without it, or ignores this. `0f`
+    Rest,
 }
 
 /// A signed token as it lies in a frame.
@@ -259,6 +263,8 @@ open_code!(
         SlowReader = 13 "slow-reader",
         /// The relay shuts down.
         ShuttingDown = 14 "shutting-down",
+        /// Only the connection ends, as the device has asked; its session goes on over UDP.
+        Resting = 15 "resting",
     }
 );
 
@@ -286,6 +292,7 @@ impl RefusalCode {
             Self::Idle => "nothing was heard from the device for too long",
             Self::SlowReader => "the device does not read what it is sent",
             Self::ShuttingDown => "the relay shuts down; try another or try again later",
+            Self::Resting => "the session goes on over UDP, as the device has asked",
             Self::Other(_) => "the relay closed the connection for a reason that this version does not know",
         }
     }
@@ -474,6 +481,10 @@ impl<'a> Frame<'a> {
             DRAIN => Self::Drain { after_ms: u32::from_be_bytes(*exact(body, "milliseconds")?) },
             UDP_OFFER => Self::UdpOffer { session: u64::from_be_bytes(*exact(body, "session")?) },
             UDP_LOST => Self::UdpLost { counter: u64::from_be_bytes(*exact(body, "counter")?) },
+            REST => {
+                let [] = *exact(body, "length")?;
+                Self::Rest
+            }
             _ => return Ok(None),
         }))
     }
@@ -494,6 +505,7 @@ impl<'a> Frame<'a> {
             Self::TokenWanted { .. } => 1,
             Self::TokenRefresh { token } => SIGNATURE_LEN + token.payload.len(),
             Self::Drain { .. } => 4,
+            Self::Rest => 0,
         }
     }
 
@@ -526,6 +538,7 @@ impl<'a> Frame<'a> {
             Self::Drain { after_ms } => put(out, DRAIN, &[&after_ms.to_be_bytes()]),
             Self::UdpOffer { session } => put(out, UDP_OFFER, &[&session.to_be_bytes()]),
             Self::UdpLost { counter } => put(out, UDP_LOST, &[&counter.to_be_bytes()]),
+            Self::Rest => put(out, REST, &[]),
         }
     }
 

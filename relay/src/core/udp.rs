@@ -10,7 +10,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 
-use warren_common::wire::relay::udp::{Head, Kind, Ping, UDP_HEADER, UdpCipher, UdpKeys};
+use warren_common::wire::relay::udp::{Call, Head, Kind, Ping, UDP_HEADER, UdpCipher, UdpKeys};
 
 use super::window::{Seen, Window};
 use super::*;
@@ -43,11 +43,11 @@ pub struct UdpSend {
 #[derive(Debug)]
 pub(super) struct UdpSession {
     pub(super) id: u64,
-    keys: UdpKeys,
+    pub(super) keys: UdpKeys,
     /// Next counter towards the device.
     next: u64,
     window: Window,
-    at: Option<UdpPath>,
+    pub(super) at: Option<UdpPath>,
     heard: Instant,
     /// Counters up to this no longer say where the device is.
     lost: Option<u64>,
@@ -75,7 +75,13 @@ impl UdpSession {
         }
     }
 
-    fn seal(&mut self, cipher: &UdpCipher, kind: Kind, what: [u8; 16], datagram: &mut [u8]) -> bool {
+    pub(super) fn seal(
+        &mut self,
+        cipher: &UdpCipher,
+        kind: Kind,
+        what: [u8; 16],
+        datagram: &mut [u8],
+    ) -> bool {
         let head = Head { kind, session: self.id, counter: self.next };
         self.next += 1;
         cipher.seal(head, what, datagram)
@@ -86,9 +92,22 @@ impl UdpSession {
 #[derive(Default)]
 struct Batch {
     from: Option<(u64, ConnId, UdpCipher)>,
-    to: Option<(ConnId, UdpCipher)>,
+    to: Option<(u64, UdpCipher)>,
     /// The sender's permission holds: a token can't change inside a buffer.
     route: Option<(ConnId, DeviceId, ConnId)>,
+}
+
+impl Session {
+    /// The UDP side with this number.
+    fn udp_mut(&mut self, id: u64) -> Option<&mut UdpSession> {
+        self.udp.iter_mut().chain(&mut self.former_udp).map(|udp| &mut **udp).find(|udp| udp.id == id)
+    }
+
+    /// Where the device takes datagrams, if it does, and what seals them.
+    pub(super) fn udp_path(&mut self, now: Instant) -> Option<(&mut UdpSession, UdpPath)> {
+        let both = self.udp.iter_mut().chain(&mut self.former_udp);
+        both.map(|udp| &mut **udp).find_map(|udp| udp.path(now).map(|at| (udp, at)))
+    }
 }
 
 impl Relay {
@@ -139,7 +158,9 @@ impl Relay {
         if batch.from.as_ref().is_none_or(|(session, ..)| *session != head.session) {
             let found = self.udp_ids.get(&head.session).copied();
             batch.from = found.and_then(|conn| {
-                let cipher = self.session(conn)?.udp.as_ref()?.keys.opener();
+                let session = self.session(conn)?;
+                let mut both = session.udp.iter().chain(&session.former_udp);
+                let cipher = both.find(|udp| udp.id == head.session)?.keys.opener();
                 Some((head.session, conn, cipher))
             });
         }
@@ -155,7 +176,7 @@ impl Relay {
         let (cost, burst) = self.cost(datagram.len() - UDP_HEADER);
         let entry = self.conns.get_mut(&conn)?;
         let State::Session(session) = &mut entry.state else { return None };
-        let udp = session.udp.as_mut()?;
+        let udp = session.udp_mut(head.session)?;
         let seen = udp.window.record(head.counter);
         if seen == Seen::Replayed {
             self.counters.drop(DropReason::UdpReplayed, 1);
@@ -166,15 +187,26 @@ impl Relay {
             self.counters.drop(DropReason::RateLimited, 1);
             return None;
         }
-        if head.kind == Kind::Ping {
-            if seen == Seen::Newest && Ping::from_bytes(&what).settle {
-                udp.hear(now.boot, from, head.counter);
-            }
-            let sealer = udp.keys.sealer();
-            return udp.seal(&sealer, Kind::Pong, what, datagram).then_some(from);
-        }
-        if seen == Seen::Newest {
+        let ping = (head.kind == Kind::Ping).then(|| Ping::from_bytes(&what));
+        let udp = session.udp_mut(head.session)?;
+        if seen == Seen::Newest && ping.is_none_or(|ping| ping.settle) {
             udp.hear(now.boot, from, head.counter);
+            if let Some(former) = session.former_udp.take_if(|former| former.id != head.session) {
+                self.udp_ids.remove(&former.id);
+            }
+        }
+        if let Some(ping) = ping {
+            if ping.leave && seen == Seen::Newest && session.rest.is_some() {
+                self.forget(conn);
+                return None;
+            }
+            let (kind, what) = match session.rest.as_ref().and_then(|rest| rest.called) {
+                Some(why) => (Kind::Call, Call { nonce: Some(ping.nonce), why }.to_bytes()),
+                None => (Kind::Pong, what),
+            };
+            let udp = session.udp_mut(head.session)?;
+            let sealer = udp.keys.sealer();
+            return udp.seal(&sealer, kind, what, datagram).then_some(from);
         }
         let (dst, src) = (DeviceId::from_bytes(what), session.device);
         let to = match batch.route {
@@ -190,13 +222,12 @@ impl Relay {
             self.counters.drop(DropReason::Suspended, 1);
             return None;
         }
-        let Some((udp, path)) = session.udp.as_mut().and_then(|udp| udp.path(now.boot).map(|at| (udp, at)))
-        else {
+        let Some((udp, path)) = session.udp_path(now.boot) else {
             self.deliver(to, src, &datagram[UDP_HEADER..]);
             return None;
         };
-        if batch.to.as_ref().is_none_or(|(conn, _)| *conn != to) {
-            batch.to = Some((to, udp.keys.sealer()));
+        if batch.to.as_ref().is_none_or(|(session, _)| *session != udp.id) {
+            batch.to = Some((udp.id, udp.keys.sealer()));
         }
         let (_, sealer) = batch.to.as_ref()?;
         let sealed = udp.seal(sealer, Kind::Recv, src.to_bytes(), datagram);
@@ -212,8 +243,7 @@ impl Relay {
         src: DeviceId,
         payload: &[u8],
     ) -> Option<()> {
-        let udp = self.session_mut(to)?.udp.as_mut()?;
-        let path = udp.path(now)?;
+        let (udp, path) = self.session_mut(to)?.udp_path(now)?;
         if UDP_HEADER + payload.len() > FULL_UDP_DATAGRAM {
             return None; // not known to pass
         }

@@ -30,6 +30,7 @@ enum Made {
     Drain(u32),
     UdpOffer(u64),
     UdpLost(u64),
+    Rest,
 }
 
 impl Made {
@@ -54,6 +55,7 @@ impl Made {
             Self::Drain(after_ms) => Frame::Drain { after_ms: *after_ms },
             Self::UdpOffer(session) => Frame::UdpOffer { session: *session },
             Self::UdpLost(counter) => Frame::UdpLost { counter: *counter },
+            Self::Rest => Frame::Rest,
         }
     }
 }
@@ -83,6 +85,7 @@ fn made() -> impl Strategy<Value = Made> {
         any::<u32>().prop_map(Made::Drain),
         any::<u64>().prop_map(Made::UdpOffer),
         any::<u64>().prop_map(Made::UdpLost),
+        Just(Made::Rest),
     ]
 }
 
@@ -154,6 +157,7 @@ fn golden_bytes() {
         (Frame::Drain { after_ms: 3_000 }, "0c00000bb8".to_owned()),
         (Frame::UdpOffer { session: 0x0102_0304_0506_0708 }, "0d0102030405060708".to_owned()),
         (Frame::UdpLost { counter: 9 }, "0e0000000000000009".to_owned()),
+        (Frame::Rest, "0f".to_owned()),
     ];
     for (frame, expected) in cases {
         assert_eq!(hex(&frame.to_vec()), expected);
@@ -162,7 +166,7 @@ fn golden_bytes() {
     put_on_stream(&Frame::Drain { after_ms: 3_000 }.to_vec(), &mut stream);
     assert_eq!(hex(&stream), "0000050c00000bb8");
     let codes: Vec<u8> = RefusalCode::KNOWN.iter().map(|c| c.to_u8()).collect();
-    assert_eq!(codes, (1..=14).collect::<Vec<u8>>());
+    assert_eq!(codes, (1..=15).collect::<Vec<u8>>());
 }
 
 #[test]

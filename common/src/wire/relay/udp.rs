@@ -39,6 +39,9 @@ pub enum Kind {
     Ping = 3,
     /// Relay to device, as long as the ping; sealed is the same.
     Pong = 4,
+    /// Relay to a device whose session rests; sealed is a [`Call`]. Sent once, and in place of each [`Kind::Pong`] from
+    /// then on.
+    Call = 5,
 }
 
 /// The part of a datagram that everybody can read.
@@ -64,6 +67,7 @@ impl Head {
             2 => Kind::Recv,
             3 => Kind::Ping,
             4 => Kind::Pong,
+            5 => Kind::Call,
             _ => return None,
         };
         let empty = payload == 0 && matches!(kind, Kind::Send | Kind::Recv);
@@ -96,6 +100,8 @@ pub struct Ping {
     /// Send what is for me to the address that this comes from. Without it a ping only asks for the answer: that it
     /// reached the relay does not mean that the answer reaches the device.
     pub settle: bool,
+    /// The device goes: its session, if it rests, is over.
+    pub leave: bool,
 }
 
 impl Ping {
@@ -103,14 +109,63 @@ impl Ping {
     pub fn to_bytes(self) -> [u8; 16] {
         let mut bytes = [0; 16];
         bytes[..8].copy_from_slice(&self.nonce.to_be_bytes());
-        bytes[8] = u8::from(self.settle);
+        bytes[8] = u8::from(self.settle) | u8::from(self.leave) << 1;
         bytes
     }
 
     /// What was sealed; unknown flags and the rest are ignored.
     pub fn from_bytes(bytes: &[u8; 16]) -> Self {
         let [n0, n1, n2, n3, n4, n5, n6, n7, flags, ..] = *bytes;
-        Self { nonce: u64::from_be_bytes([n0, n1, n2, n3, n4, n5, n6, n7]), settle: flags & 1 != 0 }
+        Self {
+            nonce: u64::from_be_bytes([n0, n1, n2, n3, n4, n5, n6, n7]),
+            settle: flags & 1 != 0,
+            leave: flags & 2 != 0,
+        }
+    }
+}
+
+/// Why a device is called while its session rests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Calling {
+    /// There is something to say that takes a connection.
+    Connect,
+    /// The relay drains: go elsewhere, as with [`super::Frame::Drain`].
+    Drain {
+        /// Until the relay closes, in milliseconds.
+        after_ms: u32,
+    },
+}
+
+/// What a call says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Call {
+    /// Of the ping that this answers, if it does.
+    pub nonce: Option<u64>,
+    /// Why.
+    pub why: Calling,
+}
+
+impl Call {
+    /// As sealed.
+    pub fn to_bytes(self) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&self.nonce.unwrap_or_default().to_be_bytes());
+        bytes[8] = u8::from(self.nonce.is_some());
+        if let Calling::Drain { after_ms } = self.why {
+            bytes[8] |= 2;
+            bytes[9..13].copy_from_slice(&after_ms.to_be_bytes());
+        }
+        bytes
+    }
+
+    /// What was sealed; unknown flags and the rest are ignored.
+    pub fn from_bytes(bytes: &[u8; 16]) -> Self {
+        let [n0, n1, n2, n3, n4, n5, n6, n7, flags, m0, m1, m2, m3, ..] = *bytes;
+        let after_ms = u32::from_be_bytes([m0, m1, m2, m3]);
+        Self {
+            nonce: (flags & 1 != 0).then_some(u64::from_be_bytes([n0, n1, n2, n3, n4, n5, n6, n7])),
+            why: if flags & 2 != 0 { Calling::Drain { after_ms } } else { Calling::Connect },
+        }
     }
 }
 
@@ -232,7 +287,7 @@ mod tests {
     proptest! {
         #[test]
         fn what_one_end_seals_the_other_opens_and_nothing_else(
-            kind in prop_oneof![Just(Kind::Send), Just(Kind::Recv), Just(Kind::Ping), Just(Kind::Pong)],
+            kind in prop::sample::select(vec![Kind::Send, Kind::Recv, Kind::Ping, Kind::Pong, Kind::Call]),
             (session, counter, what) in any::<(u64, u64, [u8; 16])>(),
             payload in prop::collection::vec(any::<u8>(), 1..MAX_PAYLOAD),
             (at, flip) in (0..UDP_HEADER, 1..=255u8),
@@ -268,13 +323,21 @@ mod tests {
         };
         assert!(peek(1, 1) && peek(1, MAX_PAYLOAD) && peek(3, 0));
         assert!(!peek(1, 0) && !peek(2, 0) && !peek(1, MAX_PAYLOAD + 1) && !peek(3, MAX_PAYLOAD + 1));
-        assert!(!peek(0, 5) && !peek(5, 5));
+        assert!(!peek(0, 5) && !peek(6, 5));
         assert!(!ends().0.sealer().seal(
             Head { kind: Kind::Send, session: 0, counter: 0 },
             [0; 16],
             &mut [0; UDP_HEADER - 1]
         ));
-        let ping = Ping { nonce: 77, settle: true };
-        assert_eq!(Ping::from_bytes(&ping.to_bytes()), ping);
+        for (settle, leave) in [(false, false), (true, false), (false, true), (true, true)] {
+            let ping = Ping { nonce: 77, settle, leave };
+            assert_eq!(Ping::from_bytes(&ping.to_bytes()), ping);
+        }
+        for nonce in [None, Some(0), Some(77)] {
+            for why in [Calling::Connect, Calling::Drain { after_ms: 5_000 }] {
+                let call = Call { nonce, why };
+                assert_eq!(Call::from_bytes(&call.to_bytes()), call);
+            }
+        }
     }
 }

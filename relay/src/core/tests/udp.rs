@@ -2,9 +2,11 @@
 
 use std::net::Ipv4Addr;
 
-use warren_common::wire::relay::udp::{Head, Kind, Ping, UDP_HEADER, UdpKeys};
+use warren_common::wire::relay::udp::{Call, Calling, Head, Kind, Ping, UDP_HEADER, UdpKeys};
 
 use super::*;
+
+mod rest;
 
 /// A device that takes plain UDP, once it has asked for it.
 struct UdpDevice {
@@ -33,7 +35,7 @@ impl UdpDevice {
     }
 
     fn ping(&mut self, settle: bool, padding: usize) -> Vec<u8> {
-        self.seal(Kind::Ping, Ping { nonce: 5, settle }.to_bytes(), &vec![0; padding])
+        self.seal(Kind::Ping, Ping { nonce: 5, settle, leave: false }.to_bytes(), &vec![0; padding])
     }
 
     fn open(&self, datagram: &[u8]) -> (Kind, [u8; 16], Vec<u8>) {
@@ -139,7 +141,7 @@ fn an_answer_is_as_long_as_the_question_and_asking_moves_nothing() {
         let sent = world.udp(a.at, &ping);
         let [(to, pong)] = sent.as_slice() else { panic!("no answer") };
         assert_eq!((*to, pong.len()), (a.at, ping.len()));
-        assert_eq!(a.open(pong).1, Ping { nonce: 5, settle }.to_bytes());
+        assert_eq!(a.open(pong).1, Ping { nonce: 5, settle, leave: false }.to_bytes());
         world.frame(b.conn, &Frame::Send { dst: device(1), payload: b"x" });
         assert_eq!(world.relay.poll_datagram().is_some(), settle);
     }
