@@ -30,10 +30,12 @@ use crate::problem::Problem;
 
 mod link;
 mod pin;
+mod rest;
 mod task;
 mod udp;
 
 pub use link::Transport;
+pub use rest::REST_AFTER;
 use task::Task;
 pub use task::{QUIC_HEAD_START, UPGRADE_INTERVAL};
 
@@ -53,6 +55,8 @@ pub struct RelayClientConfig {
     pub probe: ProbeSecretKey,
     /// The way out of this host.
     pub egress: Arc<Egress>,
+    /// A connection over which no packet has passed for so long is given up where plain UDP passes: [`REST_AFTER`].
+    pub rest_after: Duration,
 }
 
 /// What a client tells the daemon.
@@ -317,6 +321,7 @@ mod tests {
             network: NetworkId::from_bytes([1; 16]),
             probe: ProbeSecretKey::from_bytes([3; 32]),
             egress: Arc::default(),
+            rest_after: REST_AFTER,
         };
         let (sender, _events) = mpsc::channel(1);
         let client = RelayClient::spawn(config, sender);

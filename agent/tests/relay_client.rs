@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use warren_agent::clock;
 use warren_agent::relay_client::{
-    RelayClient, RelayClientConfig, RelayEvent, RelayEventKind, Sent, Transport,
+    REST_AFTER, RelayClient, RelayClientConfig, RelayEvent, RelayEventKind, Sent, Transport,
 };
 use warren_common::ids::{DeviceId, NetworkId, RelayId};
 use warren_common::keys::{NetmapSecretKey, ProbeSecretKey};
@@ -23,7 +23,7 @@ use warren_common::wire::control::Signed;
 use warren_common::wire::relay::udp::is_plain;
 use warren_common::wire::relay::{GoneReason, MAX_PAYLOAD, RefusalCode};
 use warren_common::wire::token::RelayToken;
-use warren_relay::core::Limits;
+use warren_relay::core::{DropReason, Limits};
 use warren_relay::server::{RelayServer, RelayServerConfig};
 
 /// A test that waits this long for anything has failed.
@@ -82,7 +82,24 @@ impl Agent {
         Self::with_key(n, probe(n), cert_sha256, addr, peers)
     }
 
+    /// A client that gives its connection up as soon as it can.
+    fn restless(n: u8, server: &RelayServer, peers: &[u8]) -> Self {
+        let rest_after = Duration::from_millis(50);
+        Self::with(n, probe(n), server.cert_sha256(), server.local_addr(), peers, rest_after)
+    }
+
     fn with_key(n: u8, key: ProbeSecretKey, cert_sha256: [u8; 32], addr: SocketAddr, peers: &[u8]) -> Self {
+        Self::with(n, key, cert_sha256, addr, peers, REST_AFTER)
+    }
+
+    fn with(
+        n: u8,
+        key: ProbeSecretKey,
+        cert_sha256: [u8; 32],
+        addr: SocketAddr,
+        peers: &[u8],
+        rest_after: Duration,
+    ) -> Self {
         let relay = Relay {
             id: relay_id(),
             name: "r".into(),
@@ -92,7 +109,8 @@ impl Agent {
             peer: false,
         };
         let (sender, events) = mpsc::channel(64);
-        let config = RelayClientConfig { relay, network: network(), probe: key, egress: Arc::default() };
+        let (network, egress) = (network(), Arc::default());
+        let config = RelayClientConfig { relay, network, probe: key, egress, rest_after };
         let client = RelayClient::spawn(config, sender);
         Self { n, client, events, revision: 1, peers: peers.to_vec(), tokens: 0, moved: None }
     }
@@ -168,6 +186,27 @@ impl Agent {
             }
         };
         tokio::time::timeout(PATIENCE, wait).await.expect("it does not arrive");
+    }
+
+    /// Serves the client until `condition` holds.
+    async fn until(&mut self, mut condition: impl FnMut(&Self) -> bool) {
+        let wait = async {
+            while !condition(self) {
+                tokio::select! {
+                    event = self.event() => assert!(matches!(event, RelayEventKind::Connected { .. }), "{event:?}"),
+                    () = tokio::time::sleep(Duration::from_millis(10)) => {}
+                }
+            }
+        };
+        tokio::time::timeout(PATIENCE, wait).await.expect("it does not come to that");
+    }
+
+    /// Serves the client until the relay has let its session rest once more.
+    async fn rests(&mut self, server: &RelayServer) {
+        let rests = || server.stats().core.counters.closed(RefusalCode::Resting);
+        let before = rests();
+        self.until(|_| rests() > before).await;
+        assert_eq!(self.client.transport(), Some(Transport::Udp));
     }
 
     async fn refused(&mut self) -> Option<RefusalCode> {
@@ -369,6 +408,71 @@ async fn dropping_the_client_disconnects() {
     a.connected().await;
     drop(a);
     until(|| server.stats().core.clients == 0).await;
+}
+
+#[tokio::test]
+async fn a_session_that_rests_carries_packets_and_none_is_lost_when_it_comes_back() {
+    let (_dir, server) = start();
+    let (mut a, mut b) = (Agent::restless(1, &server, &[2]), Agent::of(2, &server, &[1]));
+    b.moves_to(Transport::Udp, 1).await;
+    a.rests(&server).await;
+    let before = server.stats().core.counters.dropped(DropReason::NotConnected);
+    for n in 0..6u8 {
+        if n > 0 {
+            a.rests(&server).await;
+        }
+        assert_eq!(server.stats().core.clients, 2);
+        // The packet that ends the rest, and those while the client connects and moves to its new session.
+        for i in 0..100u8 {
+            if n % 2 == 0 {
+                assert_eq!(a.client.send(device(2), &[n, i]), Sent::Queued { dropped: 0 });
+                assert_eq!(b.received().await, (device(1), vec![n, i]));
+            } else {
+                b.client.send(device(1), &[n, i]);
+                assert_eq!(a.received().await, (device(2), vec![n, i]));
+            }
+        }
+    }
+    assert_eq!(server.stats().core.counters.dropped(DropReason::NotConnected), before);
+}
+
+#[tokio::test]
+async fn a_session_that_rests_hears_what_the_relay_has_to_say() {
+    let (_dir, server) = start();
+    let (mut a, mut b) = (Agent::restless(1, &server, &[2]), Agent::of(2, &server, &[1]));
+    a.rests(&server).await;
+    // Access changes: it comes with a newer token.
+    a.revision = 2;
+    let tokens = a.tokens;
+    server.set_minimum_revision(device(1), 2);
+    a.until(|a| a.tokens > tokens).await;
+    b.connected().await;
+    b.reaches(&mut a, b"with the newer token").await;
+    a.rests(&server).await;
+    server.drain(Duration::from_secs(7));
+    let drained = loop {
+        match a.event().await {
+            RelayEventKind::Draining { after } => break after,
+            event => assert!(matches!(event, RelayEventKind::Connected { .. }), "{event:?}"),
+        }
+    };
+    assert_eq!(drained, Duration::from_secs(7));
+    // Dropped while it rests, it says so.
+    drop(a);
+    until(|| server.stats().core.clients == 1).await;
+}
+
+#[tokio::test]
+async fn a_relay_that_was_restarted_during_a_rest_is_joined_again() {
+    let (dir, server) = start();
+    let addr = server.local_addr();
+    let mut a = Agent::restless(1, &server, &[2]);
+    a.rests(&server).await;
+    server.shutdown().await;
+    let server = RelayServer::start(server_config(&dir, addr)).unwrap();
+    let mut b = Agent::of(2, &server, &[1]);
+    b.connected().await;
+    a.reaches(&mut b, b"there again").await;
 }
 
 async fn until(mut condition: impl FnMut() -> bool) {

@@ -204,6 +204,11 @@ impl UdpWay {
         matches!(self.state, State::Up { .. })
     }
 
+    /// Packets go over UDP, but it has not answered for longer than it should.
+    pub fn is_in_doubt(&self) -> bool {
+        matches!(&self.state, State::Up { liveness, .. } if liveness.is_in_doubt())
+    }
+
     /// A packet went out over UDP. True if the next deadline came nearer.
     pub fn on_sent(&mut self, now: Instant) -> bool {
         match &mut self.state {

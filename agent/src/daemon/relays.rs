@@ -17,7 +17,9 @@ use warren_engine::relay_link::KEEPALIVE;
 use super::{Daemon, Up};
 use crate::dataplane::{DataPlane, RelayLinks};
 use crate::problem::Problem;
-use crate::relay_client::{RelayClient, RelayClientConfig, RelayEvent, RelayEventKind, Sent, Transport};
+use crate::relay_client::{
+    REST_AFTER, RelayClient, RelayClientConfig, RelayEvent, RelayEventKind, Sent, Transport,
+};
 
 /// Packets and news from all relays that wait for the daemon; behind them the relays' connections fill.
 const QUEUE: usize = 1_024;
@@ -153,6 +155,7 @@ impl Up {
             network: self.config.network,
             probe: self.keys.probe.clone(),
             egress: self.config.egress.clone(),
+            rest_after: REST_AFTER,
         };
         let client = RelayClient::spawn(config, self.relays.sender.clone());
         client.set_keepalive(self.relays.keepalive);
@@ -317,6 +320,7 @@ mod tests {
             network: warren_common::ids::NetworkId::from_bytes([1; 16]),
             probe: ProbeSecretKey::from_bytes([3; 32]),
             egress: std::sync::Arc::default(),
+            rest_after: REST_AFTER,
         };
         let client = RelayClient::spawn(config.clone(), relays.sender.clone());
         relays.clients.insert(relay, Client { relay: config.relay, client, used: Instant::ZERO });

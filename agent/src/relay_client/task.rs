@@ -1,7 +1,7 @@
 //! The task behind a client: connects, authenticates, keeps the session, comes back.
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -17,8 +17,8 @@ use warren_engine::redial::{DIAL_TIMEOUT, Ended, Redial};
 use warren_engine::relay_link::{CONNECTION_MIN_PAUSE, Check, KEEPALIVE, Liveness};
 
 use super::link::{self, End, Link, Reader, Transport, Writer};
-use super::udp::UdpLink;
-use super::{Command, Events, RelayClientConfig, RelayEvent, RelayEventKind, Shared, micros};
+use super::udp::{self, UdpLink};
+use super::{Command, Events, RelayClientConfig, RelayEvent, RelayEventKind, Shared, micros, rest};
 use crate::clock;
 use crate::entropy::OsEntropy;
 
@@ -30,6 +30,8 @@ const SHORT_HEAD_START: Duration = Duration::from_millis(300);
 const STEP_TIMEOUT: Duration = Duration::from_secs(9);
 /// How long the daemon may take to get a token.
 const TOKEN_TIMEOUT: Duration = Duration::from_secs(7);
+/// How long what a session rested on carries packets for its next connection: more than it takes to prove UDP anew.
+const LEND_TIME: Duration = Duration::from_secs(3);
 /// How often a WebSocket tries QUIC.
 pub const UPGRADE_INTERVAL: Duration = Duration::from_secs(300);
 /// A token is asked for again after so long without one.
@@ -39,9 +41,9 @@ const TOKEN_FRESH: Duration = Duration::from_secs(420);
 
 pub(super) struct Task {
     config: Arc<RelayClientConfig>,
-    shared: Arc<Shared>,
-    events: Events,
-    commands: mpsc::Receiver<Command>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) events: Events,
+    pub(super) commands: mpsc::Receiver<Command>,
     token: Option<(Signed, Instant)>,
     /// When the daemon was last asked for a token that has not come.
     asked: Option<Instant>,
@@ -50,10 +52,12 @@ pub(super) struct Task {
 }
 
 /// How a session ends.
-enum Outcome {
+pub(super) enum Outcome {
     End(End),
     /// QUIC passes now.
     Upgrade(Box<Link>),
+    /// The session goes on without its connection.
+    Rest(Box<UdpLink>),
 }
 
 impl Task {
@@ -76,30 +80,48 @@ impl Task {
     }
 
     pub(super) async fn run(mut self) {
-        let mut upgrade = None;
+        let (mut upgrade, mut rested) = (None, None::<Box<UdpLink>>);
         loop {
             let mut stood = Duration::ZERO;
-            let end = match self.connect(upgrade.take()).await {
+            let connected = match &rested {
+                Some(udp) => self.rest(udp).await,
+                None => self.connect(upgrade.take()).await,
+            };
+            let former = rested.take().filter(|udp| udp.is_up());
+            let end = match connected {
                 Ok((link, keys)) => {
                     let since = Instant::now();
+                    if former.is_none() {
+                        // What waited for an earlier connection is of no use any more.
+                        *self.shared.queue() = FrameQueue::new(DATA_QUEUE_BYTES);
+                    }
                     let (transport, addr) = (link.transport, link.addr);
                     self.shared.quic.store(transport == Transport::Quic, Ordering::Release);
                     self.shared.proxied.store(link.proxied, Ordering::Relaxed);
                     self.shared.connected.store(true, Ordering::Release);
                     self.events.send(RelayEventKind::Connected { transport, addr }).await;
-                    let outcome = self.session(link, keys).await;
-                    self.shared.connected.store(false, Ordering::Release);
-                    self.shared.set_udp(false);
+                    let outcome = self.session(link, keys, former).await;
+                    let rests = matches!(outcome, Outcome::Rest(_));
+                    self.shared.connected.store(rests, Ordering::Release);
+                    self.shared.set_udp(rests);
                     stood = since.elapsed();
                     match outcome {
                         Outcome::Upgrade(link) => {
                             upgrade = Some(link);
                             continue;
                         }
+                        Outcome::Rest(udp) => {
+                            rested = Some(udp);
+                            continue;
+                        }
                         Outcome::End(end) => end,
                     }
                 }
-                Err(end) => end,
+                Err(end) => {
+                    self.shared.connected.store(false, Ordering::Release);
+                    self.shared.set_udp(false);
+                    end
+                }
             };
             let refused = end.refused();
             if refused.is_some_and(is_about_token) {
@@ -138,7 +160,12 @@ impl Task {
         }
     }
 
-    fn keep(&mut self, token: Signed) {
+    /// The next connection needs another token.
+    pub(super) fn forget_token(&mut self) {
+        self.token = None;
+    }
+
+    pub(super) fn keep(&mut self, token: Signed) {
         self.asked = None;
         self.token = Some((token, Instant::now()));
     }
@@ -155,7 +182,7 @@ impl Task {
     }
 
     /// Connects (unless there is a link already) and authenticates.
-    async fn connect(&mut self, link: Option<Box<Link>>) -> Result<(Link, UdpKeys), End> {
+    pub(super) async fn connect(&mut self, link: Option<Box<Link>>) -> Result<(Link, UdpKeys), End> {
         if self.fresh_token().is_none() {
             self.token = None;
             self.asked = None;
@@ -178,8 +205,6 @@ impl Task {
         let keys = timeout(STEP_TIMEOUT, self.authenticate(&mut link.reader, &mut link.writer))
             .await
             .map_err(|_| End::Lost("it does not go on after connecting".to_owned()))??;
-        // What waited for an earlier connection is of no use any more.
-        *self.shared.queue() = FrameQueue::new(DATA_QUEUE_BYTES);
         self.shared.rtt.store(u64::MAX, Ordering::Relaxed);
         self.redial.on_connected();
         Ok((link, keys))
@@ -226,11 +251,12 @@ impl Task {
         }
     }
 
-    async fn session(&mut self, link: Link, keys: UdpKeys) -> Outcome {
+    /// `former`: what carries packets until the session's own UDP does.
+    async fn session(&mut self, link: Link, keys: UdpKeys, former: Option<Box<UdpLink>>) -> Outcome {
         let Link { mut reader, mut writer, transport, addr, proxied } = link;
         let (shared, config, events) = (self.shared.clone(), self.config.clone(), self.events.clone());
-        let signs = Signs::new();
-        tokio::select! {
+        let signs = Signs::new(former);
+        let end = tokio::select! {
             end = read(&mut reader, &shared, &events, &signs) => Outcome::End(end),
             end = write(&mut writer, &shared, &signs) => Outcome::End(end),
             end = self.watch(&signs, transport, (!proxied).then_some(addr)) => Outcome::End(end),
@@ -238,7 +264,12 @@ impl Task {
             () = over_udp(addr, config.egress.mark(), keys, &shared, &events, &signs) => {
                 Outcome::End(End::Lost("the host is shutting down".to_owned()))
             }
-        }
+            () = signs.lend_former(&shared, &events) => Outcome::End(End::Lost("the session ends".to_owned())),
+            () = rest::ask_when_idle(config.rest_after, &shared, &signs) => {
+                Outcome::End(End::Lost("the session ends".to_owned()))
+            }
+        };
+        rest::outcome(end, signs.udp.into_inner())
     }
 
     /// Pings and passes tokens on, until the relay is silent. `addr` is what there must be a route to.
@@ -302,6 +333,22 @@ pub(super) struct Signs {
     liveness: Mutex<Liveness>,
     /// Something was sent after a silence.
     sent: Notify,
+    /// When a packet last went either way, on [`micros`]'s clock.
+    pub(super) active: AtomicU64,
+    /// The session rests, and there is a reason to connect.
+    pub(super) wanted: Notify,
+    resting: bool,
+    /// The session rests, and the relay wants it to connect.
+    pub(super) called: Notify,
+    /// The relay has said that it drains.
+    pub(super) draining: AtomicBool,
+    /// UDP does not answer as it should.
+    pub(super) doubt: Notify,
+    /// UDP does not answer any more.
+    pub(super) dead: Notify,
+    /// Of the session that rested, for packets until then.
+    former: Option<Box<UdpLink>>,
+    former_over: AtomicBool,
     /// The relay may be dead.
     pub(super) suspect: Notify,
     token_wanted: Notify,
@@ -314,8 +361,17 @@ pub(super) struct Signs {
 }
 
 impl Signs {
-    fn new() -> Self {
+    fn new(former: Option<Box<UdpLink>>) -> Self {
         Self {
+            former_over: AtomicBool::new(former.is_none()),
+            former,
+            active: AtomicU64::new(micros()),
+            wanted: Notify::new(),
+            resting: false,
+            called: Notify::new(),
+            draining: AtomicBool::new(false),
+            doubt: Notify::new(),
+            dead: Notify::new(),
             liveness: Mutex::new(Liveness::new(CONNECTION_MIN_PAUSE)),
             sent: Notify::new(),
             suspect: Notify::new(),
@@ -325,6 +381,33 @@ impl Signs {
             udp: OnceLock::new(),
             stalled: AtomicUsize::new(0),
         }
+    }
+
+    /// Those of a rest.
+    pub(super) fn of_rest() -> Self {
+        Self { resting: true, ..Self::new(None) }
+    }
+
+    /// A packet went out or came in.
+    pub(super) fn mark_active(&self) {
+        self.active.store(micros(), Ordering::Relaxed);
+        if self.resting {
+            self.wanted.notify_one();
+        }
+    }
+
+    /// Lets what the session rested on carry packets out until its own UDP does, and in for [`LEND_TIME`]: the relay changes over
+    /// later than we do. Never returns.
+    async fn lend_former(&self, shared: &Shared, events: &Events) {
+        if let Some(former) = &self.former {
+            tokio::select! {
+                () = udp::lend(former, shared, events, self) => {}
+                () = sleep(LEND_TIME) => {}
+            }
+            self.former_over.store(true, Ordering::Relaxed);
+            shared.set_udp(self.udp().is_some());
+        }
+        std::future::pending().await
     }
 
     fn liveness(&self) -> MutexGuard<'_, Liveness> {
@@ -347,8 +430,14 @@ impl Signs {
     }
 
     /// The UDP side, while packets go there.
-    fn udp(&self) -> Option<&UdpLink> {
+    pub(super) fn udp(&self) -> Option<&UdpLink> {
         self.udp.get().filter(|udp| udp.is_up())
+    }
+
+    /// What packets take now, if not the connection.
+    fn way(&self) -> Option<&UdpLink> {
+        let former = || self.former.as_deref().filter(|_| !self.former_over.load(Ordering::Relaxed));
+        self.udp().or_else(former)
     }
 }
 
@@ -397,6 +486,7 @@ async fn read(reader: &mut Reader, shared: &Shared, events: &Events, signs: &Sig
         match Frame::decode(&frame) {
             Ok(Some(Frame::Recv { src, payload })) => {
                 let payload = frame.slice_ref(payload);
+                signs.mark_active();
                 signs.pass_on(events, RelayEventKind::Received { src, payload }).await;
             }
             Ok(Some(Frame::Pong { nonce })) => {
@@ -430,13 +520,15 @@ async fn read(reader: &mut Reader, shared: &Shared, events: &Events, signs: &Sig
 async fn write(writer: &mut Writer, shared: &Shared, signs: &Signs) -> End {
     let (mut batch, mut buffer) = (Vec::new(), Vec::new());
     loop {
-        shared.wake.notified().await;
         loop {
             shared.take(&mut batch);
             if batch.is_empty() {
                 break;
             }
-            if let Some(udp) = signs.udp() {
+            if batch.iter().any(|frame| frame.class != Class::Control) {
+                signs.mark_active();
+            }
+            if let Some(udp) = signs.way() {
                 udp.send(&mut batch, &mut buffer);
             }
             let data = batch.iter().any(|frame| frame.class != Class::Control);
@@ -447,6 +539,7 @@ async fn write(writer: &mut Writer, shared: &Shared, signs: &Signs) -> End {
                 return end;
             }
         }
+        shared.wake.notified().await;
     }
 }
 

@@ -14,13 +14,13 @@ use tokio::net::UdpSocket;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 use warren_common::ids::DeviceId;
-use warren_common::wire::relay::udp::{FULL_UDP_DATAGRAM, Head, Kind, Ping, UDP_HEADER, UdpKeys};
+use warren_common::wire::relay::udp::{Call, FULL_UDP_DATAGRAM, Head, Kind, Ping, UDP_HEADER, UdpKeys};
 use warren_common::wire::relay::{Class, DATA_HEADER, Frame, QueuedFrame};
 use warren_engine::relay_link::{UdpAction, UdpWay};
 
 use super::link::Transport;
 use super::task::Signs;
-use super::{RelayEventKind, Shared, micros};
+use super::{RelayEventKind, Shared, micros, rest};
 use crate::clock;
 use crate::egress::marked;
 
@@ -161,6 +161,9 @@ impl UdpLink {
                     if !full {
                         signs.suspect.notify_one(); // is it UDP or the relay?
                     }
+                    if self.way().is_in_doubt() {
+                        signs.doubt.notify_one();
+                    }
                 }
                 UdpAction::Up => {
                     self.up.store(true, Ordering::Release);
@@ -169,6 +172,7 @@ impl UdpLink {
                 }
                 UdpAction::Down => {
                     self.up.store(false, Ordering::Release);
+                    signs.dead.notify_one();
                     shared.set_udp(false);
                     let counter = self.next.load(Ordering::Relaxed);
                     shared.push(Class::Control, &Frame::UdpLost { counter });
@@ -180,15 +184,29 @@ impl UdpLink {
         }
     }
 
+    /// Tells the relay that the device goes. It has no other way to, while its session rests.
+    pub(super) fn leave(&self) {
+        self.send_ping(false, Ping { nonce: micros(), settle: false, leave: true });
+    }
+
     fn ping(&self, full: bool, settle: bool) {
+        self.send_ping(full, Ping { nonce: micros(), settle, leave: false });
+    }
+
+    fn send_ping(&self, full: bool, ping: Ping) {
         let mut datagram = vec![0; if full { FULL_UDP_DATAGRAM } else { UDP_HEADER }];
         let counter = self.next.fetch_add(1, Ordering::Relaxed);
         let head = Head { kind: Kind::Ping, session: self.session, counter };
-        let ping = Ping { nonce: micros(), settle, leave: false };
         if self.keys.sealer().seal(head, ping.to_bytes(), &mut datagram) {
             // Lost like any other: the next one follows.
             let _ = self.transmit(&datagram, None);
         }
+    }
+
+    fn on_pong(&self, nonce: u64, len: usize, shared: &Shared) {
+        let micros = micros().saturating_sub(nonce);
+        shared.rtt.store(micros, Ordering::Relaxed);
+        self.way().on_pong(clock::now().boot, len == FULL_UDP_DATAGRAM, Duration::from_micros(micros));
     }
 
     async fn receive(&self, memory: &mut [u8], shared: &Shared, events: &super::Events, signs: &Signs) {
@@ -210,22 +228,31 @@ impl UdpLink {
                 match head.kind {
                     Kind::Recv => {
                         self.way().on_heard();
+                        signs.mark_active();
                         let (src, payload) = (DeviceId::from_bytes(what), &datagram[UDP_HEADER..]);
                         let payload = Bytes::copy_from_slice(payload);
                         signs.pass_on(events, RelayEventKind::Received { src, payload }).await;
                     }
-                    Kind::Pong => {
-                        let micros = micros().saturating_sub(Ping::from_bytes(&what).nonce);
-                        shared.rtt.store(micros, Ordering::Relaxed);
-                        let (full, rtt) =
-                            (datagram.len() == FULL_UDP_DATAGRAM, Duration::from_micros(micros));
-                        self.way().on_pong(clock::now().boot, full, rtt);
+                    Kind::Pong => self.on_pong(Ping::from_bytes(&what).nonce, datagram.len(), shared),
+                    Kind::Call => {
+                        let call = Call::from_bytes(&what);
+                        if let Some(nonce) = call.nonce {
+                            self.on_pong(nonce, datagram.len(), shared);
+                        }
+                        rest::on_call(call, events, signs).await;
                     }
-                    Kind::Call => {}              // only sessions that rest are called
                     Kind::Send | Kind::Ping => {} // ours, reflected: it does not even open
                 }
             }
         }
+    }
+}
+
+/// Takes packets that still come over `udp`, for a session that has another: nothing is asked of it, and its end tells nobody.
+pub(super) async fn lend(udp: &UdpLink, shared: &Shared, events: &super::Events, signs: &Signs) {
+    let mut memory = vec![0; SLOT * SLOTS].into_boxed_slice();
+    while udp.socket.readable().await.is_ok() {
+        udp.receive(&mut memory, shared, events, signs).await;
     }
 }
 

@@ -11,7 +11,9 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 use warren_agent::clock;
 use warren_agent::control::{ControlClient, ControlConfig, ControlEvent};
-use warren_agent::relay_client::{RelayClient, RelayClientConfig, RelayEvent, RelayEventKind, Transport};
+use warren_agent::relay_client::{
+    REST_AFTER, RelayClient, RelayClientConfig, RelayEvent, RelayEventKind, Transport,
+};
 use warren_agent::state::{DeviceKeys, Identity, Membership, StateDir};
 use warren_common::ids::{DeviceId, NetworkId, RelayId};
 use warren_common::keys::ProbeSecretKey;
@@ -134,6 +136,7 @@ impl Session {
             min_epoch: loot.identity.epoch,
             secret: loot.keys.control.clone(),
             egress: std::sync::Arc::default(),
+            rest_after: REST_AFTER,
         };
         let control = {
             let _inside = inside.runtime().enter();
@@ -220,6 +223,7 @@ impl Visit {
             network,
             probe: probe.clone(),
             egress: std::sync::Arc::default(),
+            rest_after: REST_AFTER,
         };
         let _inside = inside.runtime().enter();
         let client = RelayClient::spawn(config, sender);
