@@ -175,7 +175,8 @@ fn idle_clients(clients: u32) -> Result<()> {
     let runtime = runtime()?;
     println!("| idle clients | of our relay over | resident before, MiB | with them, MiB | KiB each |");
     println!("|---|---|---|---|---|");
-    for kind in [Kind::PlainUdp, Kind::Connection(Transport::Quic), Kind::Connection(Transport::WebSocket)] {
+    let connections = [Transport::Quic, Transport::WebSocket].map(Kind::Connection);
+    for kind in [Kind::Resting, Kind::PlainUdp].into_iter().chain(connections) {
         let (server, relay) = Server::warren(false)?;
         idle_row(kind.name(), clients, &server, |clients| ours(&runtime, relay, kind, clients))?;
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use tokio::task::JoinSet;
 use warren_common::wire::relay::Frame;
-use warren_common::wire::relay::udp::{Head, Kind as UdpKind, Ping, UDP_HEADER};
+use warren_common::wire::relay::udp::{Head, Kind as UdpKind, Ping, UDP_HEADER, UdpKeys};
 
 use super::device::{Device, Transport, endpoint};
 use super::server::RelayAt;
@@ -25,8 +25,10 @@ const SETTLE: Duration = Duration::from_secs(20);
 /// What a client is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// A session over plain UDP, with the QUIC connection that it needs.
+    /// A session over plain UDP, with the QUIC connection that it began with.
     PlainUdp,
+    /// The same after it gave the connection up, as an idle agent does.
+    Resting,
     /// Only a connection.
     Connection(Transport),
 }
@@ -35,7 +37,8 @@ impl Kind {
     /// For people.
     pub const fn name(self) -> &'static str {
         match self {
-            Self::PlainUdp => "plain UDP, with what it stands on",
+            Self::PlainUdp => "plain UDP and its connection",
+            Self::Resting => "plain UDP, resting",
             Self::Connection(Transport::Quic) => "QUIC",
             Self::Connection(Transport::WebSocket) => "a WebSocket",
         }
@@ -57,7 +60,7 @@ pub struct Held {
 /// The relay won't have them, or the system has no more sockets.
 pub async fn hold(relay: RelayAt, kind: Kind, count: u32) -> Result<Held> {
     let transport = match kind {
-        Kind::PlainUdp => Transport::Quic,
+        Kind::PlainUdp | Kind::Resting => Transport::Quic,
         Kind::Connection(transport) => transport,
     };
     let (mut joining, mut tasks) = (JoinSet::new(), JoinSet::new());
@@ -72,10 +75,10 @@ pub async fn hold(relay: RelayAt, kind: Kind, count: u32) -> Result<Held> {
             joined.push_back(joining.join_next().await.context("a client")???);
         }
         while let Some(device) = joined.pop_front() {
-            if kind == Kind::PlainUdp {
-                tasks.spawn(stay_with_udp(relay, device));
-            } else {
-                tasks.spawn(stay(device));
+            match kind {
+                Kind::PlainUdp => drop(tasks.spawn(stay_with_udp(relay, device))),
+                Kind::Resting => drop(tasks.spawn(rest(relay, device))),
+                Kind::Connection(_) => drop(tasks.spawn(stay(device))),
             }
         }
     }
@@ -104,21 +107,60 @@ async fn stay(mut device: Device) {
 async fn stay_with_udp(relay: RelayAt, device: Device) {
     let udp = device.udp();
     let ping = async {
-        let (keys, session) = udp?;
-        let socket = tokio::net::UdpSocket::bind("127.0.0.1:0").await?;
-        for counter in 0.. {
-            let mut datagram = vec![0; UDP_HEADER];
-            let head = Head { kind: UdpKind::Ping, session, counter };
-            let what = Ping { nonce: counter, settle: true, leave: false }.to_bytes();
-            anyhow::ensure!(keys.sealer().seal(head, what, &mut datagram));
-            socket.send_to(&datagram, relay.addr).await?;
+        let mut pings = Pings::new(relay, udp?).await?;
+        loop {
+            pings.ask().await?;
             tokio::time::sleep(KEEPALIVE).await;
         }
-        anyhow::Ok(())
     };
-    tokio::select! {
-        _ = ping => {}
-        () = stay(device) => {}
+    let _: Option<Result<()>> = tokio::select! {
+        end = ping => Some(end),
+        () = stay(device) => None,
+    };
+}
+
+/// Gives the connection up and pings over UDP until that is not answered.
+async fn rest(relay: RelayAt, mut device: Device) {
+    let resting = async {
+        let mut pings = Pings::new(relay, device.udp()?).await?;
+        pings.ask().await?;
+        device.control(&Frame::Rest).await?;
+        while device.receive().await.is_ok() {}
+        drop(device);
+        loop {
+            pings.ask().await?;
+            tokio::time::sleep(KEEPALIVE).await;
+        }
+    };
+    let _: Result<()> = resting.await;
+}
+
+/// Pings of one session over plain UDP.
+struct Pings {
+    socket: tokio::net::UdpSocket,
+    relay: RelayAt,
+    keys: UdpKeys,
+    session: u64,
+    counter: u64,
+}
+
+impl Pings {
+    async fn new(relay: RelayAt, (keys, session): (UdpKeys, u64)) -> Result<Self> {
+        let socket = tokio::net::UdpSocket::bind("127.0.0.1:0").await?;
+        Ok(Self { socket, relay, keys, session, counter: 0 })
+    }
+
+    /// Pings and waits for the answer.
+    async fn ask(&mut self) -> Result<()> {
+        let mut datagram = vec![0; UDP_HEADER];
+        let head = Head { kind: UdpKind::Ping, session: self.session, counter: self.counter };
+        let what = Ping { nonce: self.counter, settle: true, leave: false }.to_bytes();
+        self.counter += 1;
+        anyhow::ensure!(self.keys.sealer().seal(head, what, &mut datagram));
+        self.socket.send_to(&datagram, self.relay.addr).await?;
+        let len = tokio::time::timeout(KEEPALIVE, self.socket.recv(&mut datagram)).await??;
+        anyhow::ensure!(self.keys.opener().open(&datagram[..len]).is_some(), "the relay's answer");
+        Ok(())
     }
 }
 

@@ -136,7 +136,6 @@ impl Session {
             min_epoch: loot.identity.epoch,
             secret: loot.keys.control.clone(),
             egress: std::sync::Arc::default(),
-            rest_after: REST_AFTER,
         };
         let control = {
             let _inside = inside.runtime().enter();
