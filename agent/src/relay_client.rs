@@ -197,6 +197,17 @@ impl Shared {
         if micros == u64::MAX { Duration::ZERO } else { Duration::from_micros(micros) }
     }
 
+    /// Waits until something is to go out, and takes some of it.
+    async fn next_batch(&self, batch: &mut Vec<QueuedFrame>) {
+        loop {
+            self.take(batch);
+            if !batch.is_empty() {
+                return;
+            }
+            self.wake.notified().await;
+        }
+    }
+
     fn take(&self, batch: &mut Vec<QueuedFrame>) {
         let (mut queue, mut bytes) = (self.queue(), 0);
         while bytes < BATCH_BYTES
@@ -293,6 +304,11 @@ impl Events {
     async fn send(&self, kind: RelayEventKind) {
         let _ = self.sender.send(RelayEvent { relay: self.relay, kind }).await;
     }
+}
+
+/// True if not all of it is the protocol's own.
+fn has_packets(batch: &[QueuedFrame]) -> bool {
+    batch.iter().any(|frame| frame.class != Class::Control)
 }
 
 /// A clock for round trips.

@@ -84,8 +84,11 @@ impl Agent {
 
     /// A client that gives its connection up as soon as it can.
     fn restless(n: u8, server: &RelayServer, peers: &[u8]) -> Self {
-        let rest_after = Duration::from_millis(50);
-        Self::with(n, probe(n), server.cert_sha256(), server.local_addr(), peers, rest_after)
+        Self::restless_at(n, server, server.local_addr(), peers)
+    }
+
+    fn restless_at(n: u8, server: &RelayServer, addr: SocketAddr, peers: &[u8]) -> Self {
+        Self::with(n, probe(n), server.cert_sha256(), addr, peers, Duration::from_millis(50))
     }
 
     fn with_key(n: u8, key: ProbeSecretKey, cert_sha256: [u8; 32], addr: SocketAddr, peers: &[u8]) -> Self {
@@ -460,6 +463,65 @@ async fn a_session_that_rests_hears_what_the_relay_has_to_say() {
     // Dropped while it rests, it says so.
     drop(a);
     until(|| server.stats().core.clients == 1).await;
+}
+
+#[tokio::test]
+async fn packets_that_are_too_long_for_udp_wait_for_the_connection() {
+    let (_dir, server) = start();
+    let (mut a, mut b) = (Agent::restless(1, &server, &[2]), Agent::of(2, &server, &[1]));
+    b.connected().await;
+    a.rests(&server).await;
+    for n in 0..3u8 {
+        assert_eq!(a.client.send(device(2), &[n; MAX_PAYLOAD]), Sent::Queued { dropped: 0 });
+        let got = tokio::select! {
+            got = b.received() => got,
+            () = async { loop { a.event().await; } } => unreachable!("it never ends"),
+        };
+        assert_eq!(got, (device(1), vec![n; MAX_PAYLOAD]));
+        a.rests(&server).await;
+    }
+}
+
+#[tokio::test]
+async fn a_network_without_udp_during_a_rest_costs_no_more_than_a_connection() {
+    let (_dir, server) = start();
+    let gate = Gate::open(server.local_addr(), true, true).await;
+    let (mut a, mut b) = (Agent::restless_at(1, &server, gate.addr, &[2]), Agent::of(2, &server, &[1]));
+    b.connected().await;
+    a.rests(&server).await;
+    gate.plain.store(false, Ordering::Relaxed);
+    a.client.network_changed();
+    a.connected().await;
+    // What is too long for UDP comes after all that the client has told the relay.
+    a.reaches(&mut b, &[1; MAX_PAYLOAD]).await;
+    b.client.send(device(1), b"by the connection");
+    let got = tokio::select! {
+        got = a.received() => got,
+        () = async { loop { b.event().await; } } => unreachable!("it never ends"),
+    };
+    assert_eq!(got, (device(2), b"by the connection".to_vec()));
+}
+
+#[tokio::test]
+async fn a_relay_that_dies_during_a_rest_is_noticed() {
+    let (_dir, server) = start();
+    let gate = Gate::open(server.local_addr(), true, true).await;
+    let mut a = Agent::restless_at(1, &server, gate.addr, &[2]);
+    a.client.set_keepalive(Duration::from_millis(500));
+    a.rests(&server).await;
+    gate.quic.store(false, Ordering::Relaxed);
+    gate.plain.store(false, Ordering::Relaxed);
+    let mut doubted = false;
+    loop {
+        match a.event().await {
+            RelayEventKind::Connected { .. } => {} // before the rest
+            RelayEventKind::Doubt { doubt: true } => doubted = true,
+            RelayEventKind::Disconnected { refused: None, .. } => break,
+            event => panic!("{event:?}"),
+        }
+    }
+    assert!(doubted, "whoever sends meanwhile may take another relay");
+    assert!(!a.client.is_connected());
 }
 
 #[tokio::test]

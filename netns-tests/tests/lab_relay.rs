@@ -82,6 +82,29 @@ impl Talk {
     }
 }
 
+/// Beside a coordinator that has none itself.
+struct TwoRelays {
+    _coordinator: Coordinator,
+    relays: [(Relay, &'static str); 2],
+}
+
+impl TwoRelays {
+    fn start(lab: &Lab) -> Result<(Self, Talk)> {
+        let coordinator = Coordinator::start_without_relay(lab.host("coord")?, POLICY)?;
+        let start = |name| Ok::<_, anyhow::Error>((Relay::start(lab.host(name)?, &coordinator, name)?, name));
+        let relays = [start("fra")?, start("ams")?];
+        let talk = Talk::start(lab, &coordinator)?;
+        Ok((Self { _coordinator: coordinator, relays }, talk))
+    }
+
+    /// The one that `ann` is at home at, and the other one's name.
+    fn by_home(&mut self, talk: &Talk) -> Result<(&mut Relay, &'static str)> {
+        let home = wait_for_home(&talk.ann, None, "udp")?;
+        let [first, second] = &mut self.relays;
+        Ok(if home == first.1 { (&mut first.0, second.1) } else { (&mut second.0, first.1) })
+    }
+}
+
 fn relays(agent: &Agent) -> Result<Vec<Value>> {
     Ok(agent.json(&["status", "--json"])?["relays"].as_array().cloned().unwrap_or_default())
 }
@@ -118,15 +141,10 @@ fn a_relay_that_is_restarted_leaves_a_gap_of_a_second_at_most() -> Result<()> {
 #[test]
 fn a_relay_that_drains_is_left_without_a_gap() -> Result<()> {
     lab::test("draining relay", |lab| {
-        let coordinator = Coordinator::start_without_relay(lab.host("coord")?, POLICY)?;
-        let mut first = Relay::start(lab.host("fra")?, &coordinator, "fra")?;
-        let mut second = Relay::start(lab.host("ams")?, &coordinator, "ams")?;
-        let talk = Talk::start(lab, &coordinator)?;
+        let (mut relays, talk) = TwoRelays::start(lab)?;
         talk.goes_on()?;
-        let home = wait_for_home(&talk.ann, None, "udp")?;
-        let (process, other) =
-            if home == "fra" { (&mut first.process, "ams") } else { (&mut second.process, "fra") };
-        process.stop(LIMIT)?;
+        let (home, other) = relays.by_home(&talk)?;
+        home.process.stop(LIMIT)?;
         talk.goes_on()?;
         for agent in [&talk.ann, &talk.bob] {
             wait_for_home(agent, Some(other), "udp")?;
@@ -138,16 +156,12 @@ fn a_relay_that_drains_is_left_without_a_gap() -> Result<()> {
 #[test]
 fn a_relay_that_is_restarted_beside_another_is_not_missed() -> Result<()> {
     lab::test("restarted relay of two", |lab| {
-        let coordinator = Coordinator::start_without_relay(lab.host("coord")?, POLICY)?;
-        let mut first = Relay::start(lab.host("fra")?, &coordinator, "fra")?;
-        let mut second = Relay::start(lab.host("ams")?, &coordinator, "ams")?;
-        let talk = Talk::start(lab, &coordinator)?;
+        let (mut relays, talk) = TwoRelays::start(lab)?;
         talk.wait_for_second_relay()?;
         talk.goes_on()?;
-        let home = wait_for_home(&talk.ann, None, "udp")?;
-        let relay = if home == "fra" { &mut first } else { &mut second };
-        relay.process.stop(LIMIT)?;
-        relay.start_again()?;
+        let (home, _) = relays.by_home(&talk)?;
+        home.process.stop(LIMIT)?;
+        home.start_again()?;
         talk.goes_on()?;
         talk.wait_for_second_relay()?;
         talk.finish("restart of one of two relays").map(drop)
@@ -157,15 +171,11 @@ fn a_relay_that_is_restarted_beside_another_is_not_missed() -> Result<()> {
 #[test]
 fn a_relay_that_is_killed_is_replaced_by_another() -> Result<()> {
     lab::test("killed relay", |lab| {
-        let coordinator = Coordinator::start_without_relay(lab.host("coord")?, POLICY)?;
-        let mut first = Relay::start(lab.host("fra")?, &coordinator, "fra")?;
-        let mut second = Relay::start(lab.host("ams")?, &coordinator, "ams")?;
-        let talk = Talk::start(lab, &coordinator)?;
+        let (mut relays, talk) = TwoRelays::start(lab)?;
         talk.wait_for_second_relay()?;
         talk.goes_on()?;
-        let home = wait_for_home(&talk.ann, None, "udp")?;
-        let (relay, other) = if home == "fra" { (&mut first, "ams") } else { (&mut second, "fra") };
-        relay.process.kill()?;
+        let (home, other) = relays.by_home(&talk)?;
+        home.process.kill()?;
         talk.goes_on()?;
         for agent in [&talk.ann, &talk.bob] {
             wait_for_home(agent, Some(other), "udp")?;
@@ -177,16 +187,12 @@ fn a_relay_that_is_killed_is_replaced_by_another() -> Result<()> {
 #[test]
 fn a_relay_that_dies_is_replaced_by_another() -> Result<()> {
     lab::test("dying relay", |lab| {
-        let coordinator = Coordinator::start_without_relay(lab.host("coord")?, POLICY)?;
-        let first = Relay::start(lab.host("fra")?, &coordinator, "fra")?;
-        let second = Relay::start(lab.host("ams")?, &coordinator, "ams")?;
-        let talk = Talk::start(lab, &coordinator)?;
+        let (mut relays, talk) = TwoRelays::start(lab)?;
         talk.wait_for_second_relay()?;
         talk.goes_on()?;
-        let home = wait_for_home(&talk.ann, None, "udp")?;
+        let (home, other) = relays.by_home(&talk)?;
         // Silently: nothing answers any more, no reset, no ICMP.
-        let (host, other) = if home == "fra" { (&first.host, "ams") } else { (&second.host, "fra") };
-        host.link_down(PORT)?;
+        home.host.link_down(PORT)?;
         talk.goes_on()?;
         for agent in [&talk.ann, &talk.bob] {
             wait_for_home(agent, Some(other), "udp")?;

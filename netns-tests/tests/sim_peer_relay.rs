@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use warren_netns_tests::sim::flows::{Pair, Place};
 use warren_netns_tests::sim::internet::{Link, Realm};
-use warren_netns_tests::sim::nat::{Allocation, Degree, NatBehaviour};
+use warren_netns_tests::sim::nat::NatBehaviour;
 use warren_netns_tests::sim::relays::RelayNo;
 use warren_netns_tests::sim::world::{APP_PORT, World};
 
@@ -16,14 +16,7 @@ const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-/// Two of these never meet directly.
-const HARD: NatBehaviour = NatBehaviour {
-    mapping: Degree::AddressAndPortDependent,
-    allocation: Allocation::Random,
-    filtering: Degree::AddressAndPortDependent,
-    timeout: Duration::from_secs(60),
-    hairpin: false,
-};
+const HARD: NatBehaviour = NatBehaviour::HARD;
 
 /// One way from both devices to the coordinator's relay.
 const FAR: Duration = ms(60);

@@ -10,7 +10,7 @@ use std::time::Duration;
 use warren_common::ids::RelayId;
 use warren_netns_tests::sim::flows::{Gaps, Pair, Place};
 use warren_netns_tests::sim::internet::{Link, Realm};
-use warren_netns_tests::sim::nat::{Allocation, Degree, NatBehaviour};
+use warren_netns_tests::sim::nat::{Degree, NatBehaviour};
 use warren_netns_tests::sim::relays::RelayNo;
 use warren_netns_tests::sim::world::{APP_PORT, World};
 
@@ -21,14 +21,7 @@ const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-/// Two of these never meet directly.
-const HARD: NatBehaviour = NatBehaviour {
-    mapping: Degree::AddressAndPortDependent,
-    allocation: Allocation::Random,
-    filtering: Degree::AddressAndPortDependent,
-    timeout: Duration::from_secs(60),
-    hairpin: false,
-};
+const HARD: NatBehaviour = NatBehaviour::HARD;
 
 /// One-way delays from the coordinator's region to the relays beside its own.
 const REGIONS: [Duration; 3] = [ms(25), ms(45), ms(80)];

@@ -257,7 +257,7 @@ impl Relay {
 
     /// A transport is gone. Harmless for one that the relay has closed itself.
     pub fn handle_disconnected(&mut self, conn: ConnId) {
-        if !self.rests(conn) {
+        if !self.conns.get(&conn).is_some_and(Conn::rests) {
             self.forget(conn);
         }
     }
@@ -288,11 +288,7 @@ impl Relay {
             Ok(Some(Frame::Pong { .. })) if !half_open => {}
             Ok(Some(Frame::TokenRefresh { token })) if !half_open => self.refresh(conn, now, token),
             Ok(Some(Frame::Rest)) if !half_open => self.rest(conn, now.boot),
-            Ok(Some(Frame::UdpLost { counter })) if !half_open => {
-                if let Some(udp) = self.session_mut(conn).and_then(|s| s.udp.as_mut()) {
-                    udp.lose(counter);
-                }
-            }
+            Ok(Some(Frame::UdpLost { counter })) if !half_open => self.lose_udp(conn, counter),
             Ok(Some(_)) => self.close(conn, RefusalCode::Protocol),
         }
     }
@@ -565,11 +561,11 @@ impl Relay {
 
     /// Returns whether the frame waits now.
     fn enqueue(&mut self, conn: ConnId, class: Class, frame: Arc<[u8]>) -> bool {
-        if self.rests(conn) {
+        let Some(entry) = self.conns.get_mut(&conn) else { return false };
+        if entry.rests() {
             self.call(conn, class, &frame);
             return false;
         }
-        let Some(entry) = self.conns.get_mut(&conn) else { return false };
         let before = entry.queue.data_bytes();
         let room = self.config.limits.total_queue_bytes.saturating_sub(self.queued_bytes) / SHARE_OF_FREE;
         let pushed = entry.queue.push_within(class, frame, room);

@@ -5,20 +5,40 @@
 //! than with one; a call of the relay; a network that changed; UDP that may not pass any more. Packets go on over UDP while
 //! the client connects, and until the new connection's own UDP is proved.
 
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::time::sleep;
 use warren_common::wire::relay::udp::{Call, Calling, UdpKeys};
-use warren_common::wire::relay::{Class, Frame, RefusalCode};
+use warren_common::wire::relay::{Class, DATA_QUEUE_BYTES, Frame, FrameQueue, RefusalCode};
 
 use super::link::{End, Link};
 use super::task::{Outcome, Signs, Task};
 use super::udp::UdpLink;
-use super::{Command, Events, RelayEventKind, Shared, micros};
+use super::{Command, Events, RelayEventKind, Shared, has_packets, micros};
 
 /// A connection over which no packet has passed for so long is given up.
 pub const REST_AFTER: Duration = Duration::from_secs(60);
+/// Tells the relay that packets do not reach us by what the session rested on, nor yet by the new one's own UDP. Otherwise it
+/// would go on sending there until it has missed our pings for long.
+pub(super) const NOT_OVER_UDP: Frame<'static> = Frame::UdpLost { counter: 0 };
+
+/// What the parts of a rest tell each other.
+#[derive(Default)]
+pub(super) struct RestSigns {
+    /// There is a reason to connect.
+    pub(super) wanted: Notify,
+    /// The relay wants us to.
+    called: Notify,
+    /// It has said that it drains.
+    draining: AtomicBool,
+    /// UDP does not answer as it should.
+    pub(super) doubt: Notify,
+    /// UDP does not answer any more.
+    pub(super) dead: Notify,
+}
 
 /// Asks the relay to let the session rest whenever nothing has passed for `after`. Never returns.
 pub(super) async fn ask_when_idle(after: Duration, shared: &Shared, signs: &Signs) {
@@ -47,88 +67,101 @@ pub(super) fn outcome(end: Outcome, udp: Option<UdpLink>) -> Outcome {
 }
 
 impl Task {
-    /// Carries packets over `udp` until there is a reason to connect, and while that goes on.
-    pub(super) async fn rest(&mut self, udp: &UdpLink) -> Result<(Link, UdpKeys), End> {
+    /// Carries packets over `udp` until there is a reason to connect, and while that goes on. Returns the connection, and `udp`
+    /// if it still carries packets.
+    pub(super) async fn rest(
+        &mut self,
+        udp: Box<UdpLink>,
+    ) -> (Result<(Link, UdpKeys), End>, Option<Box<UdpLink>>) {
         let (shared, events) = (self.shared.clone(), self.events.clone());
-        let signs = Signs::of_rest();
-        let leaving = Leaving(Some(udp));
-        let mut in_doubt = false;
+        let rest = Arc::new(RestSigns::default());
+        let signs = Signs::of_rest(rest.clone());
+        let leaving = Leaving(Some(&udp));
+        let mut left = FrameQueue::new(DATA_QUEUE_BYTES);
+        let (mut in_doubt, mut moved) = (false, false);
         let back = tokio::select! {
             () = udp.run(&shared, &events, &signs) => Err(End::Lost("the host is shutting down".to_owned())),
-            () = carry(udp, &shared, &signs) => Err(End::Lost("the client ends".to_owned())),
-            () = tell_doubt(&events, &signs, &mut in_doubt) => Err(End::Lost("the client ends".to_owned())),
+            () = carry(&udp, &shared, &signs, &mut left) => Err(End::Lost("the client ends".to_owned())),
+            () = tell_doubt(&events, &rest, &mut in_doubt) => Err(End::Lost("the client ends".to_owned())),
             // A connection may come yet, but whoever needs the relay should not wait for that.
-            () = signs.dead.notified() => Err(End::Lost("it stopped answering".to_owned())),
+            () = rest.dead.notified() => Err(End::Lost("it stopped answering".to_owned())),
             back = async {
-                self.until_wanted(udp, &signs).await;
+                moved = self.until_wanted(&udp, &rest).await;
                 self.connect(None).await
             } => back,
         };
-        if in_doubt && back.is_ok() {
+        leaving.stay();
+        if back.is_err() {
+            return (back, None);
+        }
+        if in_doubt {
             events.send(RelayEventKind::Doubt { doubt: false }).await;
         }
-        leaving.stay();
-        back
+        while let Some(frame) = left.pop() {
+            shared.queue().push(frame.class, frame.bytes);
+        }
+        if udp.is_up() && !in_doubt && !moved {
+            return (back, Some(udp));
+        }
+        shared.set_udp(false);
+        shared.push(Class::Control, &NOT_OVER_UDP);
+        (back, None)
     }
 
-    /// Waits for a reason to have a connection.
-    async fn until_wanted(&mut self, udp: &UdpLink, signs: &Signs) {
+    /// Waits for a reason to have a connection. Returns whether it is another network.
+    async fn until_wanted(&mut self, udp: &UdpLink, rest: &RestSigns) -> bool {
         loop {
             tokio::select! {
                 command = self.commands.recv() => match command {
                     Some(Command::Token(token)) => self.keep(token),
                     Some(Command::NetworkChanged) => {
                         udp.network_changed();
-                        return;
+                        return true;
                     }
                     None => std::future::pending().await, // the handle is gone: so is this task, in a moment
                 },
-                () = signs.called.notified() => {
+                () = rest.called.notified() => {
                     // The relay wants another token, mostly.
                     self.forget_token();
-                    return;
+                    return false;
                 }
-                () = signs.suspect.notified() => {} // a ping like any other
-                () = signs.wanted.notified() => return,
+                () = rest.wanted.notified() => return false,
             }
         }
     }
 }
 
 /// Lets packets take another relay and the client connect, once UDP does not answer. Never returns.
-async fn tell_doubt(events: &Events, signs: &Signs, told: &mut bool) {
-    signs.doubt.notified().await;
+async fn tell_doubt(events: &Events, rest: &RestSigns, told: &mut bool) {
+    rest.doubt.notified().await;
     *told = true;
     events.send(RelayEventKind::Doubt { doubt: true }).await;
-    signs.wanted.notify_one();
+    rest.wanted.notify_one();
     std::future::pending().await
 }
 
-/// Sends what waits over UDP, as a session does; what can't go that way is lost.
-async fn carry(udp: &UdpLink, shared: &Shared, signs: &Signs) {
+/// Sends what waits over UDP, as a session does. Packets that are too long for it are `left` for the connection, which they
+/// are a reason to have.
+async fn carry(udp: &UdpLink, shared: &Shared, signs: &Signs, left: &mut FrameQueue) {
     let (mut batch, mut buffer) = (Vec::new(), Vec::new());
     loop {
-        loop {
-            shared.take(&mut batch);
-            if batch.is_empty() {
-                break;
-            }
-            if batch.iter().any(|frame| frame.class != Class::Control) {
-                signs.mark_active();
-            }
-            udp.send(&mut batch, &mut buffer);
-            batch.clear();
+        shared.next_batch(&mut batch).await;
+        if has_packets(&batch) {
+            signs.mark_active();
         }
-        shared.wake.notified().await;
+        udp.send(&mut batch, &mut buffer);
+        for frame in batch.drain(..).filter(|frame| frame.class != Class::Control) {
+            left.push(frame.class, frame.bytes);
+        }
     }
 }
 
 /// What the relay says while the session rests.
-pub(super) async fn on_call(call: Call, events: &Events, signs: &Signs) {
+pub(super) async fn on_call(call: Call, events: &Events, rest: &RestSigns) {
     match call.why {
-        Calling::Connect => signs.called.notify_one(),
+        Calling::Connect => rest.called.notify_one(),
         Calling::Drain { after_ms } => {
-            if signs.draining.swap(true, Ordering::Relaxed) {
+            if rest.draining.swap(true, Ordering::Relaxed) {
                 return; // told before
             }
             events.send(RelayEventKind::Draining { after: Duration::from_millis(u64::from(after_ms)) }).await;

@@ -17,8 +17,11 @@ use warren_engine::redial::{DIAL_TIMEOUT, Ended, Redial};
 use warren_engine::relay_link::{CONNECTION_MIN_PAUSE, Check, KEEPALIVE, Liveness};
 
 use super::link::{self, End, Link, Reader, Transport, Writer};
+use super::rest::RestSigns;
 use super::udp::{self, UdpLink};
-use super::{Command, Events, RelayClientConfig, RelayEvent, RelayEventKind, Shared, micros, rest};
+use super::{
+    Command, Events, RelayClientConfig, RelayEvent, RelayEventKind, Shared, has_packets, micros, rest,
+};
 use crate::clock;
 use crate::entropy::OsEntropy;
 
@@ -83,18 +86,13 @@ impl Task {
         let (mut upgrade, mut rested) = (None, None::<Box<UdpLink>>);
         loop {
             let mut stood = Duration::ZERO;
-            let connected = match &rested {
+            let (connected, former) = match rested.take() {
                 Some(udp) => self.rest(udp).await,
-                None => self.connect(upgrade.take()).await,
+                None => (self.connect(upgrade.take()).await, None),
             };
-            let former = rested.take().filter(|udp| udp.is_up());
             let end = match connected {
                 Ok((link, keys)) => {
                     let since = Instant::now();
-                    if former.is_none() {
-                        // What waited for an earlier connection is of no use any more.
-                        *self.shared.queue() = FrameQueue::new(DATA_QUEUE_BYTES);
-                    }
                     let (transport, addr) = (link.transport, link.addr);
                     self.shared.quic.store(transport == Transport::Quic, Ordering::Release);
                     self.shared.proxied.store(link.proxied, Ordering::Relaxed);
@@ -107,6 +105,7 @@ impl Task {
                     stood = since.elapsed();
                     match outcome {
                         Outcome::Upgrade(link) => {
+                            self.forget_queue();
                             upgrade = Some(link);
                             continue;
                         }
@@ -123,6 +122,7 @@ impl Task {
                     end
                 }
             };
+            self.forget_queue();
             let refused = end.refused();
             if refused.is_some_and(is_about_token) {
                 self.token = None;
@@ -143,6 +143,11 @@ impl Task {
                 self.redial.on_network_change();
             }
         }
+    }
+
+    /// What waited for a connection is of no use to the next one.
+    fn forget_queue(&self) {
+        *self.shared.queue() = FrameQueue::new(DATA_QUEUE_BYTES);
     }
 
     /// Waits, keeping tokens that come; true if the network changed.
@@ -335,17 +340,8 @@ pub(super) struct Signs {
     sent: Notify,
     /// When a packet last went either way, on [`micros`]'s clock.
     pub(super) active: AtomicU64,
-    /// The session rests, and there is a reason to connect.
-    pub(super) wanted: Notify,
-    resting: bool,
-    /// The session rests, and the relay wants it to connect.
-    pub(super) called: Notify,
-    /// The relay has said that it drains.
-    pub(super) draining: AtomicBool,
-    /// UDP does not answer as it should.
-    pub(super) doubt: Notify,
-    /// UDP does not answer any more.
-    pub(super) dead: Notify,
+    /// Those of a rest, if it is one.
+    pub(super) rest: Option<Arc<RestSigns>>,
     /// Of the session that rested, for packets until then.
     former: Option<Box<UdpLink>>,
     former_over: AtomicBool,
@@ -366,12 +362,7 @@ impl Signs {
             former_over: AtomicBool::new(former.is_none()),
             former,
             active: AtomicU64::new(micros()),
-            wanted: Notify::new(),
-            resting: false,
-            called: Notify::new(),
-            draining: AtomicBool::new(false),
-            doubt: Notify::new(),
-            dead: Notify::new(),
+            rest: None,
             liveness: Mutex::new(Liveness::new(CONNECTION_MIN_PAUSE)),
             sent: Notify::new(),
             suspect: Notify::new(),
@@ -384,15 +375,15 @@ impl Signs {
     }
 
     /// Those of a rest.
-    pub(super) fn of_rest() -> Self {
-        Self { resting: true, ..Self::new(None) }
+    pub(super) fn of_rest(rest: Arc<RestSigns>) -> Self {
+        Self { rest: Some(rest), ..Self::new(None) }
     }
 
     /// A packet went out or came in.
     pub(super) fn mark_active(&self) {
         self.active.store(micros(), Ordering::Relaxed);
-        if self.resting {
-            self.wanted.notify_one();
+        if let Some(rest) = &self.rest {
+            rest.wanted.notify_one();
         }
     }
 
@@ -405,7 +396,10 @@ impl Signs {
                 () = sleep(LEND_TIME) => {}
             }
             self.former_over.store(true, Ordering::Relaxed);
-            shared.set_udp(self.udp().is_some());
+            if self.udp().is_none() {
+                shared.set_udp(false);
+                shared.push(Class::Control, &rest::NOT_OVER_UDP);
+            }
         }
         std::future::pending().await
     }
@@ -421,10 +415,24 @@ impl Signs {
         self.stalled.fetch_sub(1, Ordering::Relaxed);
     }
 
+    /// Something came from the relay.
+    async fn heard(&self, events: &Events) {
+        let news = {
+            let mut liveness = self.liveness();
+            liveness.on_heard();
+            liveness.doubt_news()
+        };
+        self.tell(news, events).await;
+    }
+
     /// Tells the daemon whether the relay is in doubt, if that has changed.
     async fn tell_doubt(&self, events: &Events) {
         let news = self.liveness().doubt_news();
-        if let Some(doubt) = news {
+        self.tell(news, events).await;
+    }
+
+    async fn tell(&self, doubt: Option<bool>, events: &Events) {
+        if let Some(doubt) = doubt {
             events.send(RelayEventKind::Doubt { doubt }).await;
         }
     }
@@ -481,8 +489,7 @@ async fn read(reader: &mut Reader, shared: &Shared, events: &Events, signs: &Sig
             Ok(frame) => frame,
             Err(end) => return end,
         };
-        signs.liveness().on_heard();
-        signs.tell_doubt(events).await;
+        signs.heard(events).await;
         match Frame::decode(&frame) {
             Ok(Some(Frame::Recv { src, payload })) => {
                 let payload = frame.slice_ref(payload);
@@ -520,26 +527,19 @@ async fn read(reader: &mut Reader, shared: &Shared, events: &Events, signs: &Sig
 async fn write(writer: &mut Writer, shared: &Shared, signs: &Signs) -> End {
     let (mut batch, mut buffer) = (Vec::new(), Vec::new());
     loop {
-        loop {
-            shared.take(&mut batch);
-            if batch.is_empty() {
-                break;
-            }
-            if batch.iter().any(|frame| frame.class != Class::Control) {
-                signs.mark_active();
-            }
-            if let Some(udp) = signs.way() {
-                udp.send(&mut batch, &mut buffer);
-            }
-            let data = batch.iter().any(|frame| frame.class != Class::Control);
-            if data && signs.liveness().on_sent(clock::now().boot) {
-                signs.sent.notify_one();
-            }
-            if let Err(end) = writer.batch(&mut batch).await {
-                return end;
-            }
+        shared.next_batch(&mut batch).await;
+        if has_packets(&batch) {
+            signs.mark_active();
         }
-        shared.wake.notified().await;
+        if let Some(udp) = signs.way() {
+            udp.send(&mut batch, &mut buffer);
+        }
+        if has_packets(&batch) && signs.liveness().on_sent(clock::now().boot) {
+            signs.sent.notify_one();
+        }
+        if let Err(end) = writer.batch(&mut batch).await {
+            return end;
+        }
     }
 }
 

@@ -161,8 +161,10 @@ impl UdpLink {
                     if !full {
                         signs.suspect.notify_one(); // is it UDP or the relay?
                     }
-                    if self.way().is_in_doubt() {
-                        signs.doubt.notify_one();
+                    if let Some(rest) = &signs.rest
+                        && self.way().is_in_doubt()
+                    {
+                        rest.doubt.notify_one();
                     }
                 }
                 UdpAction::Up => {
@@ -172,8 +174,11 @@ impl UdpLink {
                 }
                 UdpAction::Down => {
                     self.up.store(false, Ordering::Release);
-                    signs.dead.notify_one();
                     shared.set_udp(false);
+                    if let Some(rest) = &signs.rest {
+                        rest.dead.notify_one();
+                        continue; // there is no connection to tell the relay by, nor to take instead
+                    }
                     let counter = self.next.load(Ordering::Relaxed);
                     shared.push(Class::Control, &Frame::UdpLost { counter });
                     if let Some(transport) = shared.transport() {
@@ -220,15 +225,15 @@ impl UdpLink {
             })
         };
         let Ok(count) = received else { return }; // nothing there, or an ICMP error about something sent earlier
-        let opener = self.keys.opener();
+        let (opener, mut packets) = (self.keys.opener(), false);
         for (slot, meta) in memory.chunks_exact(SLOT).zip(&meta[..count]) {
             for datagram in slot[..meta.len].chunks(meta.stride.max(1)) {
                 let Some(head) = Head::peek(datagram).filter(|h| h.session == self.session) else { continue };
                 let Some(what) = opener.open(datagram) else { continue };
                 match head.kind {
                     Kind::Recv => {
+                        packets = true;
                         self.way().on_heard();
-                        signs.mark_active();
                         let (src, payload) = (DeviceId::from_bytes(what), &datagram[UDP_HEADER..]);
                         let payload = Bytes::copy_from_slice(payload);
                         signs.pass_on(events, RelayEventKind::Received { src, payload }).await;
@@ -239,11 +244,16 @@ impl UdpLink {
                         if let Some(nonce) = call.nonce {
                             self.on_pong(nonce, datagram.len(), shared);
                         }
-                        rest::on_call(call, events, signs).await;
+                        if let Some(rest) = &signs.rest {
+                            rest::on_call(call, events, rest).await;
+                        }
                     }
                     Kind::Send | Kind::Ping => {} // ours, reflected: it does not even open
                 }
             }
+        }
+        if packets {
+            signs.mark_active();
         }
     }
 }

@@ -151,7 +151,8 @@ pub enum Frame<'a> {
         /// [`udp::Head::session`].
         session: u64,
     },
-    /// Device to relay: send nothing over UDP until a datagram with a counter above this asks for it. `0e | counter 8`.
+    /// Device to relay: send nothing over UDP until a datagram with a counter above this asks for it, and nothing more by the
+    /// UDP of the session that this one took over. `0e | counter 8`.
     UdpLost {
         /// The newest that the device has used.
         counter: u64,

@@ -65,6 +65,17 @@ pub struct NatBehaviour {
     pub hairpin: bool,
 }
 
+impl NatBehaviour {
+    /// Between two of these only luck or a relay helps.
+    pub const HARD: Self = Self {
+        mapping: Degree::AddressAndPortDependent,
+        allocation: Allocation::Random,
+        filtering: Degree::AddressAndPortDependent,
+        timeout: Duration::from_secs(60),
+        hairpin: false,
+    };
+}
+
 /// Ports below this are not handed out.
 const FIRST_PORT: u16 = 1_024;
 /// Most mappings at once; the oldest goes first, as in a real router's table.

@@ -16,12 +16,14 @@ pub(super) struct Rest {
     pub(super) called: Option<Calling>,
 }
 
-impl Relay {
-    /// True if the session of `conn` rests: there is no such transport any more.
-    pub(super) fn rests(&self, conn: ConnId) -> bool {
-        self.session(conn).is_some_and(|session| session.rest.is_some())
+impl Conn {
+    /// True if its session rests: there is no such transport any more.
+    pub(super) fn rests(&self) -> bool {
+        matches!(&self.state, State::Session(session) if session.rest.is_some())
     }
+}
 
+impl Relay {
     /// The device of `conn` asks to rest. Not if something waits for it, which would be lost, or if UDP does not reach it.
     pub(super) fn rest(&mut self, conn: ConnId, now: Instant) {
         let Some(entry) = self.conns.get_mut(&conn) else { return };

@@ -63,7 +63,7 @@ impl UdpSession {
         self.at.filter(|_| now.since(self.heard) < UDP_FRESH)
     }
 
-    pub(super) fn lose(&mut self, counter: u64) {
+    fn lose(&mut self, counter: u64) {
         self.lost = Some(counter);
         self.at = None;
     }
@@ -141,6 +141,18 @@ impl Relay {
     /// A datagram for a device, made from what came over a connection. Drain it after each input.
     pub fn poll_datagram(&mut self) -> Option<(UdpPath, Vec<u8>)> {
         self.datagrams.pop_front()
+    }
+
+    /// UDP does not reach the device of `conn`, as it says itself: not before a datagram with a higher counter, and by what
+    /// it was lent never again.
+    pub(super) fn lose_udp(&mut self, conn: ConnId, counter: u64) {
+        let Some(session) = self.session_mut(conn) else { return };
+        if let Some(udp) = &mut session.udp {
+            udp.lose(counter);
+        }
+        if let Some(former) = session.former_udp.take() {
+            self.udp_ids.remove(&former.id);
+        }
     }
 
     /// Turns a datagram into what goes out in its place.

@@ -9,7 +9,7 @@ impl World {
         self.closed.clear();
         self.frame(device.conn, &Frame::Rest);
         let rests = self.closed == [(device.conn, RefusalCode::Resting)];
-        assert_eq!(rests, self.relay.rests(device.conn));
+        assert_eq!(rests, self.relay.conns[&device.conn].rests());
         if rests {
             self.relay.handle_disconnected(device.conn);
         }
@@ -143,6 +143,26 @@ fn a_device_that_comes_back_loses_no_packet() {
     assert_eq!((world.dropped(DropReason::UdpUnknown), world.relay.udp_ids.len()), (1, 2));
     world.relay.handle_disconnected(back.conn);
     assert_eq!(world.relay.udp_ids.len(), 1);
+}
+
+#[test]
+fn a_device_that_came_back_since_udp_fails_gets_its_packets_over_the_connection() {
+    let mut world = World::with_udp();
+    let (a, mut b) = (world.join_udp(1, &[2], true), world.join_udp(2, &[1], true));
+    assert!(world.rest(&a));
+    let mut back = world.join_udp(1, &[2], false);
+    world.read(back.conn);
+    world.frame(back.conn, &Frame::UdpLost { counter: 0 });
+    let packet = b.packet(1, b"to");
+    assert!(world.udp(b.at, &packet).is_empty());
+    assert_eq!(world.read(back.conn), [Frame::Recv { src: device(2), payload: b"to" }.to_vec()]);
+    assert_eq!(world.relay.udp_ids.len(), 2);
+    // It may pass again.
+    let ping = back.ping(false, 0);
+    assert_eq!(world.udp(back.at, &ping).len(), 1);
+    assert_eq!(world.answer(&mut back).0, Kind::Pong);
+    let packet = b.packet(1, b"again");
+    assert_eq!(world.udp(b.at, &packet)[0].0, back.at);
 }
 
 #[test]
