@@ -111,7 +111,8 @@ impl ControlClient {
         Self { commands, _task: AbortOnDropHandle::new(task) }
     }
 
-    /// Sends a message, if a session stands and has room. False if it was not taken.
+    /// Sends a message, if a session stands and has room. False if it was not taken. One that is no introduction is dropped
+    /// without a word until the coordinator has welcomed us: what must not be lost is said again then.
     pub fn send(&self, body: ClientBody) -> bool {
         self.commands.try_send(Command::Send(body)).is_ok()
     }
@@ -195,12 +196,14 @@ async fn serve(
 ) -> End {
     let mut nonce = 0;
     let mut heard = Instant::now();
+    let mut welcomed = false;
     let mut ping_at = Instant::now();
     loop {
         let work = tokio::select! {
             biased;
             command = commands.recv() => match command {
-                Some(Command::Send(body)) => Some(body),
+                // The daemon may not know yet that the former session is over, and one that speaks out of turn is ended.
+                Some(Command::Send(body)) => Some(body).filter(|body| welcomed || introduces(body)),
                 Some(Command::RetryNow) => {
                     // Ask now; silence ends the session after a short grace instead of the usual one.
                     heard = heard.min(Instant::now() - (SILENCE_TIMEOUT - SUSPECT_TIMEOUT));
@@ -217,6 +220,7 @@ async fn serve(
                     heard = Instant::now();
                     match ServerMessage::decode(message.as_slice()) {
                         Ok(ServerMessage { body: Some(body) }) => {
+                            welcomed |= matches!(body, ServerBody::Welcome(_));
                             if events.send(ControlEvent::Message(body)).await.is_err() {
                                 return End::Closed;
                             }
@@ -246,6 +250,11 @@ async fn serve(
             }
         }
     }
+}
+
+/// True for what the coordinator takes before it has welcomed us.
+const fn introduces(body: &ClientBody) -> bool {
+    matches!(body, ClientBody::Enroll(_) | ClientBody::Resume(_) | ClientBody::Ping(_))
 }
 
 #[cfg(test)]

@@ -402,7 +402,7 @@ impl Daemon {
         up.follow_addresses(self.surroundings.addrs());
         up.whys.time_out(now.boot);
         up.retry_stalled(now);
-        up.reconnect_if_due(now.boot);
+        up.reconnect_if_due(now);
         up.leave_idle_relays(now);
         up.keep_if_due(now);
         if let Some(engine) = up.engine.as_ref().filter(|_| up.welcomed) {

@@ -4,7 +4,7 @@ use futures_util::{SinkExt as _, StreamExt as _};
 use tokio::net::TcpListener;
 use tokio_tungstenite::tungstenite::Message;
 use warren_common::keys::{NetmapSecretKey, RootSecretKey};
-use warren_common::wire::control::{Empty, Pong};
+use warren_common::wire::control::{Ack, Empty, Pong, RelayTokenRequest, Report, Resume, Welcome};
 use warren_common::wire::session as wire;
 
 use super::*;
@@ -50,7 +50,7 @@ impl Fake {
         .encode_to_vec()
     }
 
-    /// Serves one session: answers pings, ends at `Logout`.
+    /// Serves one session: answers pings, welcomes who resumes, ends at `Logout`.
     async fn serve(&self, listener: &TcpListener) -> Vec<ClientBody> {
         let mut socket = tokio_tungstenite::accept_async(listener.accept().await.unwrap().0).await.unwrap();
         socket.send(Message::binary(self.identity())).await.unwrap();
@@ -62,16 +62,14 @@ impl Fake {
             let Some(bytes) = session.open(&frame).unwrap() else { continue };
             let body = ClientMessage::decode(bytes.as_slice()).unwrap().body.unwrap();
             heard.push(body.clone());
-            match body {
-                ClientBody::Ping(ping) => {
-                    let body = Some(ServerBody::Pong(Pong { nonce: ping.nonce, unix_us: 7 }));
-                    let message = ServerMessage { body }.encode_to_vec();
-                    for frame in session.seal(&message).unwrap() {
-                        socket.send(Message::binary(frame)).await.unwrap();
-                    }
-                }
+            let body = match body {
+                ClientBody::Ping(ping) => Some(ServerBody::Pong(Pong { nonce: ping.nonce, unix_us: 7 })),
+                ClientBody::Resume(_) => Some(ServerBody::Welcome(Welcome::default())),
                 ClientBody::Logout(_) => break,
-                _ => {}
+                _ => continue,
+            };
+            for frame in session.seal(&ServerMessage { body }.encode_to_vec()).unwrap() {
+                socket.send(Message::binary(frame)).await.unwrap();
             }
         }
         heard
@@ -90,6 +88,10 @@ async fn away(events: &mut mpsc::Receiver<ControlEvent>) -> (String, bool) {
     }
 }
 
+async fn welcomed(events: &mut mpsc::Receiver<ControlEvent>) {
+    while !matches!(events.recv().await.unwrap(), ControlEvent::Message(ServerBody::Welcome(_))) {}
+}
+
 #[tokio::test]
 async fn it_connects_talks_and_comes_back_after_the_session_ends() {
     let (fake, listener) = (Fake::new(), listener().await);
@@ -103,6 +105,8 @@ async fn it_connects_talks_and_comes_back_after_the_session_ends() {
                 events.recv().await,
                 Some(ControlEvent::Message(ServerBody::Pong(Pong { unix_us: 7, .. })))
             ));
+            assert!(client.send(ClientBody::Resume(Resume::default())));
+            welcomed(&mut events).await;
             assert!(client.send(ClientBody::Logout(Empty {})));
         };
         let (heard, ()) = tokio::join!(server, daemon);
@@ -110,6 +114,30 @@ async fn it_connects_talks_and_comes_back_after_the_session_ends() {
         assert_eq!(away(&mut events).await, ("coordinator-away".into(), false));
         client.retry_now();
     }
+}
+
+#[tokio::test]
+async fn what_is_said_before_the_welcome_does_not_reach_the_coordinator() {
+    let (fake, listener) = (Fake::new(), listener().await);
+    let (sender, mut events) = mpsc::channel(16);
+    let client = ControlClient::spawn(fake.config(&listener), sender);
+    let daemon = async {
+        assert!(matches!(events.recv().await, Some(ControlEvent::Connected(_))));
+        // Of the former session: the news of this one waited behind a save.
+        client.send(ClientBody::Ack(Ack::default()));
+        client.send(ClientBody::Resume(Resume::default()));
+        // The same turn.
+        client.send(ClientBody::RelayToken(RelayTokenRequest::default()));
+        welcomed(&mut events).await;
+        client.send(ClientBody::Report(Report::default()));
+        client.send(ClientBody::Logout(Empty {}));
+    };
+    let (mut heard, ()) = tokio::join!(fake.serve(&listener), daemon);
+    heard.retain(|body| !matches!(body, ClientBody::Ping(_)));
+    assert!(
+        matches!(heard[..], [ClientBody::Resume(_), ClientBody::Report(_), ClientBody::Logout(_)]),
+        "{heard:?}"
+    );
 }
 
 #[tokio::test]

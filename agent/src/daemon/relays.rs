@@ -193,8 +193,7 @@ impl Up {
             }
         }
         if peers_changed {
-            let ids: Vec<RelayId> = self.relays.clients.keys().copied().collect();
-            ids.into_iter().for_each(|id| self.ask_token(id));
+            self.relays.clients.keys().for_each(|id| self.ask_token(*id));
         }
     }
 
@@ -217,11 +216,10 @@ impl Up {
     }
 
     /// There is a session with the coordinator again. If it was restarted, so was its embedded relay; and tokens that
-    /// were asked for meanwhile will not come.
+    /// were asked for meanwhile will not come, of connected relays neither.
     pub(super) fn look_after_relays(&self) {
         self.relays.network_changed();
-        let waiting = self.relays.clients.iter().filter(|(_, c)| !c.client.is_connected());
-        waiting.for_each(|(id, _)| self.ask_token(*id));
+        self.relays.clients.keys().for_each(|id| self.ask_token(*id));
     }
 
     pub(super) fn on_relay_token(&mut self, now: Now, grant: RelayTokenGrant) {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use warren_common::ids::DeviceId;
-use warren_common::time::{Instant, Now};
+use warren_common::time::Now;
 use warren_common::wire::control::{
     Ack, ClientBody, ConfirmGeneration, CoordinatorIdentity, Empty, Enroll, Refused, RefusedCode, Report,
     Resume, ServerBody, Signed, Welcome,
@@ -201,12 +201,9 @@ impl Daemon {
                 } else {
                     tracing::info!(code = %problem.code, "no control session: {}", problem.text);
                 }
-                up.welcomed = false;
+                up.not_welcome(now);
                 up.away = Some(problem.clone());
                 up.portal.look(&up.config.url, &up.config.egress);
-                if let Some(engine) = &mut up.engine {
-                    engine.handle_control_state(now, false);
-                }
                 if permanent {
                     up.fail_waiters(&problem);
                     if up.membership.is_none() {
@@ -404,7 +401,7 @@ impl Daemon {
         let Some(up) = &mut self.up else { return };
         tracing::warn!("{}", problem.text);
         up.save_problem = Some(problem);
-        up.welcomed = false;
+        up.not_welcome(now);
         up.reconnect_at = Some(now.boot + RETRY);
     }
 
@@ -537,15 +534,23 @@ impl Up {
     }
 
     /// Opens a new control session in place of one that could not go on.
-    pub(super) fn reconnect_if_due(&mut self, now: Instant) {
-        if self.reconnect_at.is_some_and(|at| at <= now) {
-            self.reconnect();
+    pub(super) fn reconnect_if_due(&mut self, now: Now) {
+        if self.reconnect_at.is_some_and(|at| at <= now.boot) {
+            self.reconnect(now);
         }
     }
 
-    pub(super) fn reconnect(&mut self) {
-        self.reconnect_at = None;
+    /// Nothing is said to the coordinator until it has welcomed us anew.
+    fn not_welcome(&mut self, now: Now) {
         self.welcomed = false;
+        if let Some(engine) = &mut self.engine {
+            engine.handle_control_state(now, false);
+        }
+    }
+
+    pub(super) fn reconnect(&mut self, now: Now) {
+        self.reconnect_at = None;
+        self.not_welcome(now);
         let (sender, events) = mpsc::channel(CONTROL_QUEUE);
         self.control = ControlClient::spawn(self.config.clone(), sender);
         self.events = events;

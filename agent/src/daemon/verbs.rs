@@ -162,7 +162,7 @@ impl Daemon {
             ));
         }
         if joined.is_some() {
-            return self.bring_up_again(url, fingerprint).await.map(|()| Begun::Joining);
+            return self.bring_up_again(now, url, fingerprint).await.map(|()| Begun::Joining);
         }
         let (Some(key), Some(auth_key)) = (key, auth_key) else {
             return first_contact(url, fingerprint).map(Begun::Look);
@@ -212,6 +212,7 @@ impl Daemon {
 
     async fn bring_up_again(
         &mut self,
+        now: Now,
         url: Option<CoordinatorUrl>,
         fingerprint: Option<Fingerprint>,
     ) -> Result<(), Problem> {
@@ -231,7 +232,7 @@ impl Daemon {
         match url.or_else(pinned) {
             Some(url) if url != up.config.url => {
                 up.config.url = url;
-                up.reconnect();
+                up.reconnect(now);
             }
             _ => up.control.retry_now(),
         }
