@@ -169,6 +169,8 @@ pub struct RelayLink {
 pub struct Relaying {
     /// True while it serves: the policy lets it, and the coordinator said so.
     pub serving: bool,
+    /// True while the coordinator wants it to serve, because a grant lets it.
+    pub wanted: bool,
     /// The port it was told to listen on.
     pub port: u16,
     /// Devices connected to it.

@@ -209,6 +209,7 @@ enum Wake {
     Saved(Result<(), Problem>),
     Checked(Box<Checked>),
     Mapping(portmap::State),
+    PeerRelay { offer_changed: bool },
     Stop,
 }
 
@@ -296,6 +297,11 @@ impl Daemon {
                 Wake::Timer => self.on_timer(now).await,
                 Wake::Checked(checked) => self.on_checked(now, *checked),
                 Wake::Mapping(state) => self.on_mapping(now, state),
+                Wake::PeerRelay { offer_changed } => {
+                    if let Some(up) = &mut self.up {
+                        up.on_peer_relay(offer_changed);
+                    }
+                }
             }
             self.drain(clock::now());
         }
@@ -304,12 +310,19 @@ impl Daemon {
     /// Waits for the next thing to do. Cancel safe.
     async fn next(&mut self, calls: &mut mpsc::Receiver<Call>) -> Wake {
         let Self { up, plane, changes, timer, checks, .. } = self;
-        let (tun, events, relays, mapping, saving) = match up.as_deref_mut() {
+        let (tun, events, relays, mapping, peer_relay, saving) = match up.as_deref_mut() {
             Some(up) => {
-                let Up { tun, events, relays, mapping, saving, .. } = up;
-                (tun.as_ref(), Some(events), Some(relays), Some(mapping), saving.as_mut())
+                let Up { tun, events, relays, mapping, peer_relay, saving, .. } = up;
+                (
+                    tun.as_ref(),
+                    Some(events),
+                    Some(relays),
+                    Some(mapping),
+                    peer_relay.as_mut(),
+                    saving.as_mut(),
+                )
             }
-            None => (None, None, None, None, None),
+            None => (None, None, None, None, None, None),
         };
         let is_saving = saving.is_some();
         let tun_readable = async {
@@ -338,6 +351,12 @@ impl Daemon {
                 None => std::future::pending().await,
             }
         };
+        let relaying = async {
+            match peer_relay {
+                Some(peer_relay) => peer_relay.changed().await,
+                None => std::future::pending().await,
+            }
+        };
         let saved = async {
             match saving {
                 Some(saving) => (&mut saving.task).await,
@@ -361,6 +380,7 @@ impl Daemon {
             })),
             checked = checked => Wake::Checked(Box::new(checked)),
             state = mapped => Wake::Mapping(state),
+            offer_changed = relaying => Wake::PeerRelay { offer_changed },
             call = calls.recv() => Wake::Call(call),
             () = changes.changed() => Wake::Network,
         }

@@ -4,13 +4,14 @@
 //! take the owner's own packets. It serves only while the coordinator says so, first of all from which revision on tokens
 //! count. Without a coordinator it goes on: tokens end within ten minutes, and then nobody gets in.
 
+use std::future::pending;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
 use std::thread;
 
 use tokio::runtime::Builder;
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 use warren_common::ids::{NetworkId, RelayId};
 use warren_common::keys::NetmapPublicKey;
 use warren_common::wire::relay_control::{MAX_ADDRS, RelayCommand, RelayDuty, RelayOffer};
@@ -42,9 +43,12 @@ pub struct PeerRelayOptions {
 }
 
 /// Why its thread has no server.
+#[derive(Debug, thiserror::Error)]
 enum Start {
-    Runtime(std::io::Error),
-    Server(StartError),
+    #[error("no thread for it: {0}")]
+    Thread(std::io::Error),
+    #[error(transparent)]
+    Server(#[from] StartError),
 }
 
 /// This device as a relay.
@@ -53,42 +57,106 @@ pub struct PeerRelay {
     options: PeerRelayOptions,
     dir: PathBuf,
     network: NetworkId,
+    /// The certificate is being read or made: a slow disk holds up no packet.
+    loading: Option<JoinHandle<Result<[u8; 32], Problem>>>,
     /// `None` without a certificate: then nothing is offered.
     cert_sha256: Option<[u8; 32]>,
     addrs: Vec<SocketAddr>,
+    /// What the coordinator wants of us.
+    duty: Option<Duty>,
     running: Option<Running>,
-    trouble: Option<Problem>,
+    /// The thread of a former server, which may have the port still.
+    ending: Option<thread::JoinHandle<()>>,
+    no_certificate: Option<Problem>,
+    no_port: Option<Problem>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Duty {
+    relay: RelayId,
+    /// What verifies tokens.
+    key: NetmapPublicKey,
+    /// From which revision on tokens count.
+    floor: u64,
 }
 
 #[derive(Debug)]
 struct Running {
-    relay: RelayId,
-    key: NetmapPublicKey,
-    server: RelayServer,
+    server: Server,
     /// Takes the server, to end it in good order.
     end: oneshot::Sender<RelayServer>,
     thread: thread::JoinHandle<()>,
 }
 
+#[derive(Debug)]
+enum Server {
+    Starting(oneshot::Receiver<Result<RelayServer, Start>>),
+    Serving(RelayServer),
+}
+
 impl PeerRelay {
-    /// Nothing runs yet. The certificate is in `dir`, made there at the first start.
+    /// Nothing runs yet. The certificate is in `dir`, made there at the first start: [`changed`](Self::changed) takes it.
+    /// Needs a tokio runtime.
     pub fn new(options: PeerRelayOptions, dir: &Path, network: NetworkId) -> Self {
-        let identity = Identity::load_or_create(dir);
-        let trouble = identity.as_ref().err().map(|error| {
-            Problem::new(
-                "relay-certificate-file",
-                format!("this device can't relay for others: {error}"),
-                "make room or put permissions right, then restart the agent; or start it without --relay-port",
-            )
-        });
+        let files = dir.to_owned();
+        let load = move || {
+            Identity::load_or_create(&files).map(|identity| identity.sha256()).map_err(|error| {
+                Problem::new(
+                    "relay-certificate-file",
+                    format!("this device can't relay for others: {error}"),
+                    "make room or put permissions right, then restart the agent; or start it without --relay-port",
+                )
+            })
+        };
         Self {
             options,
             dir: dir.to_owned(),
             network,
-            cert_sha256: identity.ok().map(|identity| identity.sha256()),
+            loading: Some(tokio::task::spawn_blocking(load)),
+            cert_sha256: None,
             addrs: Vec::new(),
+            duty: None,
             running: None,
-            trouble,
+            ending: None,
+            no_certificate: None,
+            no_port: None,
+        }
+    }
+
+    /// Waits until the certificate is there, or a server that was started, or neither can be had. True if what is offered has
+    /// changed. Cancel safe.
+    pub async fn changed(&mut self) -> bool {
+        let Self { loading, running, .. } = self;
+        let loaded = async {
+            match loading {
+                Some(task) => task.await,
+                None => pending().await,
+            }
+        };
+        let started = async {
+            match running {
+                Some(Running { server: Server::Starting(started), .. }) => started.await,
+                _ => pending().await,
+            }
+        };
+        // Nothing is waited for after this, so nothing that has come can be lost.
+        tokio::select! {
+            loaded = loaded => {
+                self.loading = None;
+                match loaded {
+                    Ok(Ok(sha256)) => self.cert_sha256 = Some(sha256),
+                    Ok(Err(problem)) => self.no_certificate = Some(problem),
+                    Err(_) => {} // the runtime is going down
+                }
+                self.start_if_due();
+                true
+            }
+            started = started => {
+                self.started(started.unwrap_or_else(|_| {
+                    Err(Start::Thread(std::io::Error::other("it has ended")))
+                }));
+                false
+            }
         }
     }
 
@@ -127,43 +195,78 @@ impl PeerRelay {
 
     /// Serves, or not, as the coordinator says. `key` is what verifies tokens.
     pub fn on_duty(&mut self, duty: &RelayDuty, key: NetmapPublicKey) {
+        let former = self.duty.take();
         let Some(relay) = RelayId::from_slice(&duty.relay) else {
-            if self.stop().is_some() {
+            if self.running.is_some() {
                 tracing::info!("this device relays for others no more");
             }
-            return;
+            self.no_port = None; // none is wanted
+            return self.stop();
         };
-        if let Some(running) = &self.running
-            && (running.relay, running.key) == (relay, key)
+        self.duty = Some(Duty { relay, key, floor: duty.floor });
+        if let (Some(running), Some(former)) = (&self.running, former)
+            && (former.relay, former.key) == (relay, key)
             // A lower one is of a coordinator that was restored and numbers anew.
-            && running.server.stats().core.floor <= duty.floor
+            && former.floor <= duty.floor
         {
-            return running.server.set_floor(duty.floor);
+            if let Server::Serving(server) = &running.server {
+                server.set_floor(duty.floor);
+            }
+            return;
         }
         self.stop();
-        match self.start(relay, key, duty.floor) {
-            Ok(running) => {
-                tracing::info!(port = self.options.port, "this device relays for others");
-                self.running = Some(running);
-                self.trouble = None;
-            }
-            Err(error) => {
-                let text = format!("this device is to relay for others and can't: {error}");
-                tracing::warn!("{text}");
-                let fix = "free the port or choose another one with --relay-port, and restart the agent";
-                self.trouble = Some(Problem::new("relay-port", text, fix));
-            }
-        }
+        self.start_if_due();
     }
 
     /// Somebody's access has changed. In force when this returns.
-    pub fn obey(&self, command: &RelayCommand) {
-        if let Some(running) = &self.running {
-            warren_relay::join::obey(&running.server, command);
+    pub fn obey(&mut self, command: &RelayCommand) {
+        let Some(duty) = &mut self.duty else { return };
+        match &self.running {
+            Some(Running { server: Server::Serving(server), .. }) => {
+                warren_relay::join::obey(server, command);
+                duty.floor = server.stats().core.floor;
+            }
+            // Stricter than what it asks for: nobody is there yet whom that could bother.
+            _ => duty.floor = duty.floor.max(command.revision).max(command.floor),
         }
     }
 
-    fn start(&self, relay: RelayId, key: NetmapPublicKey, floor: u64) -> Result<Running, StartError> {
+    /// Starts a server if there is to be one, now that the certificate is there.
+    fn start_if_due(&mut self) {
+        let Some(duty) = self.duty.filter(|_| self.loading.is_none() && self.running.is_none()) else {
+            return;
+        };
+        match self.start(duty) {
+            Ok(running) => self.running = Some(running),
+            Err(error) => self.failed(&error),
+        }
+    }
+
+    fn started(&mut self, outcome: Result<RelayServer, Start>) {
+        match (outcome, &mut self.running, self.duty) {
+            (Ok(server), Some(running), Some(duty)) => {
+                tracing::info!(port = self.options.port, "this device relays for others");
+                server.set_floor(duty.floor); // it may have gone up meanwhile
+                running.server = Server::Serving(server);
+                self.no_port = None;
+            }
+            (Err(error), ..) => {
+                self.stop();
+                self.failed(&error);
+            }
+            (Ok(_), ..) => {} // there is no server without a duty
+        }
+    }
+
+    fn failed(&mut self, error: &Start) {
+        let text = format!("this device is to relay for others and can't: {error}");
+        tracing::warn!("{text}");
+        let fix = "free the port or choose another one with --relay-port, and restart the agent";
+        self.no_port = Some(Problem::new("relay-port", text, fix));
+    }
+
+    fn start(&mut self, duty: Duty) -> Result<Running, Start> {
+        let Duty { relay, key, floor } = duty;
         let listen = |ip: IpAddr| SocketAddr::new(ip, self.options.port);
         let limits = Limits {
             max_clients: MAX_CLIENTS,
@@ -183,56 +286,73 @@ impl PeerRelay {
             floor,
             limits: limits.clone(),
         };
-        let both = config(listen(Ipv6Addr::UNSPECIFIED.into()));
+        let first = config(listen(Ipv6Addr::UNSPECIFIED.into()));
         // A host without IPv6 has no such address.
-        let v4 = config(listen(Ipv4Addr::UNSPECIFIED.into()));
-        let no_thread = |source| StartError::Listen { addr: both.listen, what: "its own thread", source };
+        let second = config(listen(Ipv4Addr::UNSPECIFIED.into()));
         let (end, ended) = oneshot::channel::<RelayServer>();
-        let (sender, started) = mpsc::sync_channel(1);
-        let (first, second) = (both.clone(), v4);
+        let (sender, started) = oneshot::channel();
+        let former = self.ending.take();
         let thread = thread::Builder::new().name("peer-relay".to_owned()).spawn(move || {
             // Of this thread alone, on Linux. Without it the relay is only less polite.
             let _ = rustix::process::setpriority_process(None, NICENESS);
+            if let Some(former) = former {
+                let _ = former.join(); // the port is free then, also if it failed
+            }
             let runtime = match Builder::new_current_thread().enable_all().build() {
                 Ok(runtime) => runtime,
-                Err(error) => return drop(sender.send(Err(Start::Runtime(error)))),
+                Err(error) => return drop(sender.send(Err(Start::Thread(error)))),
             };
             runtime.block_on(async move {
-                let server = RelayServer::start(first).or_else(|_| RelayServer::start(second));
-                let serves = server.is_ok();
-                if sender.send(server.map_err(Start::Server)).is_ok()
-                    && serves
-                    && let Ok(server) = ended.await
-                {
+                let server = match RelayServer::start(first).or_else(|_| RelayServer::start(second)) {
+                    Ok(server) => server,
+                    Err(error) => return drop(sender.send(Err(error.into()))),
+                };
+                // It comes back to be ended; at once if nobody wants it any more.
+                let back = match sender.send(Ok(server)) {
+                    Ok(()) => ended.await.ok(),
+                    Err(unwanted) => unwanted.ok(),
+                };
+                if let Some(server) = back {
                     server.shutdown().await;
                 }
             });
         });
-        let thread = thread.map_err(no_thread)?;
-        match started.recv() {
-            Ok(Ok(server)) => Ok(Running { relay, key, server, end, thread }),
-            Ok(Err(Start::Server(error))) => Err(error),
-            Ok(Err(Start::Runtime(error))) => Err(no_thread(error)),
-            Err(_) => Err(no_thread(std::io::Error::other("it has ended"))),
-        }
+        thread.map(|thread| Running { server: Server::Starting(started), end, thread }).map_err(Start::Thread)
     }
 
-    /// Serves nobody any more: devices are told so within two seconds, which whoever wants to can wait for.
-    pub fn stop(&mut self) -> Option<thread::JoinHandle<()>> {
-        let Running { server, end, thread, .. } = self.running.take()?;
-        let _ = end.send(server); // its thread waits for that and for nothing else
-        Some(thread)
+    /// Serves nobody any more: devices are told so within two seconds.
+    fn stop(&mut self) {
+        let Some(Running { server, end, thread }) = self.running.take() else { return };
+        let server = match server {
+            Server::Serving(server) => Some(server),
+            Server::Starting(mut started) => started.try_recv().ok().and_then(Result::ok),
+        };
+        if let Some(server) = server {
+            let _ = end.send(server); // its thread waits for that and for nothing else
+        }
+        self.ending = Some(thread);
+    }
+
+    /// Ends it. Whoever wants to can wait for the thread, which tells devices first.
+    pub fn end(mut self) -> Option<thread::JoinHandle<()>> {
+        self.stop();
+        self.ending.take()
     }
 
     /// How it does, for people.
     pub fn status(&self) -> Relaying {
-        let stats = self.running.as_ref().map(|running| running.server.stats()).unwrap_or_default();
+        let server = match &self.running {
+            Some(Running { server: Server::Serving(server), .. }) => Some(server),
+            _ => None,
+        };
+        let stats = server.map(RelayServer::stats).unwrap_or_default();
         let counters = &stats.core.counters;
         let dropped = DropReason::ALL.iter().map(|reason| (reason.as_str(), counters.dropped(*reason)));
         let unsent = [("quic-full", stats.quic_dropped), ("udp-unsent", stats.udp_unsent)];
         let dropped = dropped.chain(unsent).filter(|(_, count)| *count > 0);
         Relaying {
-            serving: self.running.is_some(),
+            serving: server.is_some(),
+            wanted: self.duty.is_some(),
             port: self.options.port,
             clients: stats.core.clients as u64,
             forwarded_packets: counters.forwarded_packets,
@@ -243,8 +363,8 @@ impl PeerRelay {
     }
 
     /// Why it does not do what it should.
-    pub const fn trouble(&self) -> Option<&Problem> {
-        self.trouble.as_ref()
+    pub fn trouble(&self) -> Option<&Problem> {
+        self.no_certificate.as_ref().or(self.no_port.as_ref())
     }
 }
 
@@ -291,10 +411,12 @@ mod tests {
         }
     }
 
-    #[test]
-    fn it_offers_where_most_can_reach_it_first_and_says_when_that_changes() {
+    #[tokio::test]
+    async fn it_offers_where_most_can_reach_it_first_and_says_when_that_changes() {
         let dir = tempfile::tempdir().unwrap();
         let mut peer = relay(dir.path(), 3340);
+        assert!(peer.offer().is_none(), "without a certificate");
+        assert!(peer.changed().await);
         assert!(peer.set_addresses(ips(&["192.168.1.2", "2001:db8::2"]), ips(&["203.0.113.7"])));
         assert!(!peer.set_addresses(ips(&["192.168.1.2", "2001:db8::2"]), ips(&["203.0.113.7"])));
         let offer = peer.offer().unwrap();
@@ -309,6 +431,13 @@ mod tests {
         assert_eq!(peer.offer().unwrap().addrs, ["198.51.100.9:443"]);
     }
 
+    fn floor(peer: &PeerRelay) -> u64 {
+        match &peer.running {
+            Some(Running { server: Server::Serving(server), .. }) => server.stats().core.floor,
+            _ => panic!("it does not serve: {:?}", peer.trouble()),
+        }
+    }
+
     #[tokio::test]
     async fn it_serves_while_it_is_told_to_and_takes_floors() {
         let dir = tempfile::tempdir().unwrap();
@@ -316,29 +445,60 @@ mod tests {
         let port = free_port();
         let mut peer = relay(dir.path(), port);
         peer.on_duty(&duty(&[], 3), key(1));
-        assert!(!peer.status().serving && peer.trouble().is_none());
+        assert!(peer.changed().await && !peer.status().serving && peer.trouble().is_none());
         peer.on_duty(&duty(&[7; 16], 3), key(1));
+        assert!(peer.status().wanted && !peer.status().serving, "packets don't wait for it");
+        assert!(!peer.changed().await);
         let listens = || std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok();
         assert!(peer.status().serving && listens(), "{:?}", peer.trouble());
-        let floor = |peer: &PeerRelay| peer.running.as_ref().unwrap().server.stats().core.floor;
         peer.on_duty(&duty(&[7; 16], 9), key(1));
         assert_eq!(floor(&peer), 9);
         peer.obey(&RelayCommand { revision: 12, floor: 12, ..RelayCommand::default() });
         assert_eq!(floor(&peer), 12);
-        let end = peer.stop().unwrap();
+        let end = peer.end().unwrap();
         tokio::task::spawn_blocking(move || end.join().unwrap()).await.unwrap();
-        assert!(!peer.status().serving && !listens());
+        assert!(!listens());
     }
 
     #[tokio::test]
-    async fn a_port_that_is_taken_is_told() {
+    async fn a_server_takes_the_place_of_one_that_has_its_port_still() {
+        let dir = tempfile::tempdir().unwrap();
+        let key = |n| NetmapSecretKey::from_bytes([n; 32]).public();
+        let mut peer = relay(dir.path(), free_port());
+        // The duty comes before the certificate is there, and what it may let in less than that.
+        peer.on_duty(&duty(&[7; 16], 3), key(1));
+        peer.obey(&RelayCommand { revision: 5, ..RelayCommand::default() });
+        assert!(peer.changed().await);
+        peer.obey(&RelayCommand { revision: 6, ..RelayCommand::default() });
+        assert!(!peer.changed().await);
+        assert_eq!(floor(&peer), 6);
+        // Another key, a lower floor; with clients the former server would take its time to go.
+        for (n, to) in [(2, 7), (2, 4)] {
+            peer.on_duty(&duty(&[7; 16], to), key(n));
+            assert!(!peer.changed().await);
+            assert_eq!(floor(&peer), to);
+        }
+        // The duty ends before the server is there.
+        peer.on_duty(&duty(&[7; 16], 3), key(3));
+        peer.on_duty(&duty(&[], 0), key(3));
+        peer.on_duty(&duty(&[7; 16], 8), key(3));
+        assert!(!peer.changed().await);
+        assert_eq!(floor(&peer), 8);
+    }
+
+    #[tokio::test]
+    async fn a_port_that_is_taken_is_told_while_it_is_wanted() {
         let dir = tempfile::tempdir().unwrap();
         let taken = std::net::TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
         let port = taken.local_addr().unwrap().port();
         let mut peer = relay(dir.path(), port);
-        peer.on_duty(&duty(&[7; 16], 3), NetmapSecretKey::from_bytes([1; 32]).public());
+        let key = NetmapSecretKey::from_bytes([1; 32]).public();
+        peer.on_duty(&duty(&[7; 16], 3), key);
+        assert!(peer.changed().await && !peer.changed().await);
         let problem = peer.trouble().unwrap();
         assert!(!peer.status().serving && problem.code == "relay-port", "{problem}");
         assert!(problem.text.contains(&port.to_string()), "{problem}");
+        peer.on_duty(&duty(&[], 3), key);
+        assert_eq!(peer.trouble(), None);
     }
 }

@@ -53,15 +53,18 @@ pub(super) fn status(answer: &Value) -> Result<String, Problem> {
         let _ = writeln!(out, "relay: {} ({over}{rtt}{home}{peer})", relay.name);
     }
     if let Some(relaying) = &status.relaying {
-        let _ = match relaying.serving {
-            true => writeln!(
+        let port = relaying.port;
+        let _ = match (relaying.serving, relaying.wanted) {
+            (true, _) => writeln!(
                 out,
-                "relays for others: at port {}, {} devices, {} passed on",
-                relaying.port,
+                "relays for others: at port {port}, {} devices, {} passed on",
                 relaying.clients,
                 bytes(relaying.forwarded_bytes)
             ),
-            false => writeln!(out, "relays for others: not now, no grant lets it (port {})", relaying.port),
+            (false, true) => {
+                writeln!(out, "relays for others: not now, although a grant lets it (port {port})")
+            }
+            (false, false) => writeln!(out, "relays for others: not now, no grant lets it (port {port})"),
         };
     }
     if !status.peers.is_empty() {

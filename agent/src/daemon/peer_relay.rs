@@ -20,14 +20,21 @@ impl Up {
         }
     }
 
+    /// What a thread of it was asked for has come.
+    pub(super) fn on_peer_relay(&mut self, offer_changed: bool) {
+        if offer_changed && self.welcomed {
+            self.report();
+        }
+    }
+
     pub(super) fn on_relay_duty(&mut self, duty: &RelayDuty) {
         if let (Some(peer_relay), Some(identity)) = (&mut self.peer_relay, &self.identity) {
             peer_relay.on_duty(duty, identity.netmap);
         }
     }
 
-    pub(super) fn on_relay_command(&self, command: &RelayCommand) {
-        if let Some(peer_relay) = &self.peer_relay {
+    pub(super) fn on_relay_command(&mut self, command: &RelayCommand) {
+        if let Some(peer_relay) = &mut self.peer_relay {
             peer_relay.obey(command);
         }
     }
@@ -35,7 +42,7 @@ impl Up {
 
 /// Ends it, and waits until its devices have been told.
 pub(super) async fn farewell(peer_relay: Option<PeerRelay>) {
-    if let Some(thread) = peer_relay.and_then(|mut peer_relay| peer_relay.stop()) {
+    if let Some(thread) = peer_relay.and_then(PeerRelay::end) {
         let _ = tokio::task::spawn_blocking(move || thread.join()).await; // a thread that failed has ended too
     }
 }
