@@ -46,6 +46,13 @@ const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 const DRAIN_LOOK: Duration = Duration::from_millis(50);
 /// Most bytes that a connection takes from the core at once: what a revocation can't call back.
 const BATCH_BYTES: usize = 32 * 1024;
+/// Most frames of such a batch, and of what a connection reads in one turn: a thousand frames of one byte take as long as
+/// many full ones, and everybody else's packets wait for as long.
+const TURN_FRAMES: usize = 32;
+/// Most TCP connections that are accepted in one turn, for the same reason.
+const TURN_ACCEPTS: usize = 4;
+/// TCP connections that wait to be accepted; the system's own bound may be lower.
+const BACKLOG: i32 = 1_024;
 /// Tries to find a port that is free for TCP and for UDP, if any port will do.
 const PORT_TRIES: usize = 16;
 
@@ -249,8 +256,7 @@ fn bind(addr: SocketAddr) -> io::Result<(TcpListener, UdpSocket)> {
     let mut tries = 0;
     loop {
         tries += 1;
-        let tcp = TcpListener::bind(addr)?;
-        tcp.set_nonblocking(true)?;
+        let tcp = listener(addr)?;
         match UdpSocket::bind(SocketAddr::new(addr.ip(), tcp.local_addr()?.port())) {
             Ok(udp) => {
                 // Best effort: the system's bound may be lower.
@@ -262,6 +268,18 @@ fn bind(addr: SocketAddr) -> io::Result<(TcpListener, UdpSocket)> {
             Err(_) => {} // another program has that port for UDP: any other will do
         }
     }
+}
+
+/// As the standard library's, which holds no more than 128 connections that wait to be accepted: of those who come back
+/// together after a restart, the rest would be left to try again a second later.
+fn listener(addr: SocketAddr) -> io::Result<TcpListener> {
+    use socket2::{Domain, Protocol, Socket, Type};
+    let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&addr.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
 }
 
 /// Calls the core when it is due.
@@ -292,6 +310,8 @@ struct Shared {
     inner: Mutex<Inner>,
     /// The next timeout may be earlier than it was.
     timer: Notify,
+    /// Who holds this answers a first handshake message: see [`Shared::hello`].
+    hello: tokio::sync::Mutex<()>,
     stun_answered: AtomicU64,
     stun_ignored: AtomicU64,
     handshakes_refused: AtomicU64,
@@ -342,11 +362,20 @@ impl Shared {
             socket,
             inner: Mutex::new(Inner { relay, conns: BTreeMap::new() }),
             timer: Notify::new(),
+            hello: tokio::sync::Mutex::new(()),
             stun_answered: AtomicU64::new(0),
             stun_ignored: AtomicU64::new(0),
             handshakes_refused: AtomicU64::new(0),
             handshakes_failed: AtomicU64::new(0),
         }
+    }
+
+    /// The turn to answer the first message of a handshake, which takes a signature: one at a time, and everybody else's
+    /// packets in between. Hundreds may come at once, and would hold up all others for as long as they take together.
+    async fn hello(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        let turn = self.hello.lock().await;
+        tokio::task::yield_now().await;
+        turn
     }
 
     fn refused_handshake(&self) {
@@ -432,6 +461,7 @@ impl Client {
         let mut inner = self.shared.lock();
         let mut bytes = 0;
         while bytes < BATCH_BYTES
+            && batch.len() < TURN_FRAMES
             && let Some(frame) = inner.relay.next_frame(self.conn)
         {
             bytes += frame.bytes.len();
@@ -455,6 +485,29 @@ impl Drop for Client {
         let mut inner = self.shared.lock();
         inner.conns.remove(&self.conn);
         inner.relay.handle_disconnected(self.conn);
+    }
+}
+
+/// What a task may do before others get their turn. A stream whose bytes are there already is read without ever waiting,
+/// and the threads that do so are those that pass the others' packets on.
+#[derive(Debug)]
+struct Turn {
+    most: usize,
+    done: usize,
+}
+
+impl Turn {
+    const fn of(most: usize) -> Self {
+        Self { most, done: 0 }
+    }
+
+    /// One more is done.
+    async fn one(&mut self) {
+        self.done += 1;
+        if self.done == self.most {
+            self.done = 0;
+            tokio::task::yield_now().await;
+        }
     }
 }
 

@@ -22,7 +22,8 @@ use crate::tls::Identity;
 
 use super::handshakes::{Handshake, Handshakes};
 use super::{
-    Client, GOODBYE_TIMEOUT, HANDSHAKE_TIMEOUT, MAX_HANDSHAKES, Shared, WRITE_TIMEOUT, family, reap, udp,
+    Client, GOODBYE_TIMEOUT, HANDSHAKE_TIMEOUT, MAX_HANDSHAKES, Shared, TURN_FRAMES, Turn, WRITE_TIMEOUT,
+    family, reap, udp,
 };
 
 /// Datagrams that wait inside QUIC, in bytes each way; the queue proper is in the core.
@@ -33,6 +34,8 @@ const STREAM_WINDOW: u32 = 128 * 1024;
 const INITIAL_WINDOW: u64 = 256 * 1_200;
 /// After this long without an answer a path counts as gone.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// What may come, in bytes, over a connection that waits for its turn to be answered: some first packets, sent again.
+const WAITING_BYTES: u64 = 16 * 1024;
 /// Bytes read from the stream at once.
 const READ_BYTES: usize = 4 * 1024;
 
@@ -55,7 +58,11 @@ pub(super) fn endpoint(
         .datagram_send_buffer_size(DATAGRAM_BUFFER)
         .congestion_controller_factory(Arc::new(congestion));
     let mut config = quinn::ServerConfig::with_crypto(Arc::new(tls));
-    config.transport_config(Arc::new(transport)).max_incoming(MAX_HANDSHAKES);
+    config
+        .transport_config(Arc::new(transport))
+        .max_incoming(2 * MAX_HANDSHAKES)
+        .incoming_buffer_size(WAITING_BYTES)
+        .incoming_buffer_size_total(MAX_HANDSHAKES as u64 * WAITING_BYTES);
     let runtime = Arc::new(quinn::TokioRuntime);
     Endpoint::new_with_abstract_socket(endpoint_config(identity), Some(config), socket, runtime)
 }
@@ -78,6 +85,7 @@ pub(super) async fn accept(shared: Arc<Shared>, endpoint: Endpoint, stop: Cancel
     let handshakes = Handshakes::new(MAX_HANDSHAKES);
     let mut tasks = JoinSet::new();
     loop {
+        // Without pauses: what quinn can't hand over it ignores, and the device hears nothing and waits for a second.
         let incoming = tokio::select! {
             () = stop.cancelled() => break,
             incoming = endpoint.accept() => incoming,
@@ -109,11 +117,11 @@ pub(super) async fn accept(shared: Arc<Shared>, endpoint: Endpoint, stop: Cancel
 
 async fn serve(shared: Arc<Shared>, incoming: Incoming, handshake: Handshake) {
     let opened = tokio::select! {
-        opened = timeout(HANDSHAKE_TIMEOUT, incoming.into_future()) => opened,
+        opened = timeout(HANDSHAKE_TIMEOUT, open(&shared, incoming)) => opened,
         () = handshake.evicted() => return shared.refused_handshake(),
     };
     drop(handshake);
-    let Ok(Ok(connection)) = opened else { return shared.failed_handshake() };
+    let Ok(Some(connection)) = opened else { return shared.failed_handshake() };
     let client = shared.connect();
     tracing::debug!(from = %connection.remote_address(), "connected over QUIC");
     // Waits only if the device allows no stream.
@@ -138,13 +146,20 @@ async fn serve(shared: Arc<Shared>, incoming: Incoming, handshake: Handshake) {
     );
 }
 
+async fn open(shared: &Shared, incoming: Incoming) -> Option<Connection> {
+    let turn = shared.hello().await;
+    let connecting = incoming.accept().ok()?;
+    drop(turn);
+    connecting.await.ok()
+}
+
 fn code(reason: RefusalCode) -> VarInt {
     VarInt::from_u32(u32::from(reason.to_u8()))
 }
 
 /// Reads frames into the core until the stream ends (`None`) or makes no sense.
 async fn read_stream(client: &Client, mut recv: RecvStream) -> Option<RefusalCode> {
-    let mut deframer = Deframer::default();
+    let (mut deframer, mut turn) = (Deframer::default(), Turn::of(TURN_FRAMES));
     loop {
         match recv.read_chunk(READ_BYTES, true).await {
             Ok(Some(chunk)) => deframer.buffer().extend_from_slice(&chunk.bytes),
@@ -156,13 +171,16 @@ async fn read_stream(client: &Client, mut recv: RecvStream) -> Option<RefusalCod
                 Ok(None) => break,
                 Err(_) => return Some(RefusalCode::Protocol),
             }
+            turn.one().await;
         }
     }
 }
 
 async fn read_datagrams(client: &Client, connection: &Connection) {
+    let mut turn = Turn::of(TURN_FRAMES);
     while let Ok(datagram) = connection.read_datagram().await {
         client.frame(&datagram);
+        turn.one().await;
     }
 }
 
@@ -177,7 +195,7 @@ async fn write(client: &Client, connection: &Connection, mut send: SendStream) -
                 break;
             }
             match timeout(WRITE_TIMEOUT, write_batch(connection, &mut send, &mut batch, &mut stream)).await {
-                Ok(Some(())) => {}
+                Ok(Some(())) => tokio::task::yield_now().await,
                 Ok(None) => return None,
                 Err(_) => return Some(RefusalCode::SlowReader),
             }

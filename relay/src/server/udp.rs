@@ -114,7 +114,7 @@ impl Socket {
 
 impl AsyncUdpSocket for Socket {
     fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-        Box::pin(Poller { socket: self })
+        Box::pin(Poller { socket: self, waiting: None })
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
@@ -161,15 +161,31 @@ impl AsyncUdpSocket for Socket {
     }
 }
 
-/// Waits for room in the socket.
-#[derive(Debug)]
+/// Waits for room in the socket, for one connection. Each has a waiting of its own: the socket's `poll_send_ready` would
+/// wake only who asked last.
 struct Poller {
     socket: Arc<Socket>,
+    waiting: Option<Pin<Box<dyn Future<Output = io::Result<()>> + Send + Sync>>>,
+}
+
+impl std::fmt::Debug for Poller {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Poller")
+    }
 }
 
 impl UdpPoller for Poller {
-    fn poll_writable(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.socket.io.poll_send_ready(cx)
+    fn poll_writable(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Self { socket, waiting } = &mut *self;
+        let waiting = waiting.get_or_insert_with(|| {
+            let socket = socket.clone();
+            Box::pin(async move { socket.io.writable().await })
+        });
+        let ready = waiting.as_mut().poll(cx);
+        if ready.is_ready() {
+            self.waiting = None;
+        }
+        ready
     }
 }
 

@@ -1,17 +1,21 @@
 //! WebSockets inside TLS over TCP: for networks that let no UDP through, or nothing but HTTP. One frame per binary message.
 
+use std::future::poll_fn;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt as _, StreamExt as _};
+use rustls::server::Acceptor;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
@@ -22,7 +26,8 @@ use warren_common::wire::relay::{MAX_FRAME, RefusalCode};
 
 use super::handshakes::{Handshake, Handshakes};
 use super::{
-    Client, GOODBYE_TIMEOUT, HANDSHAKE_TIMEOUT, MAX_HANDSHAKES, Shared, WRITE_TIMEOUT, family, reap,
+    Client, GOODBYE_TIMEOUT, HANDSHAKE_TIMEOUT, MAX_HANDSHAKES, Shared, TURN_ACCEPTS, TURN_FRAMES, Turn,
+    WRITE_TIMEOUT, family, reap,
 };
 use crate::{http, os};
 
@@ -44,10 +49,10 @@ pub(super) async fn accept(
     tls: Arc<rustls::ServerConfig>,
     stop: CancellationToken,
 ) {
-    let acceptor = TlsAcceptor::from(tls);
     let handshakes = Handshakes::new(MAX_HANDSHAKES);
-    let mut tasks = JoinSet::new();
+    let (mut tasks, mut turn) = (JoinSet::new(), Turn::of(TURN_ACCEPTS));
     loop {
+        turn.one().await;
         let accepted = tokio::select! {
             () = stop.cancelled() => break,
             accepted = listener.accept() => accepted,
@@ -56,7 +61,7 @@ pub(super) async fn accept(
         match accepted {
             Ok((stream, from)) => match handshakes.begin(from.ip(), os::now().boot) {
                 Some(handshake) => {
-                    tasks.spawn(serve(shared.clone(), acceptor.clone(), stream, from, handshake));
+                    tasks.spawn(serve(shared.clone(), tls.clone(), stream, from, handshake));
                 }
                 None => {
                     shared.refused_handshake();
@@ -74,7 +79,7 @@ pub(super) async fn accept(
 
 async fn serve(
     shared: Arc<Shared>,
-    acceptor: TlsAcceptor,
+    tls: Arc<rustls::ServerConfig>,
     stream: TcpStream,
     from: SocketAddr,
     handshake: Handshake,
@@ -84,7 +89,7 @@ async fn serve(
     let _ = socket2::SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT_BYTES);
     // Boxed: what a handshake needs is not kept for the life of the session.
     let opened = tokio::select! {
-        opened = timeout(HANDSHAKE_TIMEOUT, Box::pin(open(acceptor, stream))) => opened,
+        opened = timeout(HANDSHAKE_TIMEOUT, Box::pin(open(&shared, tls, stream))) => opened,
         () = handshake.evicted() => return shared.refused_handshake(),
     };
     drop(handshake);
@@ -108,8 +113,18 @@ async fn serve(
     );
 }
 
-async fn open(acceptor: TlsAcceptor, stream: TcpStream) -> Option<Socket> {
-    let stream = acceptor.accept(stream).await.ok()?;
+async fn open(shared: &Shared, tls: Arc<rustls::ServerConfig>, stream: TcpStream) -> Option<Socket> {
+    let hello = LazyConfigAcceptor::new(Acceptor::default(), stream).await.ok()?;
+    let turn = shared.hello().await;
+    let mut accept = hello.into_stream(tls);
+    // Answers.
+    let answered = poll_fn(|cx| Poll::Ready(Pin::new(&mut accept).poll(cx))).await;
+    drop(turn);
+    let stream = match answered {
+        Poll::Ready(stream) => stream,
+        Poll::Pending => accept.await,
+    };
+    let stream = stream.ok()?;
     let settings = WebSocketConfig::default()
         .read_buffer_size(READ_BYTES)
         .write_buffer_size(WRITE_BYTES)
@@ -120,6 +135,7 @@ async fn open(acceptor: TlsAcceptor, stream: TcpStream) -> Option<Socket> {
 
 /// Reads frames into the core until the stream ends (`None`) or makes no sense.
 async fn read(client: &Client, reader: &mut SplitStream<Socket>) -> Option<RefusalCode> {
+    let mut turn = Turn::of(TURN_FRAMES);
     loop {
         match reader.next().await {
             Some(Ok(Message::Binary(frame))) => client.frame(&frame),
@@ -131,6 +147,7 @@ async fn read(client: &Client, reader: &mut SplitStream<Socket>) -> Option<Refus
             }
             Some(Ok(Message::Close(_)) | Err(_)) | None => return None,
         }
+        turn.one().await;
     }
 }
 
@@ -151,7 +168,7 @@ async fn write(client: &Client, writer: &mut SplitSink<Socket, Message>) -> Opti
                 writer.flush().await
             };
             match timeout(WRITE_TIMEOUT, write).await {
-                Ok(Ok(())) => {}
+                Ok(Ok(())) => tokio::task::yield_now().await,
                 Ok(Err(_)) => return None,
                 Err(_) => return Some(RefusalCode::SlowReader),
             }
