@@ -4,6 +4,8 @@
 pub mod device;
 pub mod hostile;
 pub mod idle;
+pub mod latency;
 pub mod load;
 pub mod server;
+pub mod storm;
 pub mod turn;

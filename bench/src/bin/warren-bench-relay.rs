@@ -2,20 +2,22 @@
 //! core 0, the load on another (`taskset -c 1`), over loopback. `cargo xtask bench relay` writes what this prints into
 //! `docs/performance.md`.
 
-#![expect(clippy::print_stdout, reason = "a benchmark prints")]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a benchmark prints")]
 
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::{Parser, Subcommand, ValueEnum as _};
 use tokio::runtime::Runtime;
 use warren_bench::relay::device::Transport;
-use warren_bench::relay::hostile::{Attack, latencies};
+use warren_bench::relay::hostile::Attack;
 use warren_bench::relay::idle::{self, Kind};
+use warren_bench::relay::latency::{Latencies, Over};
 use warren_bench::relay::load::{ConnectionWay, Counted, TurnWay, UdpWay, Way, quic_ends, runtime};
-use warren_bench::relay::server::{RelayAt, Server, serve};
+use warren_bench::relay::server::{LOAD_CORE, RelayAt, Server, allow_files, serve};
+use warren_bench::relay::storm::storm;
 
 /// Sealed packets: a full one, and one that holds next to nothing.
 const SIZES: [usize; 2] = [1_300, 96];
@@ -54,10 +56,30 @@ enum What {
         /// Clients.
         clients: u32,
     },
-    /// Latency of a well-behaved pair beside each kind of bad client, in seconds for each.
+    /// How soon so many devices are in that come at once, over QUIC and over WebSockets.
+    Storm {
+        /// Devices.
+        devices: u32,
+    },
+    /// Latency of a well-behaved pair beside each kind of bad client.
     Hostile {
-        /// Seconds.
+        /// Seconds of each measurement: at most 20.
         seconds: u64,
+        /// Repeats, interleaved.
+        #[arg(long, default_value_t = 3)]
+        repeats: usize,
+        /// What the pair's packets go over.
+        #[arg(long, value_enum, default_value = "plain")]
+        over: Over,
+        /// Megabits per second of each bad client's own link; 0: as many as its core can make.
+        #[arg(long, default_value_t = 1_000)]
+        link: u64,
+        /// Relay and bad clients go before everything else on the machine as well, by SCHED_FIFO: for one that is busy.
+        #[arg(long)]
+        realtime: bool,
+        /// Only these bad clients, beside `none`.
+        #[arg(long, value_enum)]
+        only: Vec<Attack>,
     },
     /// One kind of bad client, until killed.
     Attack {
@@ -65,11 +87,15 @@ enum What {
         relay: RelayAt,
         /// What it does.
         attack: Attack,
+        /// Megabits per second of its link; 0: as many as its core can make.
+        link: u64,
     },
     /// Latencies in microseconds, until so many seconds have passed: 50th, 99th percentile, and the per cent lost.
     Latency {
         /// The relay, as `serve` prints it.
         relay: RelayAt,
+        /// What the packets go over.
+        over: Over,
         /// Seconds.
         seconds: u64,
     },
@@ -81,9 +107,18 @@ fn main() -> Result<()> {
         What::Serve { state, limited } => Runtime::new()?.block_on(serve(state, limited)),
         What::Packets { repeats } => packets(repeats.max(1)),
         What::Idle { clients } => idle_clients(clients),
-        What::Hostile { seconds } => hostile(seconds),
-        What::Attack { relay, attack } => attack.run(relay, &runtime()?),
-        What::Latency { relay, seconds } => latency(relay, seconds),
+        What::Storm { devices } => storms(devices),
+        What::Hostile { seconds, repeats, over, link, realtime, only } => {
+            let attacks = Attack::value_variants().iter().copied();
+            let attacks: Vec<Attack> = attacks
+                .filter(|attack| *attack == Attack::None || only.is_empty() || only.contains(attack))
+                .collect();
+            hostile(repeats.max(1), &attacks, Conditions { seconds, over, link, realtime })
+        }
+        What::Attack { relay, attack, link } => {
+            attack.run(relay, &runtime()?, (link > 0).then_some(link * 1_000_000))
+        }
+        What::Latency { relay, over, seconds } => latency(relay, over, seconds),
     }
 }
 
@@ -108,7 +143,7 @@ const CANDIDATES: [(&str, Candidate); 6] = [
 type Numbers = [f64; 3];
 
 fn packets(repeats: usize) -> Result<()> {
-    let (warren, relay) = Server::warren(false)?;
+    let (warren, relay) = Server::warren(false, &[])?;
     let (coturn, turn) = Server::coturn()?;
     let (runtime, mut all) = (runtime()?, Vec::new());
     for _ in 0..repeats {
@@ -172,53 +207,80 @@ fn measure(server: &Server, way: &mut dyn Way, rate: f64) -> Result<(Counted, f6
 }
 
 fn idle_clients(clients: u32) -> Result<()> {
-    let runtime = runtime()?;
-    println!("| idle clients | of our relay over | resident before, MiB | with them, MiB | KiB each |");
+    allow_files(clients)?;
+    println!("| idle clients | over | resident before, MiB | with them, MiB | KiB each |");
     println!("|---|---|---|---|---|");
     let connections = [Transport::Quic, Transport::WebSocket].map(Kind::Connection);
     for kind in [Kind::Resting, Kind::PlainUdp].into_iter().chain(connections) {
-        let (server, relay) = Server::warren(false)?;
-        idle_row(kind.name(), clients, &server, |clients| ours(&runtime, relay, kind, clients))?;
+        // Each has a runtime of its own: with it go the clients' sockets.
+        let runtime = runtime()?;
+        let (mut server, relay) = Server::warren(false, &[])?;
+        let before = server.memory()?;
+        let held = match runtime.block_on(idle::hold(relay, kind, clients)) {
+            Ok(held) => held,
+            Err(error) => {
+                let counted = server.stats().unwrap_or_else(|error| error.to_string());
+                return Err(error).with_context(|| format!("{}; the relay counts {counted}", kind.name()));
+            }
+        };
+        idle_row(kind.name(), &held, before, server.memory()?);
     }
     let (server, turn) = Server::coturn()?;
-    idle_row("coturn: an allocation", clients, &server, |clients| idle::allocations(turn, clients))
-}
-
-fn ours(runtime: &Runtime, relay: RelayAt, kind: Kind, clients: u32) -> Result<idle::Held> {
-    runtime.block_on(idle::hold(relay, kind, clients))
-}
-
-fn idle_row(
-    name: &str,
-    clients: u32,
-    server: &Server,
-    hold: impl FnOnce(u32) -> Result<idle::Held>,
-) -> Result<()> {
     let before = server.memory()?;
-    let held = hold(clients).context("holding clients")?;
-    let with = server.memory()?;
+    let held = idle::allocations(turn, clients).context("coturn's allocations")?;
+    idle_row("coturn: an allocation", &held, before, server.memory()?);
+    Ok(())
+}
+
+fn idle_row(name: &str, held: &idle::Held, before: u64, with: u64) {
     let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     let each = with.saturating_sub(before) as f64 / 1024.0 / f64::from(held.count);
     println!("| {} | {name} | {:.1} | {:.1} | {each:.1} |", held.count, mib(before), mib(with));
+}
+
+fn storms(devices: u32) -> Result<()> {
+    allow_files(devices)?;
+    let runtime = runtime()?;
+    println!(
+        "| devices at once, over | half are in after, s | 99 % | all | attempts that failed |\n|---|---|---|---|---|"
+    );
+    for transport in [Transport::Quic, Transport::WebSocket] {
+        let (mut server, relay) = Server::warren(true, &[])?;
+        let storm = runtime.block_on(storm(relay, transport, devices))?;
+        let at = |percent: usize| {
+            let last = storm.took.len().saturating_sub(1);
+            storm
+                .took
+                .get((storm.took.len() * percent / 100).min(last))
+                .map_or(f64::NAN, Duration::as_secs_f64)
+        };
+        println!(
+            "| {devices}, {transport:?} | {:.2} | {:.2} | {:.2} | {:?} |",
+            at(50),
+            at(99),
+            at(100),
+            storm.failed
+        );
+        eprintln!("{transport:?}: {}", server.stats()?);
+    }
     Ok(())
 }
 
-/// Packets per second of the pair whose latency is measured.
-const CALM: u32 = 500;
 /// From the start of an attack until the measurement.
 const ATTACK_AHEAD: Duration = Duration::from_secs(1);
+/// How far an attack may move a percentile: the goal.
+const GOAL: f64 = 1.2;
 
-fn latency(relay: RelayAt, seconds: u64) -> Result<()> {
-    let (took, sent) = latencies(relay, &runtime()?, CALM, Duration::from_secs(seconds))?;
-    let at = |part: usize| took.get(took.len() * part / 100).map_or(f64::NAN, |t| t.as_secs_f64() * 1e6);
-    println!("{} {} {}", at(50), at(99), 100.0 * (1.0 - took.len() as f64 / sent as f64));
+fn latency(relay: RelayAt, over: Over, seconds: u64) -> Result<()> {
+    let measured = Latencies::measure(relay, &runtime()?, over, Duration::from_secs(seconds))?;
+    println!("{} {} {}", measured.percentile(50), measured.percentile(99), measured.lost());
     Ok(())
 }
 
-/// A program of our own that must not be held up by the others on its core, where the system allows that.
-fn own(first: &str, words: &[&str]) -> Result<Command> {
-    let mut command = Command::new(first);
-    command.args(words).arg(std::env::current_exe()?);
+/// A program of our own beside others of the load, before them (`chrt`) or after them (`nice`).
+fn own(first: &[&str]) -> Result<Command> {
+    let mut command = Command::new("taskset");
+    command.args(["-c", LOAD_CORE]).args(first).arg(std::env::current_exe()?);
     Ok(command)
 }
 
@@ -232,27 +294,88 @@ impl Drop for Killed {
     }
 }
 
-fn hostile(seconds: u64) -> Result<()> {
-    println!("| beside | p50, µs | p99, µs | lost, % |\n|---|---|---|---|");
-    for attack in Attack::value_variants() {
-        let (_server, relay) = Server::warren(true)?;
-        let word = attack.to_possible_value().context("a word")?;
-        let attacker = own("nice", &["-n", "10"])?
-            .args(["attack", &relay.to_string(), word.get_name()])
-            .spawn()
-            .context("starting an attack")?;
-        let mut attacker = Killed(attacker);
-        std::thread::sleep(ATTACK_AHEAD);
-        let measured = own("chrt", &["-f", "10"])?
-            .args(["latency", &relay.to_string(), &seconds.to_string()])
-            .stderr(Stdio::inherit())
-            .output()?;
-        ensure!(measured.status.success(), "the pair did not get through beside {}", attack.name());
-        ensure!(attacker.0.try_wait()?.is_none(), "the attack ({}) ended", attack.name());
-        let text = String::from_utf8(measured.stdout)?;
-        let numbers: Vec<f64> = text.split_whitespace().filter_map(|word| word.parse().ok()).collect();
-        let &[p50, p99, lost] = numbers.as_slice() else { bail!("three numbers") };
-        println!("| {} | {p50:.0} | {p99:.0} | {lost:.2} |", attack.name());
+/// 50th and 99th percentile, per cent lost, and the part of its core that the relay used.
+type Beside = [f64; 4];
+
+#[derive(Clone, Copy, Debug)]
+struct Conditions {
+    seconds: u64,
+    over: Over,
+    link: u64,
+    realtime: bool,
+}
+
+fn hostile(repeats: usize, attacks: &[Attack], conditions: Conditions) -> Result<()> {
+    let Conditions { seconds, over, link, realtime } = conditions;
+    let mut all: Vec<Vec<Beside>> = vec![Vec::new(); attacks.len()];
+    for _ in 0..repeats {
+        for (attack, results) in attacks.iter().zip(&mut all) {
+            results.push(beside(*attack, conditions)?);
+        }
+    }
+    let link = if link == 0 { "as much as it can make".to_owned() } else { format!("{link} Mbit/s") };
+    println!(
+        "A pair over {}, {repeats} interleaved repeats of {seconds} s: medians with least and most, and the medians of each repeat's ratio \
+         to `nobody`. The relay has core 0; the pair and the bad client share core 1, where the pair goes first (SCHED_FIFO). \
+         The bad client's own link carries {link}.{} Goal: at most {GOAL}.\n",
+        over.name(),
+        if realtime { " Relay and bad client go before everything else on the machine, too." } else { "" }
+    );
+    println!(
+        "| beside | p50, µs | to nobody | p99, µs | to nobody | lost, % | relay's core, % |\n|---|---|---|---|---|---|---|"
+    );
+    for (attack, results) in attacks.iter().zip(&all) {
+        let of = |at: usize, digits| spread(results.iter().map(|beside| beside[at]).collect(), digits);
+        let ratio = |at: usize| {
+            let ratios = results.iter().zip(&all[0]).map(|(beside, nobody)| beside[at] / nobody[at]);
+            spread(ratios.collect(), 2)
+        };
+        println!(
+            "| {} | {} | {} | {} | {} | {} | {} |",
+            attack.name(),
+            of(0, 0),
+            ratio(0),
+            of(1, 0),
+            ratio(1),
+            of(2, 2),
+            of(3, 0)
+        );
     }
     Ok(())
+}
+
+fn beside(attack: Attack, conditions: Conditions) -> Result<Beside> {
+    let Conditions { seconds, over, link, realtime } = conditions;
+    let word = |value: Option<clap::builder::PossibleValue>| {
+        Ok::<_, anyhow::Error>(value.context("a word")?.get_name().to_owned())
+    };
+    let (server_first, attacker_first): (&[&str], &[&str]) =
+        if realtime { (&["chrt", "-f", "8"], &["chrt", "-f", "1"]) } else { (&[], &["nice", "-n", "10"]) };
+    let (mut server, relay) = Server::warren(true, server_first)?;
+    let at = relay.to_string();
+    let attacker = own(attacker_first)?
+        .args(["attack", &at, &word(attack.to_possible_value())?, &link.to_string()])
+        .spawn()
+        .context("starting an attack")?;
+    let mut attacker = Killed(attacker);
+    std::thread::sleep(ATTACK_AHEAD);
+    let (began, cpu) = (now(), server.cpu()?);
+    let measured = own(&["chrt", "-f", "10"])?
+        .args(["latency", &at, &word(over.to_possible_value())?, &seconds.to_string()])
+        .stderr(Stdio::inherit())
+        .output()?;
+    let used = (server.cpu()? - cpu).as_secs_f64() / began.elapsed().as_secs_f64();
+    let counted = server.stats()?;
+    ensure!(measured.status.success(), "no pair beside {}; the relay counts {counted}", attack.name());
+    ensure!(attacker.0.try_wait()?.is_none(), "the attack ({}) ended", attack.name());
+    eprintln!("{}: {counted}", attack.name());
+    let text = String::from_utf8(measured.stdout)?;
+    let numbers: Vec<f64> = text.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    let &[p50, p99, lost] = numbers.as_slice() else { bail!("three numbers") };
+    Ok([p50, p99, lost, 100.0 * used])
+}
+
+#[expect(clippy::disallowed_methods, reason = "a benchmark reads the clock")]
+fn now() -> Instant {
+    Instant::now()
 }

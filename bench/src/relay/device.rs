@@ -5,10 +5,12 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail};
+use bytes::Bytes;
 use futures_util::{SinkExt as _, StreamExt as _};
 use quinn::congestion::CubicConfig;
 use rustls::pki_types::ServerName;
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::time::timeout;
 use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
@@ -30,6 +32,13 @@ const WRITE_BYTES: usize = 16 * 1024;
 /// QUIC's datagrams that wait each way, in bytes, and its first congestion window: as in the agent.
 const DATAGRAM_BUFFER: usize = 1 << 20;
 const INITIAL_WINDOW: u64 = 256 * 1_200;
+/// Longest time of each step of joining: what an agent gives the whole.
+const STEP: Duration = Duration::from_secs(15);
+/// How often it is looked whether a full packet fits, and the pause between two looks.
+const LOOKS: usize = 500;
+const LOOK: Duration = Duration::from_millis(20);
+/// The shortest TLS records that rustls makes, in bytes with their header: some ten bytes are in one.
+const TINY_RECORD: usize = 32;
 
 /// What packets run over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,9 +88,29 @@ impl Device {
         n: u32,
         peers: &[u32],
     ) -> Result<Self> {
-        let link = Link::connect(relay, transport, endpoint).await?;
+        Self::on(Link::connect(relay, transport, endpoint).await?, relay, n, peers).await
+    }
+
+    /// The same over a WebSocket whose TLS puts next to nothing into each record, and many records into one packet.
+    ///
+    /// # Errors
+    /// The relay won't have it.
+    pub async fn join_in_tiny_records(relay: RelayAt, n: u32, peers: &[u32]) -> Result<Self> {
+        let link = Link::websocket(relay, Ipv4Addr::UNSPECIFIED, Some(TINY_RECORD)).await?;
+        Self::on(link, relay, n, peers).await
+    }
+
+    /// The same over a WebSocket from an address of this host's.
+    ///
+    /// # Errors
+    /// The relay won't have it.
+    pub async fn join_from(relay: RelayAt, from: Ipv4Addr, n: u32, peers: &[u32]) -> Result<Self> {
+        Self::on(Link::websocket(relay, from, None).await?, relay, n, peers).await
+    }
+
+    async fn on(link: Link, relay: RelayAt, n: u32, peers: &[u32]) -> Result<Self> {
         let mut device = Self { link, deframer: Deframer::default(), keys: None, session: None };
-        device.authenticate(relay, n, peers).await?;
+        timeout(STEP, device.authenticate(relay, n, peers)).await.context("before the relay's word")??;
         Ok(device)
     }
 
@@ -93,6 +122,22 @@ impl Device {
         self.keys.clone().zip(self.session).context("no offer of plain UDP")
     }
 
+    /// Waits until packets of `payload` bytes fit the transport: QUIC seeks the length that its path takes.
+    ///
+    /// # Errors
+    /// The path takes shorter ones only.
+    pub async fn await_room(&self, payload: &[u8]) -> Result<()> {
+        let Link::Quic { connection, .. } = &self.link else { return Ok(()) };
+        let needed = Frame::Send { dst: device(0), payload }.to_vec().len();
+        for _ in 0..LOOKS {
+            if connection.max_datagram_size().is_some_and(|size| size >= needed) {
+                return Ok(());
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        bail!("QUIC datagrams of {needed} bytes do not pass")
+    }
+
     /// Sends `count` packets of `payload` bytes to `to`; waits while the transport has no room.
     ///
     /// # Errors
@@ -102,7 +147,11 @@ impl Device {
         match &mut self.link {
             Link::Quic { connection, .. } => {
                 for _ in 0..count {
-                    connection.send_datagram_wait(frame.clone().into()).await?;
+                    match connection.send_datagram_wait(frame.clone().into()).await {
+                        // QUIC took losses for a shorter path: lost, as in the agent and the relay.
+                        Ok(()) | Err(quinn::SendDatagramError::TooLarge) => {}
+                        Err(error) => return Err(error.into()),
+                    }
                 }
             }
             Link::WebSocket(socket) => {
@@ -116,12 +165,15 @@ impl Device {
         Ok(())
     }
 
-    /// What is under the WebSocket.
-    pub fn stream(&mut self) -> Option<&mut TlsStream<TcpStream>> {
-        match &mut self.link {
-            Link::WebSocket(socket) => Some(socket.get_mut()),
-            Link::Quic { .. } => None,
-        }
+    /// The same on the stream, whichever the transport.
+    ///
+    /// # Errors
+    /// The connection is gone.
+    pub async fn send_on_stream(&mut self, to: u32, payload: &[u8], count: usize) -> Result<()> {
+        let Link::Quic { send, .. } = &mut self.link else { return self.send(to, payload, count).await };
+        let mut one = Vec::new();
+        put_on_stream(&Frame::Send { dst: device(to), payload }.to_vec(), &mut one);
+        Ok(send.write_all(&one.repeat(count)).await?)
     }
 
     /// Writes a frame to the stream.
@@ -137,16 +189,33 @@ impl Device {
     /// # Errors
     /// The connection is gone.
     pub async fn receive(&mut self) -> Result<u64> {
+        self.receive_each(|_| {}).await
+    }
+
+    /// The same; calls `each` with the payloads.
+    ///
+    /// # Errors
+    /// The connection is gone.
+    pub async fn receive_each(&mut self, mut each: impl FnMut(&[u8])) -> Result<u64> {
+        let mut take = |frame: &[u8]| match Frame::decode(frame) {
+            Ok(Some(Frame::Recv { payload, .. })) => {
+                each(payload);
+                1
+            }
+            _ => 0,
+        };
         loop {
             let mut packets = 0;
             while let Some(frame) = self.deframer.next_frame()? {
-                packets += u64::from(matches!(Frame::decode(frame), Ok(Some(Frame::Recv { .. }))));
+                packets += take(frame);
+            }
+            if packets == 0
+                && let Some(datagram) = self.link.read(&mut self.deframer).await?
+            {
+                packets += take(&datagram);
             }
             if packets > 0 {
                 return Ok(packets);
-            }
-            if self.link.read(&mut self.deframer).await? {
-                return Ok(1);
             }
         }
     }
@@ -179,19 +248,8 @@ impl Device {
 
 impl Link {
     async fn connect(relay: RelayAt, transport: Transport, endpoint: &quinn::Endpoint) -> Result<Self> {
-        let tls = |alpn| warren_relay::tls::pinned_client_config(relay.cert_sha256, alpn);
         if transport == Transport::WebSocket {
-            let stream = TcpStream::connect(relay.addr).await?;
-            stream.set_nodelay(true)?;
-            let name = ServerName::try_from(SERVER_NAME)?;
-            let connector = tokio_rustls::TlsConnector::from(Arc::new(tls(WEBSOCKET_ALPN)?));
-            let stream = connector.connect(name, stream).await?;
-            let settings =
-                WebSocketConfig::default().read_buffer_size(READ_BYTES).write_buffer_size(WRITE_BYTES);
-            let url = format!("wss://{SERVER_NAME}{WEBSOCKET_PATH}");
-            let (socket, _) =
-                tokio_tungstenite::client_async_with_config(url, stream, Some(settings)).await?;
-            return Ok(Self::WebSocket(Box::new(socket)));
+            return Self::websocket(relay, Ipv4Addr::UNSPECIFIED, None).await;
         }
         let mut transport = quinn::TransportConfig::default();
         let mut congestion = CubicConfig::default();
@@ -200,12 +258,31 @@ impl Link {
             .datagram_receive_buffer_size(Some(DATAGRAM_BUFFER))
             .datagram_send_buffer_size(DATAGRAM_BUFFER)
             .congestion_controller_factory(Arc::new(congestion));
-        let tls = quinn::crypto::rustls::QuicClientConfig::try_from(tls(ALPN)?)?;
+        let tls = warren_relay::tls::pinned_client_config(relay.cert_sha256, ALPN)?;
+        let tls = quinn::crypto::rustls::QuicClientConfig::try_from(tls)?;
         let mut config = quinn::ClientConfig::new(Arc::new(tls));
         config.transport_config(Arc::new(transport));
-        let connection = endpoint.connect_with(config, relay.addr, SERVER_NAME)?.await?;
-        let (send, recv) = connection.accept_bi().await?;
+        let connecting = endpoint.connect_with(config, relay.addr, SERVER_NAME)?;
+        let connection = timeout(STEP, connecting).await.context("in a QUIC handshake")??;
+        let (send, recv) = timeout(STEP, connection.accept_bi()).await.context("before the stream")??;
         Ok(Self::Quic { connection, send, recv })
+    }
+
+    async fn websocket(relay: RelayAt, from: Ipv4Addr, record: Option<usize>) -> Result<Self> {
+        let mut tls = warren_relay::tls::pinned_client_config(relay.cert_sha256, WEBSOCKET_ALPN)?;
+        tls.max_fragment_size = record;
+        let socket = TcpSocket::new_v4()?;
+        if !from.is_unspecified() {
+            socket.bind((from, 0).into())?;
+        }
+        let stream = socket.connect(relay.addr).await?;
+        stream.set_nodelay(true)?;
+        let name = ServerName::try_from(SERVER_NAME)?;
+        let stream = tokio_rustls::TlsConnector::from(Arc::new(tls)).connect(name, stream).await?;
+        let settings = WebSocketConfig::default().read_buffer_size(READ_BYTES).write_buffer_size(WRITE_BYTES);
+        let url = format!("wss://{SERVER_NAME}{WEBSOCKET_PATH}");
+        let (socket, _) = tokio_tungstenite::client_async_with_config(url, stream, Some(settings)).await?;
+        Ok(Self::WebSocket(Box::new(socket)))
     }
 
     async fn control(&mut self, frame: &Frame<'_>) -> Result<()> {
@@ -220,12 +297,12 @@ impl Link {
         Ok(())
     }
 
-    /// Reads what is there; true if it was a packet in a datagram.
-    async fn read(&mut self, deframer: &mut Deframer) -> Result<bool> {
+    /// Reads what is there, into the deframer unless it was a datagram.
+    async fn read(&mut self, deframer: &mut Deframer) -> Result<Option<Bytes>> {
         match self {
             Self::Quic { connection, recv, .. } => tokio::select! {
                 biased;
-                datagram = connection.read_datagram() => return Ok(datagram.map(|_| true)?),
+                datagram = connection.read_datagram() => return Ok(Some(datagram?)),
                 chunk = recv.read_chunk(READ_BYTES, true) => {
                     let chunk = chunk?.context("the stream ended")?;
                     deframer.buffer().extend_from_slice(&chunk.bytes);
@@ -237,7 +314,7 @@ impl Link {
                 }
             }
         }
-        Ok(false)
+        Ok(None)
     }
 }
 

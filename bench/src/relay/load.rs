@@ -170,6 +170,11 @@ impl PlainUdp {
         Ok(plain)
     }
 
+    /// Sends to somebody else from here on.
+    pub fn misdirect(&mut self, to: SocketAddr) {
+        self.relay = to;
+    }
+
     /// Tells the relay to use the session.
     ///
     /// # Errors
@@ -341,7 +346,9 @@ impl<'a> ConnectionWay<'a> {
     ) -> Result<Self> {
         let from = runtime.block_on(Device::join(relay, transport, ends, 3, &[4]))?;
         let to = runtime.block_on(Device::join(relay, transport, ends, 4, &[3]))?;
-        Ok(Self { runtime, from, to, payload: vec![7; payload] })
+        let payload = vec![7; payload];
+        runtime.block_on(from.await_room(&payload))?;
+        Ok(Self { runtime, from, to, payload })
     }
 }
 

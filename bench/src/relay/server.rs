@@ -1,12 +1,13 @@
 //! The servers that are measured: child processes on a core of their own, with what they use of CPU and memory.
 
-use std::io::{BufRead as _, BufReader};
+use std::fs::File;
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use warren_common::ids::{DeviceId, NetworkId, RelayId};
 use warren_common::keys::{NetmapSecretKey, ProbeSecretKey};
 use warren_relay::core::Limits;
@@ -14,8 +15,17 @@ use warren_relay::server::{RelayServer, RelayServerConfig};
 
 /// The core that a server runs on; the load runs on another.
 const CORE: &str = "0";
-/// How long a server may take to be there.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Where the load runs.
+pub const LOAD_CORE: &str = "1";
+/// How long a server may take to be there: the machine may do something else as well.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Where coturn's allocations are: below the ports that Linux gives to clients, which have ten thousand of those here.
+const TURN_PORTS: [&str; 2] = ["10000", "32000"];
+/// What a server says, in its directory, and how much of it is shown if it does not start.
+const LOG: &str = "log";
+const SHOWN: usize = 4_000;
+/// Descriptors of a process beside its clients'.
+const OTHER_FILES: u64 = 500;
 
 /// The benchmark's network.
 pub const NETWORK: NetworkId = NetworkId::from_bytes([1; 16]);
@@ -62,7 +72,39 @@ pub async fn serve(state_dir: PathBuf, limited: bool) -> Result<()> {
         limits: if limited { Limits::default() } else { unlimited },
     })?;
     println!("{}", RelayAt { addr: server.local_addr(), cert_sha256: server.cert_sha256() });
+    let stats = server.stats_handle();
+    // Ends with the parent, which has the other end.
+    std::thread::spawn(move || {
+        for _ in std::io::stdin().lines() {
+            println!("{:?}", stats.stats());
+        }
+    });
     std::future::pending().await
+}
+
+/// Lets this process, and those that it starts, have descriptors for so many clients.
+///
+/// # Errors
+/// The system does not allow it.
+pub fn allow_files(clients: u32) -> Result<()> {
+    let needed = u64::from(clients) + OTHER_FILES;
+    let [soft, hard] = files()?;
+    if soft < needed.min(hard) {
+        let pid = std::process::id().to_string();
+        // If it can't, the next look at the limit says so.
+        let _ = Command::new("prlimit").args(["--pid", &pid, &format!("--nofile={hard}:{hard}")]).status();
+    }
+    let [soft, hard] = files()?;
+    ensure!(soft >= needed, "{clients} clients need {needed} open files; the limit is {soft} (hard: {hard})");
+    Ok(())
+}
+
+/// The soft and the hard limit of open files.
+fn files() -> Result<[u64; 2]> {
+    let text = std::fs::read_to_string("/proc/self/limits")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Max open files")).context("a limit")?;
+    let mut limits = line.split_whitespace().map(|word| word.parse().unwrap_or(u64::MAX)); // "unlimited"
+    Ok([limits.next().context("a soft limit")?, limits.next().context("a hard limit")?])
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -103,6 +145,8 @@ impl std::fmt::Display for RelayAt {
 #[derive(Debug)]
 pub struct Server {
     child: Child,
+    /// What ours prints.
+    output: Option<BufReader<ChildStdout>>,
     dir: PathBuf,
 }
 
@@ -116,48 +160,91 @@ impl Drop for Server {
 }
 
 impl Server {
-    fn spawn(name: &str, program: &Path, arguments: impl FnOnce(&Path, &mut Command)) -> Result<Self> {
+    fn spawn(
+        name: &str,
+        before: &[&str],
+        program: &Path,
+        arguments: impl FnOnce(&Path, &mut Command, File),
+    ) -> Result<Self> {
         let dir = std::env::temp_dir().join(format!("warren-bench-{name}-{}", std::process::id()));
-        std::fs::create_dir(&dir)?;
+        std::fs::create_dir(&dir).with_context(|| format!("creating {}", dir.display()))?;
         let mut command = Command::new("taskset");
-        command.args(["-c", CORE]).arg(program).stdin(Stdio::null()).stdout(Stdio::piped());
-        arguments(&dir, &mut command);
-        Ok(Self { child: command.spawn().with_context(|| format!("starting {name}"))?, dir })
+        command.args(["-c", CORE]).args(before).arg(program).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let log = File::options().create(true).append(true).open(dir.join(LOG))?;
+        command.stderr(log.try_clone()?);
+        arguments(&dir, &mut command, log);
+        let mut child = command.spawn().with_context(|| format!("starting {name}"))?;
+        let output = child.stdout.take().map(BufReader::new);
+        Ok(Self { child, output, dir })
     }
 
-    /// Our relay, on loopback; `limited` as the product limits each device.
+    /// Our relay, on loopback; `limited` as the product limits each device, and with a program `before` it that sets its
+    /// priority.
     ///
     /// # Errors
     /// It does not start.
-    pub fn warren(limited: bool) -> Result<(Self, RelayAt)> {
+    pub fn warren(limited: bool, before: &[&str]) -> Result<(Self, RelayAt)> {
         let own = std::env::current_exe()?;
-        let mut server = Self::spawn("relay", &own, |dir, command| {
+        let mut server = Self::spawn("relay", before, &own, |dir, command, _| {
             command.arg("serve").arg(dir).args(limited.then_some("--limited")).env("RUST_LOG", "error");
         })?;
-        let mut line = String::new();
-        BufReader::new(server.child.stdout.take().context("its output")?).read_line(&mut line)?;
-        Ok((server, line.trim().parse().context("the relay did not start")?))
+        let line = server.line()?;
+        let at = line.parse().with_context(|| format!("the relay did not start: {}", server.log()))?;
+        Ok((server, at))
     }
 
-    /// coturn on loopback, without authentication, TLS and logs: what it does for each packet is left.
+    /// coturn on loopback, without authentication and TLS: what it does for each packet is left. It logs when an
+    /// allocation begins and every few thousand packets.
     ///
     /// # Errors
-    /// It does not start.
+    /// It does not start, or grants nothing.
     pub fn coturn() -> Result<(Self, SocketAddr)> {
         // coturn takes no port 0.
         let port = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
-        let mut server = Self::spawn("coturn", Path::new("turnserver"), |dir, command| {
+        let mut server = Self::spawn("coturn", &[], Path::new("turnserver"), |dir, command, log| {
             command.args(["-n", "-z", "--no-tls", "--no-dtls", "--no-cli", "--no-software-attribute"]);
-            command.args(["--no-stdout-log", "--log-file", "/dev/null", "--allow-loopback-peers"]);
+            command.args(["--log-file", "stdout", "--allow-loopback-peers"]);
             command.args(["-L", "127.0.0.1", "-E", "127.0.0.1", "-p", &port.to_string()]);
-            command.args(["--min-port", "40000", "--max-port", "65000"]);
+            command.args(["--min-port", TURN_PORTS[0], "--max-port", TURN_PORTS[1]]);
             command.arg("--pidfile").arg(dir.join("pid")).arg("--userdb").arg(dir.join("db"));
-            command.stdout(Stdio::null()).stderr(Stdio::null());
+            command.stdout(log);
         })?;
         let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        ensure!(super::turn::answers(addr, PATIENCE)?, "coturn does not answer");
-        ensure!(server.child.try_wait()?.is_none(), "coturn ended");
-        Ok((server, addr))
+        let began = now();
+        loop {
+            let ended = server.child.try_wait()?;
+            match super::turn::Allocation::of_one_try(addr) {
+                Ok(_) => return Ok((server, addr)),
+                Err(error) if ended.is_some() || began.elapsed() > PATIENCE => {
+                    let ended =
+                        ended.map_or_else(|| "it runs".to_owned(), |status| format!("it ended, {status}"));
+                    bail!("coturn grants nothing: {error:#}; {ended}; {}", server.log());
+                }
+                Err(_) => {} // it has not started yet
+            }
+        }
+    }
+
+    /// What ours counts.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn stats(&mut self) -> Result<String> {
+        self.child.stdin.as_mut().context("its input")?.write_all(b"\n")?;
+        self.line()
+    }
+
+    fn line(&mut self) -> Result<String> {
+        let mut line = String::new();
+        self.output.as_mut().context("its output")?.read_line(&mut line)?;
+        Ok(line.trim().to_owned())
+    }
+
+    /// The end of what it has logged.
+    fn log(&self) -> String {
+        let log = std::fs::read(self.dir.join(LOG)).unwrap_or_default(); // none is none
+        let end = String::from_utf8_lossy(&log[log.len().saturating_sub(SHOWN)..]).into_owned();
+        format!("its log: {end}")
     }
 
     /// What its threads have used of a CPU so far, the kernel's work for them included.
@@ -183,4 +270,9 @@ impl Server {
         let kib: u64 = line.trim().trim_end_matches(" kB").parse()?;
         Ok(kib * 1024)
     }
+}
+
+#[expect(clippy::disallowed_methods, reason = "a benchmark reads the clock")]
+fn now() -> Instant {
+    Instant::now()
 }

@@ -1,7 +1,7 @@
 //! As much of a TURN client (RFC 8656) as an allocation with a channel takes.
 
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bytecodec::{DecodeExt as _, EncodeExt as _};
@@ -18,6 +18,8 @@ pub const HEADER: usize = 4;
 const UDP: u8 = 17;
 const RETRY: Duration = Duration::from_millis(500);
 const TRIES: usize = 10;
+/// Before one more try.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// An allocation of a server.
 #[derive(Debug)]
@@ -34,9 +36,21 @@ impl Allocation {
     /// # Errors
     /// The server does not grant it.
     pub fn new(server: SocketAddr) -> Result<Self> {
+        Self::of_tries(server, TRIES)
+    }
+
+    /// The same for a server that may not be there yet: asks once.
+    ///
+    /// # Errors
+    /// The server does not grant it.
+    pub fn of_one_try(server: SocketAddr) -> Result<Self> {
+        Self::of_tries(server, 1)
+    }
+
+    fn of_tries(server: SocketAddr, tries: usize) -> Result<Self> {
         let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
         socket.connect(server)?;
-        let answer = ask(&socket, ALLOCATE, &[RequestedTransport::new(UDP).into()])?;
+        let answer = ask(&socket, ALLOCATE, &[RequestedTransport::new(UDP).into()], tries)?;
         let relayed = answer.get_attribute::<XorRelayAddress>().context("no relayed address")?.address();
         Ok(Self { socket, relayed })
     }
@@ -47,7 +61,8 @@ impl Allocation {
     /// The server does not.
     pub fn bind(&self, peer: SocketAddr) -> Result<()> {
         let channel = ChannelNumber::new(CHANNEL).map_err(|e| anyhow::anyhow!("{e}"))?;
-        ask(&self.socket, CHANNEL_BIND, &[channel.into(), XorPeerAddress::new(peer).into()]).map(drop)
+        let attributes = [channel.into(), XorPeerAddress::new(peer).into()];
+        ask(&self.socket, CHANNEL_BIND, &attributes, TRIES).map(drop)
     }
 
     /// A packet of `payload` bytes in a channel message.
@@ -59,32 +74,24 @@ impl Allocation {
     }
 }
 
-/// True if a server grants allocations within `longest`.
-///
-/// # Errors
-/// There is no socket.
-pub fn answers(server: SocketAddr, longest: Duration) -> Result<bool> {
-    #[expect(clippy::disallowed_methods, reason = "a benchmark reads the clock")]
-    let began = Instant::now();
-    while began.elapsed() < longest {
-        if Allocation::new(server).is_ok() {
-            return Ok(true);
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    Ok(false)
-}
-
-fn ask(socket: &UdpSocket, method: Method, attributes: &[Attribute]) -> Result<Message<Attribute>> {
+fn ask(
+    socket: &UdpSocket,
+    method: Method,
+    attributes: &[Attribute],
+    tries: usize,
+) -> Result<Message<Attribute>> {
     let transaction = TransactionId::new(*b"warren bench");
     let mut request = Message::<Attribute>::new(MessageClass::Request, method, transaction);
     attributes.iter().for_each(|attribute| request.add_attribute(attribute.clone()));
     let request = MessageEncoder::new().encode_into_bytes(request).map_err(|e| anyhow::anyhow!("{e}"))?;
     socket.set_read_timeout(Some(RETRY))?;
     let mut buffer = [0; 1_500];
-    for _ in 0..TRIES {
-        socket.send(&request)?;
-        let Ok(len) = socket.recv(&mut buffer) else { continue };
+    for _ in 0..tries {
+        // Where nobody listens, the system says so at either call, at once.
+        let Ok(len) = socket.send(&request).and_then(|_| socket.recv(&mut buffer)) else {
+            std::thread::sleep(PAUSE);
+            continue;
+        };
         let Ok(Ok(answer)) = MessageDecoder::<Attribute>::new().decode_from_bytes(&buffer[..len]) else {
             continue;
         };
