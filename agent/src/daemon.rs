@@ -304,6 +304,10 @@ impl Daemon {
                 }
             }
             self.drain(clock::now());
+            if self.plane.has_more() {
+                // The runtime looks at timers, signals and other tasks' sockets only while this one waits.
+                tokio::task::yield_now().await;
+            }
         }
     }
 

@@ -24,7 +24,10 @@ use crate::os::Offloads;
 use crate::os::tun::{self, QUEUE_LEN, Tun};
 use crate::os::udp::{ReceiveBuffer, Udp};
 
-/// Frames read from the TUN in one turn: all that its own queue can hold.
+/// Bytes read from the TUN in one turn: four times what is sealed, so that the flows share, and are told, here and not in the
+/// kernel's queue; and no more, or a host that sends faster than we seal would have us read and drop for most of the time.
+const READ_BUDGET_BYTES: usize = 4 * SEAL_BUDGET_BYTES;
+/// Frames read in one turn: all that the TUN's own queue can hold.
 const READ_BUDGET: usize = QUEUE_LEN as usize;
 /// Frames sealed in one turn, so that the sockets and timers get theirs.
 const SEAL_BUDGET: usize = 128;
@@ -64,12 +67,16 @@ pub struct DataPlane {
     tun_out: TunOut,
     /// The kernel refused a super-frame that its TUN said it takes.
     refused: bool,
+    /// Frames that the TUN did not take.
+    untaken: u64,
     crew: Crew<Job>,
     seal_jobs: Vec<SealJob>,
     open_jobs: Vec<OpenJob>,
     jobs: Vec<Job>,
     /// Turns that more than one thread worked on.
     shared_turns: u64,
+    /// There may be more to take than the last turn took.
+    more: bool,
 }
 
 /// What a thread of the crew does.
@@ -103,11 +110,13 @@ impl DataPlane {
             outbox: Outbox::new(),
             tun_out: TunOut::default(),
             refused: false,
+            untaken: 0,
             crew: Crew::new(Job::run),
             seal_jobs: Vec::new(),
             open_jobs: Vec::new(),
             jobs: Vec::new(),
             shared_turns: 0,
+            more: false,
         }
     }
 
@@ -203,9 +212,21 @@ impl DataPlane {
         !self.waiting.is_empty()
     }
 
+    /// True if the last turn left something to do for the next. Whoever owns this must let the runtime look at everything else
+    /// in between: readiness is kept until a call finds nothing, so waiting for it would not.
+    pub fn has_more(&self) -> bool {
+        self.more || self.has_waiting()
+    }
+
     /// What the queue of frames from the TUN dropped, and how often it told a flow to slow down.
     pub fn queue_counts(&self) -> (u64, u64) {
         (self.waiting.dropped(), self.waiting.told())
+    }
+
+    /// Sends so far that the kernel refused, and frames that the TUN did not take: both are lost, after they were counted as
+    /// sent and received.
+    pub fn refused_counts(&self) -> (u64, u64) {
+        (self.sockets().iter().map(|socket| socket.unsent()).sum(), self.untaken)
     }
 
     /// Turns so far in which several peers' packets were worked on at once.
@@ -224,23 +245,34 @@ impl DataPlane {
         engine: &mut Engine,
         relays: &mut impl RelayLinks,
     ) -> io::Result<()> {
-        self.read_tun(tun, Tun::receive)?;
+        self.more = self.read_tun(tun, Tun::receive)?;
         self.seal_waiting(now, tun, engine, relays);
         Ok(())
     }
 
-    /// Moves what is in the TUN's queue to ours.
-    fn read_tun(&mut self, tun: &Tun, read: impl Fn(&Tun, &mut [u8]) -> io::Result<usize>) -> io::Result<()> {
+    /// Moves what is in the TUN's queue to ours. True if there may be more.
+    fn read_tun(
+        &mut self,
+        tun: &Tun,
+        read: impl Fn(&Tun, &mut [u8]) -> io::Result<usize>,
+    ) -> io::Result<bool> {
         let packet_at = if tun.has_virtio_headers() { HEADER_LEN } else { 0 };
-        let Some(waiting) = Arc::get_mut(&mut self.waiting) else { return Ok(()) };
+        let Some(waiting) = Arc::get_mut(&mut self.waiting) else { return Ok(false) };
+        let mut bytes = 0;
         for _ in 0..READ_BUDGET {
+            if bytes >= READ_BUDGET_BYTES {
+                break;
+            }
             match read(tun, waiting.space()) {
-                Ok(len) => waiting.commit(len, packet_at),
-                Err(e) if e.kind() == ErrorKind::WouldBlock => break,
+                Ok(len) => {
+                    waiting.commit(len, packet_at);
+                    bytes += len;
+                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(false),
                 Err(e) => return Err(e),
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     fn seal_waiting(&mut self, now: Now, tun: &Tun, engine: &mut Engine, relays: &mut impl RelayLinks) {
@@ -295,7 +327,7 @@ impl DataPlane {
             if tun.has_virtio_headers() {
                 engine.handle_tun_frame(now, frame, tell, &mut self.outbox);
             } else {
-                engine.handle_tun(now, frame, &mut self.outbox);
+                engine.handle_tun_packet(now, frame, tell, &mut self.outbox);
             }
             if self.outbox.bytes() >= SEND_AT {
                 // A batch that is not full waits for the next frame, if there is one.
@@ -323,6 +355,7 @@ impl DataPlane {
         let together =
             self.crew.size() > 1 && engine.as_deref().is_some_and(|engine| engine.has_busy_peers(now));
         let mut taken = 0;
+        self.more = true;
         for _ in 0..UDP_BUDGET {
             if taken >= UDP_BUDGET_BYTES {
                 break;
@@ -330,35 +363,44 @@ impl DataPlane {
             let received = socket.receive(&mut self.receive, now);
             if let Some(engine) = engine.as_deref_mut() {
                 let opened = if together { self.open_together(now, socket.id(), engine, tun) } else { 0 };
-                let Self { receive, tun_out, refused, .. } = self;
+                let Self { receive, tun_out, refused, untaken, .. } = self;
                 for batch in receive.batches().skip(opened) {
                     let from = Source::Direct { socket: socket.id(), remote: batch.remote };
                     let data = &mut batch.slot[..batch.len];
                     engine.handle_datagrams(now, from, batch.arrival, data, tun_out);
-                    deliver(tun_out, tun, refused);
+                    *untaken += deliver(tun_out, tun, refused);
                 }
             }
             taken += self.receive.batches().map(|batch| batch.len).sum::<usize>();
             match received {
                 Ok(true) => {}
-                Ok(false) => break,
-                Err(e) if e.kind() == ErrorKind::WouldBlock => break,
+                Ok(false) => {
+                    self.more = false;
+                    break;
+                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                    self.more = false;
+                    break;
+                }
                 // An ICMP error about something sent earlier: the paths find out by themselves.
                 Err(e) => tracing::trace!("receive: {e}"),
             }
         }
-        // TCP acknowledges while it takes a frame: the answer is there before the runtime can tell.
         if taken > 0
             && let (Some(engine), Some(tun)) = (engine, tun)
-            && self.read_tun(tun, Tun::receive_now).is_ok()
         {
-            self.seal_waiting(now, tun, engine, relays);
+            // What waited for a handshake that has just come to its end goes before what the host sends next.
+            self.drain_sealed(now, engine, relays);
+            // TCP acknowledges while it takes a frame: the answer is there before the runtime can tell.
+            if self.read_tun(tun, Tun::receive_now).is_ok() {
+                self.seal_waiting(now, tun, engine, relays);
+            }
         }
     }
 
     /// Opens received batches with the crew's help, up to one that must be handled the usual way. Returns how many.
     fn open_together(&mut self, now: Now, socket: u8, engine: &mut Engine, tun: Option<&Tun>) -> usize {
-        let Self { receive, tun_out, refused, crew, open_jobs, jobs, shared_turns, .. } = self;
+        let Self { receive, tun_out, refused, untaken, crew, open_jobs, jobs, shared_turns, .. } = self;
         open_jobs.resize_with(crew.size(), || OpenJob::new(tun_out.alike()));
         let mut begun = 0;
         for batch in receive.batches() {
@@ -376,7 +418,7 @@ impl DataPlane {
         for job in jobs.drain(..) {
             let Job::Open(mut job) = job else { continue };
             engine.finish_open(now, &mut job, |slot| receive.give_back(slot));
-            deliver(job.tun(), tun, refused);
+            *untaken += deliver(job.tun(), tun, refused);
             open_jobs.push(job);
         }
         begun
@@ -392,22 +434,27 @@ impl DataPlane {
         tun: Option<&Tun>,
     ) {
         engine.handle_datagram(now, from, datagram, 0, &mut self.tun_out);
-        deliver(&mut self.tun_out, tun, &mut self.refused);
+        self.untaken += deliver(&mut self.tun_out, tun, &mut self.refused);
     }
 
     /// Empties the engine's outputs of packets.
     pub fn drain(&mut self, now: Now, engine: &mut Engine, tun: Option<&Tun>, relays: &mut impl RelayLinks) {
+        self.drain_sealed(now, engine, relays);
         loop {
-            let more = engine.poll_transmit(now, &mut self.outbox);
-            let keep_last = !more && !self.waiting.is_empty() && self.outbox.is_last_open();
-            self.send(now, relays, keep_last);
+            let more = engine.poll_tun(&mut self.tun_out);
+            self.untaken += deliver(&mut self.tun_out, tun, &mut self.refused);
             if !more {
                 break;
             }
         }
+    }
+
+    /// Sends what the engine has of its own accord.
+    fn drain_sealed(&mut self, now: Now, engine: &mut Engine, relays: &mut impl RelayLinks) {
         loop {
-            let more = engine.poll_tun(&mut self.tun_out);
-            deliver(&mut self.tun_out, tun, &mut self.refused);
+            let more = engine.poll_transmit(now, &mut self.outbox);
+            let keep_last = !more && !self.waiting.is_empty() && self.outbox.is_last_open();
+            self.send(now, relays, keep_last);
             if !more {
                 break;
             }
@@ -461,12 +508,16 @@ impl FrameSink for Tun {
     }
 }
 
-/// Hands plaintext packets to the host; without a TUN they are dropped.
-fn deliver(packets: &mut TunOut, tun: Option<&impl FrameSink>, refused: &mut bool) {
-    let Some(tun) = tun else { return packets.clear() };
-    let mut refuses = false;
+/// Hands plaintext packets to the host; without a TUN they are dropped. Returns how many frames it did not take.
+fn deliver(packets: &mut TunOut, tun: Option<&impl FrameSink>, refused: &mut bool) -> u64 {
+    let Some(tun) = tun else {
+        packets.clear();
+        return 0;
+    };
+    let (mut refuses, mut untaken) = (false, 0);
     for frame in packets.frames() {
         if let Err(e) = tun.put(frame) {
+            untaken += 1;
             refuses |= tun::is_refusal(&e);
             tracing::trace!("the TUN does not take a frame: {e}");
         }
@@ -479,6 +530,7 @@ fn deliver(packets: &mut TunOut, tun: Option<&impl FrameSink>, refused: &mut boo
         *packets = arena(tun, TunOffload::default());
     }
     packets.clear();
+    untaken
 }
 
 /// Of what the TUN said it takes, what goes to it: nothing joined, once it has refused such a frame.
@@ -547,7 +599,8 @@ mod tests {
                 assert_eq!(packets.add(0, &datagram(batch * 4 + n)), Added::Yes);
             }
             packets.settle(|_, _, _| true);
-            deliver(&mut packets, Some(&kernel), &mut refused);
+            let untaken = deliver(&mut packets, Some(&kernel), &mut refused);
+            assert_eq!(untaken, u64::from(batch == 0));
             assert!(refused && packets.is_empty());
         }
         // The batch that was refused is lost, as on any link; it was one frame.
@@ -571,7 +624,7 @@ mod tests {
         let (mut packets, mut refused) = (arena(&Full, BOTH), false);
         assert_eq!(packets.add(0, &datagram(0)), Added::Yes);
         packets.settle(|_, _, _| true);
-        deliver(&mut packets, Some(&Full), &mut refused);
+        assert_eq!(deliver(&mut packets, Some(&Full), &mut refused), 1);
         assert!(!refused && packets.joins() && packets.is_empty());
     }
 

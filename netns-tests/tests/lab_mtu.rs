@@ -69,3 +69,38 @@ fn a_transfer_over_a_hop_of_1280_bytes_does_not_stall() -> Result<()> {
         Ok(())
     })
 }
+
+/// Nothing but IPv6 under the tunnel, and links that are too narrow for a full packet.
+#[test]
+fn what_may_be_cut_is_cut_outside_over_ipv6_too() -> Result<()> {
+    lab::test("mtu over IPv6", |lab| {
+        let coordinator = Coordinator::start_dual_stack(lab.host("coord")?, POLICY)?;
+        let join = |name: &str| -> Result<Agent> {
+            let agent = Agent::start(lab.internet().host_v6_only(name)?)?;
+            agent.up(&coordinator.url_v6()?, &coordinator.auth_key(&format!("tag:{name}"))?)?;
+            Ok(agent)
+        };
+        let (ann, bob) = (join("ann")?, join("bob")?);
+        let addresses = bob.addresses()?;
+        let overlay: IpAddr = *addresses.iter().find(|ip| ip.is_ipv4()).context("an IPv4 overlay address")?;
+        let _server = bob.serve("tcp-serve", overlay, TCP)?;
+        ann.wait_for_path("bob", "direct")?;
+        for agent in [&ann, &bob] {
+            agent.host.ip("link set dev eth0 mtu 1300")?;
+        }
+        // With 28 bytes of headers as long as the TUN takes, and without the DF bit.
+        let output = ann.host.run(
+            "ping",
+            &["-n", "-c", "5", "-i", "0.2", "-W", "5", "-M", "dont", "-s", "1350", &overlay.to_string()],
+        )?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        ensure!(text.contains(" 5 received"), "{text}");
+        // Batches for such a path are refused by the kernel, which is no reason to make none for others.
+        let transfer = Transfer::start(&ann.host, SocketAddr::new(overlay, TCP))?;
+        transfer.goes_on(Duration::from_secs(2))?;
+        transfer.finish()?;
+        let offloads = ann.json(&["status", "--json"])?["offloads"].clone();
+        ensure!(offloads["udp-send"] == true, "{offloads}");
+        Ok(())
+    })
+}

@@ -13,7 +13,7 @@ use std::hash::{BuildHasher as _, Hasher as _};
 use std::time::Duration;
 
 use arrayvec::ArrayVec;
-use warren_common::filter::PROTO_TCP;
+use warren_common::filter::{PROTO_ICMPV6, PROTO_TCP};
 use warren_common::time::Instant;
 
 use crate::flow::table::FlowHash;
@@ -136,6 +136,8 @@ pub struct TunQueue {
     arena: Box<[u8]>,
     /// Where the next frame goes.
     tail: usize,
+    /// Where it is written if there is no room for it yet: only a frame that has come makes others go.
+    spare: Box<[u8]>,
     frames: Vec<Frame>,
     /// Frames in the order they came: the oldest, and how many there are with those that are gone in between.
     oldest: usize,
@@ -213,6 +215,7 @@ impl TunQueue {
         Self {
             arena: vec![0; MAX_WAITING_BYTES].into_boxed_slice(),
             tail: 0,
+            spare: Box::default(),
             frames: vec![frame; MAX_WAITING_FRAMES],
             oldest: 0,
             count: 0,
@@ -247,19 +250,28 @@ impl TunQueue {
         self.told
     }
 
-    /// Where the next frame may be written, [`MAX_FRAME`] bytes: makes room, if need be by dropping the oldest.
-    /// [`commit`](Self::commit) takes what was written.
+    /// Where the next frame may be written, [`MAX_FRAME`] bytes. [`commit`](Self::commit) takes what was written.
     pub fn space(&mut self) -> &mut [u8] {
         self.release();
-        while !self.has_room() {
-            self.drop_oldest();
+        if self.has_room() {
+            return &mut self.arena[self.tail..self.tail + MAX_FRAME];
         }
-        &mut self.arena[self.tail..self.tail + MAX_FRAME]
+        if self.spare.is_empty() {
+            self.spare = vec![0; MAX_FRAME].into_boxed_slice();
+        }
+        &mut self.spare
     }
 
-    /// Takes the frame of `len` bytes just written to [`space`](Self::space), whose IP packet begins at `packet_at`.
+    /// Takes the frame of `len` bytes just written to [`space`](Self::space), whose IP packet begins at `packet_at`. Makes
+    /// room, if need be by dropping the oldest.
     pub fn commit(&mut self, len: usize, packet_at: usize) {
         let len = len.min(MAX_FRAME);
+        if !self.has_room() {
+            while !self.has_room() {
+                self.drop_oldest();
+            }
+            self.arena[self.tail..self.tail + len].copy_from_slice(&self.spare[..len]);
+        }
         let range = self.tail..self.tail + len;
         let bucket = self.bucket_of(self.arena.get(range.start + packet_at..range.end).unwrap_or_default());
         let place = (self.oldest + self.count) % MAX_WAITING_FRAMES;
@@ -356,7 +368,8 @@ impl TunQueue {
                 // Behind extension headers (a fragment's among them) the protocol isn't looked for.
                 let proto = packet.get(6).copied().unwrap_or(0);
                 let is_tcp = proto == PROTO_TCP;
-                hasher.write_u32(u32::from(is_tcp));
+                // A fragment of TCP has another one than a whole segment, whatever else is in front of either.
+                hasher.write_u32(if is_tcp || proto == PROTO_ICMPV6 { u32::from(proto) } else { 0 });
                 is_tcp.then_some(40)
             }
             _ => None,

@@ -54,6 +54,9 @@ impl Daemon {
             None => (None, Vec::new(), 0, json!({})),
             Some(mut status) => {
                 let relays = up.map(|up| up.relays.drops()).unwrap_or_default();
+                let (unsent, untaken) = self.plane.refused_counts();
+                status.drops.insert("send-refused".into(), unsent);
+                status.drops.insert("tun-refused".into(), untaken);
                 status.drops.insert("relay-queue-full".into(), relays.queue_full);
                 status.drops.insert("relay-not-connected".into(), relays.not_connected);
                 status.drops.retain(|_, count| *count > 0);

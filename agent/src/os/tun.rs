@@ -87,10 +87,15 @@ impl Tun {
     ///
     /// # Errors
     /// The host does not take it: it is dropped, as on any full link.
-    pub fn send<'a>(&self, pieces: impl Iterator<Item = &'a [u8]>) -> io::Result<()> {
+    pub fn send<'a>(&self, mut pieces: impl Iterator<Item = &'a [u8]>) -> io::Result<()> {
+        let (Some(first), second) = (pieces.next(), pieces.next()) else { return Ok(()) };
+        let Some(second) = second else {
+            rustix::io::write(self.fd.get_ref(), first)?;
+            return Ok(());
+        };
         let mut slices = [IoSlice::new(&[]); MAX_PIECES];
         let mut count = 0;
-        for piece in pieces {
+        for piece in [first, second].into_iter().chain(pieces) {
             *slices.get_mut(count).ok_or(io::ErrorKind::InvalidInput)? = IoSlice::new(piece);
             count += 1;
         }

@@ -4,9 +4,10 @@ use std::ffi::c_int;
 use std::io::{self, IoSliceMut};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsRawFd as _;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
-use quinn_udp::{BATCH_SIZE, EcnCodepoint, RecvMeta, Transmit, UdpSockRef, UdpSocketState};
+use quinn_udp::{BATCH_SIZE, RecvMeta, UdpSockRef, UdpSocketState};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -15,8 +16,11 @@ use warren_engine::io::Arrival;
 use warren_engine::offload::Ecn;
 use warren_engine::queue::{RECEIVED_TARGET, Standing};
 
+use self::send::Sender;
 use super::{MARK, Offloads};
 use crate::problem::{Problem, io_text};
+
+mod send;
 
 /// Kernel buffer asked for in each direction, in bytes: 50 ms at 1 Gbit/s. The kernel may give less.
 const BUFFER: usize = 7 << 20;
@@ -37,6 +41,9 @@ pub struct Udp {
     /// socket would be a wake-up per send.
     socket: AsyncFd<Socket>,
     state: UdpSocketState,
+    sender: Sender,
+    /// Calls that sent nothing, or not all.
+    unsent: AtomicU64,
     bound: SocketAddr,
     wanted: Offloads,
 }
@@ -190,7 +197,8 @@ impl Udp {
         // SAFETY: `socket` is an open descriptor that nothing else owns; the `AsyncFd` keeps it and never hands it out.
         let socket = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }
             .map_err(io::Error::from)?;
-        Ok(Self { id, socket, state, bound, wanted })
+        let sender = Sender::new(if wanted.udp_send { state.max_gso_segments() } else { 1 });
+        Ok(Self { id, socket, state, sender, unsent: AtomicU64::new(0), bound, wanted })
     }
 
     /// An IPv4 socket on any free port.
@@ -223,7 +231,7 @@ impl Udp {
 
     /// One send may hold many datagrams. May become false: only a send shows that a network card can't.
     pub fn joins_sends(&self) -> bool {
-        self.wanted.udp_send && self.state.max_gso_segments() > 1
+        self.sender.most() > 1
     }
 
     /// One receive may bring many datagrams.
@@ -299,22 +307,22 @@ impl Udp {
     /// # Errors
     /// The network is unreachable, or the datagram too long for it.
     pub fn send(&self, to: SocketAddr, ecn: Ecn, contents: &[u8], segment: Option<usize>) -> io::Result<()> {
-        let most = if self.joins_sends() { self.state.max_gso_segments() } else { 1 };
         let size = segment.unwrap_or(contents.len()).max(1);
-        for batch in contents.chunks(size.saturating_mul(most.max(1))) {
-            match self.send_batch(to, ecn, batch, segment.filter(|size| batch.len() > *size)) {
-                // GSO is off from now on (quinn-udp notices), or this path's MTU wants fragments, which batches
-                // can't have: sent again in pieces.
-                Err(e)
-                    if batch.len() > size
-                        && matches!(e.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE)) =>
-                {
-                    batch.chunks(size).try_for_each(|one| self.send_batch(to, ecn, one, None))?;
-                }
-                other => other?,
-            }
+        let batches = contents.chunks(size.saturating_mul(self.sender.most()));
+        let sent = batches.map(|batch| self.sender.send(self.socket.get_ref(), to, ecn, batch, segment));
+        self.count(sent.fold(Ok(()), Result::and))
+    }
+
+    fn count(&self, sent: io::Result<()>) -> io::Result<()> {
+        if sent.is_err() {
+            self.unsent.fetch_add(1, Ordering::Relaxed);
         }
-        Ok(())
+        sent
+    }
+
+    /// Calls so far that sent nothing, or not all that they should: no room in the kernel, no route, too long.
+    pub fn unsent(&self) -> u64 {
+        self.unsent.load(Ordering::Relaxed)
     }
 
     /// Sends one datagram that arrives whole or not at all: with the DF bit, and without asking what the kernel believes
@@ -327,22 +335,9 @@ impl Udp {
         let ipv6 = self.bound.is_ipv6();
         // Two more system calls, for the few datagrams that explore a path.
         set_fragments(&socket, ipv6, Fragments::Never)?;
-        let sent = self.send_batch(to, Ecn::NotCapable, contents, None);
+        let sent = self.sender.send(self.socket.get_ref(), to, Ecn::NotCapable, contents, None);
         set_fragments(&socket, ipv6, Fragments::IfNeeded)?;
         sent
-    }
-
-    fn send_batch(
-        &self,
-        to: SocketAddr,
-        ecn: Ecn,
-        contents: &[u8],
-        segment_size: Option<usize>,
-    ) -> io::Result<()> {
-        let ecn = EcnCodepoint::from_bits(ecn.bits());
-        let transmit = Transmit { destination: to, ecn, contents, segment_size, src_ip: None };
-        // Straight to the kernel: there is nothing to wait for, since what has no room is dropped.
-        self.state.try_send(UdpSockRef::from(self.socket.get_ref()), &transmit)
     }
 }
 
@@ -358,10 +353,12 @@ enum Fragments {
 
 fn set_fragments(socket: &Socket, ipv6: bool, fragments: Fragments) -> io::Result<()> {
     if ipv6 {
-        let value = match fragments {
-            Fragments::IfNeeded => libc::IPV6_PMTUDISC_DONT,
-            Fragments::Never => libc::IPV6_PMTUDISC_PROBE,
+        let (value, never) = match fragments {
+            Fragments::IfNeeded => (libc::IPV6_PMTUDISC_DONT, 0),
+            Fragments::Never => (libc::IPV6_PMTUDISC_PROBE, 1),
         };
+        // IPv6 has a switch of its own beside that, which quinn-udp has set.
+        set_option(socket, libc::IPPROTO_IPV6, libc::IPV6_DONTFRAG, never)?;
         set_option(socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, value)
     } else {
         let value = match fragments {

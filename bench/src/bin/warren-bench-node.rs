@@ -109,6 +109,9 @@ async fn run(args: Args) -> Result<()> {
             continue;
         }
         timer.set(deadline)?;
+        if plane.has_more() {
+            tokio::task::yield_now().await; // as the daemon does
+        }
         tokio::select! {
             index = plane.readable() => {
                 plane.from_udp(clock::now(), index, Some(&mut engine), Some(&tun), &mut NoRelays);

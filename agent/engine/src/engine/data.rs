@@ -28,7 +28,6 @@ pub(super) const MAX_TOO_BIG_PER_SECOND: u32 = 100;
 pub(super) struct Drops {
     pub(super) no_path: u64,
     pub(super) outbox_full: u64,
-    pub(super) queued: u64,
     pub(super) too_long: u64,
     /// Longer than the path to the peer carries; the sender was told.
     pub(super) path_mtu: u64,
@@ -98,6 +97,12 @@ impl Engine {
     /// for a packet of the MTU and 64 bytes more: what doesn't fit is dropped.
     pub fn handle_tun(&mut self, now: Now, packet: &[u8], out: &mut Outbox) {
         self.take_from_tun(now, FromTun::Packet(packet), false, out);
+    }
+
+    /// [`Engine::handle_tun`], with `tell` as in [`Engine::handle_tun_frame`].
+    pub fn handle_tun_packet(&mut self, now: Now, packet: &mut [u8], tell: bool, out: &mut Outbox) {
+        let lose = tell && !Ecn::mark_congested(packet);
+        self.take_from_tun(now, FromTun::Packet(packet), lose, out);
     }
 
     /// Takes what one read of a TUN with virtio headers brought: the header, then a packet or a super-frame, which is
@@ -231,7 +236,8 @@ impl Engine {
             from_tun.write(index, packet);
             match self.wg.queue(handle, now, packet) {
                 Ok(()) => self.count_sent(now, peer, len),
-                Err(wg::SealError::QueueFull) => self.drops.queued += 1,
+                Err(wg::SealError::QueueFull) => {} // counted there
+                Err(wg::SealError::UnknownPeer) => self.drops.no_path += 1,
                 Err(_) => self.drops.too_long += 1,
             }
         }

@@ -126,6 +126,13 @@ struct Batch {
     opened: wg::DataBatch,
 }
 
+impl Batch {
+    /// Nothing of it is left.
+    const fn is_opened(&self) -> bool {
+        self.opened.datagrams.saturating_mul(self.arrival.stride_of(self.len)) >= self.len
+    }
+}
+
 impl OpenJob {
     /// A job that puts packets into `tun`.
     pub const fn new(tun: TunOut) -> Self {
@@ -145,11 +152,18 @@ impl OpenJob {
 
     /// Opens everything; nothing is judged yet.
     pub fn run(&mut self) {
-        for Batch { arrival, data, len, loan, opened, .. } in &mut self.batches {
-            let Self { tun, drops, now, .. } = self;
-            let loan = &mut self.loans[*loan];
-            let slot = loan.peer().slot();
+        let Self { batches, loans, now, tun, drops } = self;
+        for at in 0..batches.len() {
+            let (before, rest) = batches.split_at_mut(at);
+            let Some(Batch { arrival, data, len, loan, opened, .. }) = rest.first_mut() else { break };
             let stride = arrival.stride_of(*len);
+            // What is left of an earlier batch of the same peer comes first.
+            let peer = loans[*loan].peer();
+            if before.iter().any(|batch| loans[batch.loan].peer() == peer && !batch.is_opened()) {
+                continue;
+            }
+            let loan = &mut loans[*loan];
+            let slot = peer.slot();
             *opened = loan.open_batch(*now, &mut data[..*len], stride, |packet, datagram| match packet {
                 Ok(packet) if packet.is_empty() => {}
                 Ok(packet) => deliver(drops, tun, slot, arrival, &mut datagram[packet]),

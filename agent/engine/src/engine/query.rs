@@ -249,7 +249,7 @@ impl Engine {
             ("no-path", d.no_path),
             ("outbox-full", d.outbox_full),
             ("tun-full", d.inbound.tun_full),
-            ("handshake-queue-full", d.queued + self.wg.counters().queued_packets_dropped),
+            ("handshake-queue-full", self.wg.counters().queued_packets_dropped),
             ("longer-than-mtu", d.too_long),
             ("longer-than-path", d.path_mtu),
             ("queue-delay", d.delayed + d.inbound.delayed),

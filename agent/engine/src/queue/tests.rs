@@ -90,6 +90,25 @@ fn a_full_queue_drops_its_oldest_and_counts_them() {
 }
 
 #[test]
+fn a_read_that_brings_nothing_costs_nothing() {
+    let mut queue = queue();
+    let mut number = 0;
+    while queue.dropped() == 0 {
+        put(&mut queue, &packet(1, number, 60_000));
+        number += 1;
+    }
+    let before = queue.dropped();
+    queue.space();
+    assert_eq!(queue.dropped(), before);
+    put(&mut queue, &packet(2, 7, 60_000));
+    let dropped = queue.dropped();
+    assert!(dropped > before);
+    let rest: Vec<_> = std::iter::from_fn(|| queue.pop(START).map(|w| flow_and_number(w.frame))).collect();
+    assert!(rest.contains(&(2, 7)));
+    assert_eq!(rest.len() as u64, u64::from(number) + 1 - dropped);
+}
+
+#[test]
 fn only_a_wait_that_lasts_is_told_and_ever_more_often() {
     let mut standing = Standing::new(1_000);
     let step = Duration::from_micros(100);

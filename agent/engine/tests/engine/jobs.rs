@@ -185,7 +185,7 @@ proptest! {
     #[test]
     fn opening_together_is_opening_alone(
         turns in prop::collection::vec(
-            prop::collection::vec((sent(Just(0)), 1usize..3, 0u8..8), 0..8), 1..6),
+            prop::collection::vec((sent(Just(0)), 1usize..3, 0u8..10), 0..8), 1..6),
         count in 1usize..4,
     ) {
         let mut one = net();
@@ -207,6 +207,11 @@ proptest! {
                 match harm {
                     1 => *made.1.last_mut().unwrap() ^= 1,
                     2 => made.1[4] ^= 1, // for another session
+                    3 => {
+                        // One in the middle is: what follows it is not opened with what is before.
+                        let middle = made.1.len() / made.2.max(1) / 2 * made.2;
+                        made.1[middle + 4] ^= 1;
+                    }
                     _ => again = Some(made.clone()),
                 }
                 batches.push(made);
