@@ -37,6 +37,7 @@ use crate::event::{Event, Path, PingToken};
 use crate::io::{Destination, LocalSocket, Outbox, Source};
 
 mod active;
+mod budget;
 mod guess;
 mod hints;
 mod mtu;
@@ -47,6 +48,7 @@ mod why;
 
 use crate::stun::PortUse;
 use active::{Active, Use};
+pub(crate) use budget::{Budget, Rate};
 pub use guess::{
     MAX_GUESSES, MAX_GUESSES_PER_MINUTE, MAX_OPENED_PORTS, MAX_PREDICTED, OPEN_SOCKETS, SEARCH_PAUSE,
     SEARCH_TIME,
@@ -101,9 +103,9 @@ pub const PING_TIMEOUT: Duration = Duration::from_secs(5);
 pub const MAX_REMOTES: usize = 2 * MAX_CANDIDATES;
 /// Pings under way per peer: one round over all addresses, twice.
 pub const MAX_INFLIGHT: usize = 2 * MAX_REMOTES;
-/// Probes per peer and minute that look for a path: the first rounds over a dozen addresses.
+/// Probes per peer that look for a path: so many at once, for the first rounds over a dozen addresses, and so many a minute.
 pub const MAX_PROBES_PER_MINUTE: u32 = 120;
-/// Probes per peer and minute that check the path in use, compare relays or announce addresses, beyond those.
+/// The same for probes that check the path in use, compare relays or announce addresses.
 pub const MAX_CHECKS_PER_MINUTE: u32 = 180;
 /// Pongs per peer and second: more than a peer that keeps to its own budgets asks for, even if it spends those of a
 /// minute at once. A pong is as long as its ping, so it costs others no more than who asked for it.
@@ -127,7 +129,7 @@ const ANNOUNCE_INTERVAL: Duration = Duration::from_millis(200);
 /// How long an authentic packet's source may be answered though no pong confirmed it: a handshake's round trip.
 const REPLY_FRESH: Duration = Duration::from_secs(10);
 
-/// Probes per minute that look for paths, to all peers: 25 peers that become active at once may spend theirs. 270 KB.
+/// Probes that look for paths, to all peers, at once and per minute: 25 peers that become active at once may spend theirs. 270 KB.
 pub const MAX_DEVICE_PROBES_PER_MINUTE: u32 = 3_000;
 /// Least time between two hints that the network may be another one.
 const SUSPECT_INTERVAL: Duration = Duration::from_secs(5);
@@ -210,29 +212,6 @@ struct Entry {
     /// When it wants to be woken; heap entries with another time are stale.
     due: Option<Instant>,
     active: Option<Box<Active>>,
-}
-
-/// At most so many in a window that starts with the first.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Rate {
-    since: Instant,
-    used: u32,
-}
-
-impl Rate {
-    pub(crate) fn take(&mut self, now: Instant, window: Duration, max: u32) -> bool {
-        if now.since(self.since) >= window {
-            *self = Self { since: now, used: 0 };
-        }
-        let free = self.used < max;
-        self.used += u32::from(free);
-        free
-    }
-
-    /// When the next window begins.
-    fn next(&self, window: Duration) -> Instant {
-        self.since + window
-    }
 }
 
 impl Paths {

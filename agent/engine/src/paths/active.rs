@@ -15,8 +15,8 @@ use super::score::Losses;
 use super::shared::Shared;
 use super::why::Facts;
 use super::{
-    HEDGE_AFTER, MAX_HINT_ENDPOINTS, MAX_INFLIGHT, MAX_REMOTES, MAX_USER_PINGS, MIN_KEEPALIVE, PeerIdx,
-    REPLY_FRESH, Rate, TRUST, Way,
+    Budget, HEDGE_AFTER, MAX_HINT_ENDPOINTS, MAX_INFLIGHT, MAX_REMOTES, MAX_USER_PINGS, MIN_KEEPALIVE,
+    PeerIdx, REPLY_FRESH, Rate, TRUST, Way,
 };
 use crate::event::{Event, Path, PingToken};
 use crate::io::Destination;
@@ -92,8 +92,8 @@ pub(super) struct Active {
     reply_to: Option<(Way, Instant)>,
     reachable: bool,
     told: Path,
-    probes: Rate,
-    checks: Rate,
+    probes: Budget,
+    checks: Budget,
     long_probes: Rate,
     pongs: Rate,
     /// Pings for people.
@@ -247,8 +247,8 @@ impl Active {
             reply_to: None,
             reachable: false,
             told: Path::None,
-            probes: Rate::default(),
-            checks: Rate::default(),
+            probes: Budget::default(),
+            checks: Budget::default(),
             long_probes: Rate::default(),
             pongs: Rate::default(),
             asked: Rate::default(),

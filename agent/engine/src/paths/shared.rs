@@ -14,8 +14,8 @@ use warren_common::wire::probe::{Candidate, CandidateKind, MAX_CANDIDATES, MAX_P
 
 use super::relays::Relays;
 use super::{
-    KEEPALIVE, MAX_OBSERVED, MAX_PATH_EVENTS, MAX_PREDICTED, MAX_QUEUED, MAX_QUEUED_LONG, PathCounters,
-    PeerIdx, Rate, SUSPECT_INTERVAL, UNKNOWN_SILENCE,
+    Budget, KEEPALIVE, MAX_OBSERVED, MAX_PATH_EVENTS, MAX_PREDICTED, MAX_QUEUED, MAX_QUEUED_LONG,
+    PathCounters, PeerIdx, Rate, SUSPECT_INTERVAL, UNKNOWN_SILENCE,
 };
 use crate::event::Event;
 use crate::io::{Destination, LocalSocket};
@@ -55,7 +55,7 @@ pub(super) struct Shared {
     /// Ports are opened for this peer.
     pub(super) search: Option<PeerIdx>,
     pub(super) guesses: Rate,
-    pub(super) probes: Rate,
+    pub(super) probes: Budget,
     suspected: Option<Instant>,
     pub(super) rng: ChaCha20Rng,
     pub(super) queue: VecDeque<(Destination, ArrayVec<u8, MAX_PROBE_LEN>)>,
@@ -90,7 +90,7 @@ impl Shared {
             sockets_changed: false,
             search: None,
             guesses: Rate::default(),
-            probes: Rate::default(),
+            probes: Budget::default(),
             suspected: None,
             relays: Relays::default(),
             signal: false,

@@ -12,7 +12,7 @@ use super::{Active, Doubt, SECOND};
 use crate::event::{Event, PingToken};
 use crate::io::Destination;
 use crate::paths::shared::Shared;
-use crate::paths::{MAX_REMOTES, MAX_USER_PINGS_PER_SECOND, PING_TIMEOUT, Rate, Way};
+use crate::paths::{Budget, MAX_REMOTES, MAX_USER_PINGS_PER_SECOND, PING_TIMEOUT, Way};
 
 impl Active {
     /// Queues a ping; it goes out when there is a way and its turn has come.
@@ -97,7 +97,7 @@ impl Active {
         self.remotes.clear();
         self.early_death = None;
         // No peer can bring this about, so what was spent in the former network does not count.
-        self.probes = Rate::default();
+        self.probes = Budget::default();
         self.inflight.retain(|i| i.token.is_some());
         self.reply_to = None;
         for (addr, kind) in known {

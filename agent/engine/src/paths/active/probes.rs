@@ -203,8 +203,11 @@ impl Active {
         }
         // A way that is being checked and has not answered is no incumbent any more.
         let incumbent = self.current.as_ref().filter(|c| !c.is_checked() || c.way == way).map(|c| c.way);
+        // And once packets avoid it, it is no choice beside one that does, however good it was.
+        let avoided = self.current.as_ref().filter(|c| c.way != way && c.is_in_doubt(now)).map(|c| c.way);
         let fresh = |r: &&Remote| {
-            Some(r.way) == incumbent || r.confirmed.is_some_and(|at| now.since(at) < CONFIRMED_FRESH)
+            Some(r.way) == incumbent
+                || Some(r.way) != avoided && r.confirmed.is_some_and(|at| now.since(at) < CONFIRMED_FRESH)
         };
         let score =
             |r: &&Remote| Score::new(r.way.remote, r.kind, r.smoothed, r.losses, Some(r.way) == incumbent);
@@ -244,7 +247,7 @@ impl Active {
                 shared.counters.candidate_refused += 1;
             }
         }
-        self.forget_former_ports(candidates);
+        self.forget_unlisted(now, candidates);
         if request {
             self.owe(now, false);
             // The peer has no direct way to us; see whether ours to it still works.
@@ -254,9 +257,9 @@ impl Active {
         }
         if news {
             self.restart_rounds(now);
-        } else if request && self.current.is_none() {
-            // It is pinging now: so do we, for both NATs to be open at once. No round of ours, or two peers that can't
-            // meet would keep each other at it.
+        } else if request {
+            // It is pinging now: so do we, for both NATs to be open at once, also if we believe to have a way: it may be back
+            // where it was before, and the way dead. No round of ours, or two peers that can't meet would keep each other at it.
             self.probe_all(now, shared);
         }
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use warren_common::time::Instant;
 use warren_common::wire::probe::{Candidate, CandidateKind};
 
-use super::{Active, Losses, Remote};
+use super::{Active, CONFIRMED_FRESH, Losses, Remote};
 use crate::paths::shared::Shared;
 use crate::paths::{PathCounters, Way};
 
@@ -30,14 +30,27 @@ impl Active {
         news
     }
 
-    /// Forgets ports that the peer's NAT had before those it lists now, unless they have worked.
-    pub(super) fn forget_former_ports(&mut self, listed: &[Candidate]) {
+    /// Forgets what the peer listed before and does not list any more: ports that its NAT had, unless they have worked, and
+    /// addresses that are not its own any more, unless one answered a moment ago. They would be pinged for a quarter of an
+    /// hour, beside those where it is, and from the same budget.
+    pub(super) fn forget_unlisted(&mut self, now: Instant, listed: &[Candidate]) {
+        if listed.is_empty() {
+            return; // it knows nothing of itself yet
+        }
         let reflexive = |kind| kind == CandidateKind::Reflexive;
         let current = self.current.as_ref().map(|c| c.way);
         self.remotes.retain(|r| {
-            let replaced = listed.iter().any(|c| reflexive(c.kind) && c.addr.ip() == r.way.remote.ip());
-            let stands = listed.iter().any(|c| c.addr == r.way.remote);
-            let works = r.heard || r.confirmed.is_some() || Some(r.way) == current;
+            let at_ip = || listed.iter().filter(|c| c.addr.ip() == r.way.remote.ip());
+            // What nobody listed was seen: no list says anything about it.
+            if Some(r.way) == current || r.kind == CandidateKind::Observed {
+                return true;
+            }
+            if at_ip().next().is_none() {
+                return r.confirmed.is_some_and(|at| now.since(at) < CONFIRMED_FRESH);
+            }
+            let replaced = at_ip().any(|c| reflexive(c.kind));
+            let stands = at_ip().any(|c| c.addr == r.way.remote);
+            let works = r.heard || r.confirmed.is_some();
             !reflexive(r.kind) || !replaced || stands || works
         });
     }

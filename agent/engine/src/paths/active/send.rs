@@ -16,8 +16,8 @@ use crate::paths::{
 impl Active {
     /// Looks for a path over `way`, within the budget.
     pub(super) fn probe(&mut self, now: Instant, way: impl Into<Destination>, shared: &mut Shared) {
-        if self.probes.take(now, MINUTE, MAX_PROBES_PER_MINUTE)
-            && shared.probes.take(now, MINUTE, MAX_DEVICE_PROBES_PER_MINUTE)
+        if self.probes.take(now, MAX_PROBES_PER_MINUTE)
+            && shared.probes.take(now, MAX_DEVICE_PROBES_PER_MINUTE)
         {
             self.ping(now, way.into(), None, shared);
         } else {

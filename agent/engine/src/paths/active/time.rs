@@ -1,5 +1,6 @@
 //! What a peer in use does by the clock: checks, rounds, announcements.
 
+use std::cmp::Reverse;
 use std::time::Duration;
 
 use arrayvec::ArrayVec;
@@ -7,7 +8,7 @@ use warren_common::ids::RelayId;
 use warren_common::time::Instant;
 use warren_common::wire::probe::{CandidateKind, Message};
 
-use super::{Active, Doubt, MINUTE, SECOND};
+use super::{Active, Doubt, SECOND};
 use crate::event::{Event, Path};
 use crate::io::Destination;
 use crate::paths::shared::Shared;
@@ -147,7 +148,7 @@ impl Active {
             self.restart_rounds(now);
         } else if check.next_ping <= now {
             check.next_ping = now + CHECK_INTERVAL;
-            if self.checks.take(now, MINUTE, MAX_CHECKS_PER_MINUTE) {
+            if self.checks.take(now, MAX_CHECKS_PER_MINUTE) {
                 self.ping(now, way.into(), None, shared);
             } else {
                 shared.counters.probe_limited += 1;
@@ -194,13 +195,15 @@ impl Active {
         self.next_round = now + pause;
     }
 
-    /// Pings every address but the one in use, within the budget.
+    /// Pings every address but the one in use, within the budget: first those that the peer told last, which are where it is
+    /// now, and of these the one whose turn it is.
     pub(super) fn probe_all(&mut self, now: Instant, shared: &mut Shared) {
         let direct = self.current.as_ref().map(|c| c.way);
         // Extra sockets are as good as each other: one is enough.
         let done = |way: Way| Some(way) == direct || way.is_extra() && direct.is_some();
-        let ways: ArrayVec<Way, MAX_REMOTES> =
-            self.remotes.iter().map(|r| r.way).filter(|way| !done(*way)).collect();
+        let mut remotes: ArrayVec<_, MAX_REMOTES> = self.remotes.iter().filter(|r| !done(r.way)).collect();
+        remotes.sort_by_key(|r| (Reverse(r.learned), r.pinged));
+        let ways: ArrayVec<Way, MAX_REMOTES> = remotes.into_iter().map(|r| r.way).collect();
         for way in ways {
             self.probe(now, way, shared);
         }
@@ -213,8 +216,8 @@ impl Active {
         let wanted = relays.len() > 1 || self.relay(home, shared).is_none();
         for relay in relays.into_iter().filter(|_| wanted) {
             // Not of the budget for addresses: what those behind hard NATs try in vain must not hide a better relay.
-            if self.checks.take(now, MINUTE, MAX_CHECKS_PER_MINUTE)
-                && shared.probes.take(now, MINUTE, MAX_DEVICE_PROBES_PER_MINUTE)
+            if self.checks.take(now, MAX_CHECKS_PER_MINUTE)
+                && shared.probes.take(now, MAX_DEVICE_PROBES_PER_MINUTE)
             {
                 self.ping(now, Destination::Relay { relay, device: self.device }, None, shared);
             } else {
@@ -245,8 +248,9 @@ impl Active {
         if relay.is_none() && direct.is_none() && !signal {
             return; // owed again as soon as a relay or the coordinator is back
         }
-        if !self.checks.take(now, MINUTE, MAX_CHECKS_PER_MINUTE) {
+        if !self.checks.take(now, MAX_CHECKS_PER_MINUTE) {
             shared.counters.probe_limited += 1;
+            self.owed = Some((self.checks.next(now, MAX_CHECKS_PER_MINUTE), request));
             return;
         }
         self.announced = Some(now);
