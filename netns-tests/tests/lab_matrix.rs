@@ -127,9 +127,15 @@ fn every_place_meets_every_other_as_theory_says() -> Result<()> {
 fn the_same_over_slow_and_lossy_links() -> Result<()> {
     const HALF: Link =
         Link { delay: Duration::from_millis(25), jitter: Duration::from_millis(5), loss_per_mille: 25 };
-    let places =
-        [Place::Public, Place::AddressRestricted, Place::PortRestricted, Place::Symmetric, Place::UdpBlocked];
-    lab::test("lossy", |lab| {
+    let places = [
+        Place::Public,
+        Place::AddressRestricted,
+        Place::PortRestricted,
+        Place::Symmetric,
+        Place::UdpBlocked,
+        Place::ProxyOnly,
+    ];
+    lab::test_with("lossy", &[TINYPROXY], |lab| {
         // The links do what they say: four crossings make a round trip.
         let (one, two) = (lab.internet().host_over("one", HALF)?, lab.internet().host_over("two", HALF)?);
         let output = one.run("ping", &["-n", "-c", "100", "-i", "0.02", "-W", "2", &two.v4().to_string()])?;
