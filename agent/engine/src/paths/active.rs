@@ -88,7 +88,7 @@ pub(super) struct Active {
     announced: Option<Instant>,
     listed: bool,
     relays: PairRelays,
-    /// The source of the last authentic packet on a direct way other than the current one.
+    /// The source of the last packet of WireGuard's on a direct way other than the current one.
     reply_to: Option<(Way, Instant)>,
     reachable: bool,
     told: Path,
@@ -102,7 +102,11 @@ pub(super) struct Active {
 
 pub(super) struct Current {
     way: Way,
+    /// When something came in on it that nobody can have sent again: a packet of WireGuard's, or an answer to a ping of ours.
     last_rx: Instant,
+    /// When a ping of the peer's came in, or something like it. It may be one that somebody sends again, so it says nothing of
+    /// the way; but who hears the peer keep the way open need not do so as well.
+    kept: Instant,
     last_tx: Instant,
     /// The round trip, smoothed.
     rtt: Duration,
@@ -131,6 +135,7 @@ impl Current {
             way,
             rtt,
             last_rx: now,
+            kept: now,
             last_tx: now,
             burst: now,
             rhythm: TRUST,
@@ -165,7 +170,12 @@ impl Current {
         TRUST.min(MIN_ALARM + 3 * self.rhythm + 3 * self.rtt)
     }
 
-    /// Something authentic came in on the way.
+    /// Since when at least one end has said nothing on the way, as far as can be told.
+    fn quiet_since(&self) -> Instant {
+        self.last_rx.max(self.kept).min(self.last_tx)
+    }
+
+    /// Something came in on the way that proves that it works.
     fn heard(&mut self, now: Instant) {
         let since = now.since(self.burst);
         if since >= BURST {
@@ -335,7 +345,9 @@ impl Active {
         let alarm = current.alarm_after();
         let silent = silence >= alarm && !current.is_checked();
         let trusted = shared.trusted_silence(current.way.remote);
-        let forgotten = silence >= early_death.map_or(trusted, |fatal| trusted.min(fatal));
+        // A NAT has not forgotten us while the peer asks. Should it only seem to, packets are at risk until the check says so.
+        let unheard = now.since(current.last_rx.max(current.kept));
+        let forgotten = unheard >= early_death.map_or(trusted, |fatal| trusted.min(fatal));
         let doubt = match (forgotten, alarm < TRUST) {
             (true, _) => Doubt::Dead,
             (false, true) => Doubt::Lively,

@@ -5,6 +5,7 @@ use warren_common::wire::probe::{Candidate, CandidateKind, Ports, TXID_LEN};
 
 mod lively;
 mod moved;
+mod replayed;
 
 const B: DeviceId = DeviceId::from_bytes([2; 16]);
 const RELAY: RelayId = RelayId::from_bytes([3; 16]);

@@ -17,8 +17,16 @@ use crate::paths::shared::Shared;
 use crate::paths::{ELSEWHERE, MAX_PONGS_PER_SECOND, TRUST, Way};
 
 impl Active {
-    /// An authentic packet of WireGuard's came from there. True if that is worth a closer look.
+    /// An authentic packet of WireGuard's came from there: the peer is there now. True if that is worth a closer look.
     pub(in crate::paths) fn on_packet(&mut self, now: Instant, from: Source) -> bool {
+        if let Source::Direct { socket, remote } = from {
+            let way = Way { socket, remote };
+            if let Some(current) = self.current.as_mut().filter(|c| c.way == way) {
+                current.heard(now);
+                return false;
+            }
+            self.reply_to = Some((way, now));
+        }
         let news = self.on_heard(now, from);
         self.on_spoke(now, from) || news
     }
@@ -28,14 +36,15 @@ impl Active {
         matches!(from, Source::Relay { relay, .. } if self.relays.on_spoke(now, relay))
     }
 
-    /// Something authentic came from there. True if that is worth a closer look.
-    pub(in crate::paths) fn on_heard(&mut self, now: Instant, from: Source) -> bool {
+    /// The peer was heard there, or somebody who sends again what it said once: only packets of WireGuard's and answers to
+    /// our pings are fresh for sure. True if that is worth a closer look.
+    fn on_heard(&mut self, now: Instant, from: Source) -> bool {
         match from {
             Source::Direct { socket, remote } => {
                 let way = Way { socket, remote };
                 if let Some(current) = &mut self.current {
                     if current.way == way {
-                        current.heard(now);
+                        current.kept = now;
                         return false;
                     }
                     // The peer may be somewhere else now.
@@ -43,7 +52,6 @@ impl Active {
                         current.check(now, now, Doubt::None);
                     }
                 }
-                self.reply_to = Some((way, now));
                 let Some(remote) = self.remotes.iter_mut().find(|r| r.way == way) else { return true };
                 // The first sign of life is worth a ping though one is under way: that one went before the NAT on the
                 // other side was open.
@@ -102,7 +110,7 @@ impl Active {
         home: Option<RelayId>,
         shared: &mut Shared,
     ) {
-        let news = self.on_heard(now, from);
+        let news = !matches!(message, Message::Pong { .. }) && self.on_heard(now, from);
         match message {
             // Pings go over every relay, and an answer back where the question came from: no choice of the peer's.
             Message::Ping { .. } | Message::Pong { .. } | Message::Unknown => {}
@@ -163,9 +171,13 @@ impl Active {
         };
         let ping = self.inflight.remove(at);
         let rtt = now.since(ping.sent);
+        self.on_heard(now, from);
         let path = match ping.to {
             Destination::Direct { socket, remote } => {
                 let way = Way { socket, remote };
+                if let Some(current) = self.current.as_mut().filter(|c| c.way == way) {
+                    current.heard(now);
+                }
                 self.confirm(now, way, rtt, shared);
                 if let (Some(length), Some(current)) = (ping.length, &mut self.current)
                     && current.way == way

@@ -67,7 +67,7 @@ impl Active {
         let keep = self.current.as_ref().map(|c| match &c.check {
             Some(check) if check.hedge_at > now => check.next_ping.min(check.hedge_at),
             Some(check) => check.next_ping.min(check.started + DISTRESS_AFTER),
-            None => c.last_rx.min(c.last_tx) + self.keepalive(shared),
+            None => c.quiet_since() + self.keepalive(shared),
         });
         let pings = self.inflight.iter().filter(|i| i.token.is_some()).map(|i| i.sent + PING_TIMEOUT);
         let turn = self.reachable.then(|| self.asked.next(SECOND));
@@ -128,7 +128,7 @@ impl Active {
             if current.check.take().is_some_and(|check| check.by_data) {
                 current.mtu.suspect(now);
             }
-            let silent = now.since(current.last_rx.min(current.last_tx));
+            let silent = now.since(current.quiet_since());
             if silent >= keepalive {
                 current.check(now, now, Doubt::None);
             }

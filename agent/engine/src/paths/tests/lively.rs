@@ -2,19 +2,19 @@
 
 use super::*;
 
-const MS: Duration = Duration::from_millis(1);
+pub(super) const MS: Duration = Duration::from_millis(1);
 
 /// A pair with a direct way of 20 ms.
-struct Talk {
-    paths: Paths,
-    keys: ProbeKeys,
-    now: Instant,
-    way: Source,
-    words: u32,
+pub(super) struct Talk {
+    pub(super) paths: Paths,
+    pub(super) keys: ProbeKeys,
+    pub(super) now: Instant,
+    pub(super) way: Source,
+    pub(super) words: u32,
 }
 
 impl Talk {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let (mut paths, keys) = pair();
         let one = Candidate { kind: CandidateKind::Local, addr: "203.0.113.1:5000".parse().unwrap() };
         let list =
@@ -33,7 +33,7 @@ impl Talk {
     }
 
     /// Answers short pings on the way after `rtt`. How many there were.
-    fn answer(&mut self, rtt: Duration) -> usize {
+    pub(super) fn answer(&mut self, rtt: Duration) -> usize {
         let mut out = Outbox::new();
         self.paths.poll_transmit(&mut out);
         let txids: Vec<_> = out
@@ -53,7 +53,7 @@ impl Talk {
     }
 
     /// Packets go out and come in for a while, so far apart.
-    fn talk(&mut self, pause: Duration, times: u32) {
+    pub(super) fn talk(&mut self, pause: Duration, times: u32) {
         for _ in 0..times {
             self.now += pause;
             self.paths.handle_timeout(self.now);
@@ -64,12 +64,12 @@ impl Talk {
     }
 
     /// A packet goes out. True if it takes the direct way.
-    fn send(&mut self) -> bool {
+    pub(super) fn send(&mut self) -> bool {
         matches!(self.paths.route(self.now, 0), Some(Destination::Direct { .. }))
     }
 
     /// Packets go out and nothing comes in. After how long the first of them takes the relay.
-    fn until_hedged(&mut self) -> Duration {
+    pub(super) fn until_hedged(&mut self) -> Duration {
         let since = self.now;
         while self.send() {
             self.now += 10 * MS;
