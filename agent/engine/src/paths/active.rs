@@ -15,8 +15,8 @@ use super::score::Losses;
 use super::shared::Shared;
 use super::why::Facts;
 use super::{
-    Budget, HEDGE_AFTER, MAX_HINT_ENDPOINTS, MAX_INFLIGHT, MAX_REMOTES, MAX_USER_PINGS, MIN_KEEPALIVE,
-    PeerIdx, REPLY_FRESH, Rate, TRUST, Way,
+    Budget, DISTRESS_AFTER, HEDGE_AFTER, MAX_HINT_ENDPOINTS, MAX_INFLIGHT, MAX_REMOTES, MAX_USER_PINGS,
+    MIN_KEEPALIVE, PeerIdx, REPLY_FRESH, Rate, TRUST, Way,
 };
 use crate::event::{Event, Path, PingToken};
 use crate::io::Destination;
@@ -121,12 +121,28 @@ pub(super) struct Current {
 struct Check {
     started: Instant,
     next_ping: Instant,
+    /// When the first ping went out.
+    asked: Option<Instant>,
     /// How long we had said nothing on the way before.
     silent: Duration,
     /// Without an answer until then, packets take another way.
     hedge_at: Instant,
     /// Data brought it about.
     by_data: bool,
+}
+
+impl Check {
+    /// When it is more than a pause: a ping of the check should have been answered. Packets may take another way long before,
+    /// by way of precaution.
+    fn overdue_at(&self, patience: Duration) -> Option<Instant> {
+        self.asked.map(|at| (at + patience).max(self.hedge_at))
+    }
+
+    /// When there is something to do.
+    fn due(&self, now: Instant, patience: Duration) -> Instant {
+        let later = [Some(self.hedge_at), self.overdue_at(patience)].into_iter().flatten().filter(|at| *at > now);
+        later.chain([self.started + DISTRESS_AFTER]).fold(self.next_ping, Instant::min)
+    }
 }
 
 impl Current {
@@ -153,7 +169,7 @@ impl Current {
         };
         if !self.is_checked() {
             let silent = now.since(self.last_tx);
-            self.check = Some(Check { started: now, next_ping, silent, hedge_at, by_data: false });
+            self.check = Some(Check { started: now, next_ping, asked: None, silent, hedge_at, by_data: false });
         } else if let Some(check) = &mut self.check {
             check.next_ping = check.next_ping.min(next_ping);
             check.hedge_at = check.hedge_at.min(hedge_at);

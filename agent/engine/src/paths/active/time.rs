@@ -65,8 +65,7 @@ impl Active {
     fn next_wake(&self, now: Instant, idle_at: Instant, shared: &Shared) -> Instant {
         let mtu = self.current.as_ref().filter(|c| !c.is_checked()).map(|c| c.mtu.due());
         let keep = self.current.as_ref().map(|c| match &c.check {
-            Some(check) if check.hedge_at > now => check.next_ping.min(check.hedge_at),
-            Some(check) => check.next_ping.min(check.started + DISTRESS_AFTER),
+            Some(check) => check.due(now, c.patience()),
             None => c.quiet_since() + self.keepalive(shared),
         });
         let pings = self.inflight.iter().filter(|i| i.token.is_some()).map(|i| i.sent + PING_TIMEOUT);
@@ -133,8 +132,9 @@ impl Active {
                 current.check(now, now, Doubt::None);
             }
         }
+        let patience = current.patience();
         let Some(check) = &mut current.check else { return };
-        if now >= check.hedge_at {
+        if check.overdue_at(patience).is_some_and(|at| at <= now) {
             shared.suspect(now);
         }
         if now.since(check.started) >= DISTRESS_AFTER {
@@ -148,6 +148,7 @@ impl Active {
             self.restart_rounds(now);
         } else if check.next_ping <= now {
             check.next_ping = now + CHECK_INTERVAL;
+            check.asked.get_or_insert(now);
             if self.checks.take(now, MAX_CHECKS_PER_MINUTE) {
                 self.ping(now, way.into(), None, shared);
             } else {

@@ -121,3 +121,34 @@ fn packets_in_bursts_are_as_far_apart_as_the_bursts() {
         talk.now += 90 * MS;
     }
 }
+
+/// How often something else said that the network may be another one.
+fn suspected(paths: &mut Paths) -> usize {
+    let urgent = usize::from(paths.take_urgent_stun_wish());
+    urgent + std::iter::from_fn(|| paths.poll_event()).filter(|e| *e == Event::NetworkSuspect).count()
+}
+
+#[test]
+fn a_pause_is_no_hint_that_the_network_is_another_one_and_an_answer_that_is_late_is_one() {
+    let mut talk = Talk::new();
+    for _ in 0..20 {
+        talk.talk(20 * MS, 50);
+        talk.now += UNKNOWN_SILENCE + TRUST;
+        talk.paths.handle_timeout(talk.now);
+        assert!(!talk.send(), "packets take the relay, by way of precaution");
+        assert_eq!(suspected(&mut talk.paths), 0);
+        talk.paths.handle_timeout(talk.now);
+        assert_eq!(talk.answer(20 * MS), 1);
+        talk.paths.handle_timeout(talk.now);
+        assert_eq!(suspected(&mut talk.paths), 0, "the way has answered");
+    }
+    talk.now += UNKNOWN_SILENCE + TRUST;
+    assert!(!talk.send());
+    let asked = talk.now;
+    while suspected(&mut talk.paths) == 0 {
+        talk.now = talk.paths.poll_timeout().unwrap();
+        talk.paths.handle_timeout(talk.now);
+        assert!(talk.now.since(asked) < Duration::from_secs(1));
+    }
+    assert!(talk.now.since(asked) >= 2 * 15 * MS, "not before an answer can be there");
+}
