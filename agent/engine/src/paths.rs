@@ -69,7 +69,7 @@ const ELSEWHERE: Duration = Duration::from_millis(300);
 /// How long a check waits for any sign of life before the way counts as dead: several pings, and a round trip around
 /// the world.
 pub const DISTRESS_AFTER: Duration = Duration::from_millis(2_500);
-/// Pause between the pings of a check.
+/// Least time between two pings that check the way in use.
 pub const CHECK_INTERVAL: Duration = Duration::from_millis(350);
 /// Silence after which a direct way is in doubt while nobody knows how long the NAT in front of us remembers: then the next
 /// packet takes the relay, and a round trip later the direct way again. Shorter than any NAT forgets.
@@ -105,8 +105,13 @@ pub const MAX_REMOTES: usize = 2 * MAX_CANDIDATES;
 pub const MAX_INFLIGHT: usize = 2 * MAX_REMOTES;
 /// Probes per peer that look for a path: so many at once, for the first rounds over a dozen addresses, and so many a minute.
 pub const MAX_PROBES_PER_MINUTE: u32 = 120;
-/// The same for probes that check the path in use, compare relays or announce addresses.
+/// The same for probes that check the path in use: more than pings that are [`CHECK_INTERVAL`] apart
+/// need, so that no way is given up unasked.
 pub const MAX_CHECKS_PER_MINUTE: u32 = 180;
+/// The same for probes that compare relays: the rounds of a minute over a dozen.
+pub const MAX_RELAY_PINGS_PER_MINUTE: u32 = 120;
+/// The same for announcements of our addresses: one with each round, as many answers, and news.
+pub const MAX_ANNOUNCEMENTS_PER_MINUTE: u32 = 60;
 /// Pongs per peer and second: more than a peer that keeps to its own budgets asks for, even if it spends those of a
 /// minute at once. A pong is as long as its ping, so it costs others no more than who asked for it.
 pub const MAX_PONGS_PER_SECOND: u32 = 400;

@@ -15,8 +15,8 @@ use super::score::Losses;
 use super::shared::Shared;
 use super::why::Facts;
 use super::{
-    Budget, DISTRESS_AFTER, HEDGE_AFTER, MAX_HINT_ENDPOINTS, MAX_INFLIGHT, MAX_REMOTES, MAX_USER_PINGS,
-    MIN_KEEPALIVE, PeerIdx, REPLY_FRESH, Rate, TRUST, Way,
+    Budget, CHECK_INTERVAL, DISTRESS_AFTER, HEDGE_AFTER, MAX_HINT_ENDPOINTS, MAX_INFLIGHT, MAX_REMOTES,
+    MAX_USER_PINGS, MIN_KEEPALIVE, PeerIdx, REPLY_FRESH, Rate, TRUST, Way,
 };
 use crate::event::{Event, Path, PingToken};
 use crate::io::Destination;
@@ -94,6 +94,8 @@ pub(super) struct Active {
     told: Path,
     probes: Budget,
     checks: Budget,
+    relay_pings: Budget,
+    announcements: Budget,
     long_probes: Rate,
     pongs: Rate,
     /// Pings for people.
@@ -115,6 +117,8 @@ pub(super) struct Current {
     /// The usual time from one burst to the next, at most [`TRUST`].
     rhythm: Duration,
     check: Option<Check>,
+    /// When it was last asked for a check, this one or a former one.
+    asked: Option<Instant>,
     mtu: PathMtu,
 }
 
@@ -123,6 +127,8 @@ struct Check {
     next_ping: Instant,
     /// When the first ping went out.
     asked: Option<Instant>,
+    /// Without an answer until then the way is given up, if it was asked.
+    dead_at: Instant,
     /// How long we had said nothing on the way before.
     silent: Duration,
     /// Without an answer until then, packets take another way.
@@ -140,8 +146,18 @@ impl Check {
 
     /// When there is something to do.
     fn due(&self, now: Instant, patience: Duration) -> Instant {
-        let later = [Some(self.hedge_at), self.overdue_at(patience)].into_iter().flatten().filter(|at| *at > now);
-        later.chain([self.started + DISTRESS_AFTER]).fold(self.next_ping, Instant::min)
+        let later =
+            [Some(self.hedge_at), self.overdue_at(patience)].into_iter().flatten().filter(|at| *at > now);
+        later.chain(self.asked.map(|_| self.dead_at)).fold(self.next_ping, Instant::min)
+    }
+
+    /// A ping goes out.
+    fn on_asked(&mut self, now: Instant) {
+        if self.asked.is_none() {
+            self.asked = Some(now);
+            // It gets its time, also if we were late to ask.
+            self.dead_at = self.dead_at.max(now + DISTRESS_AFTER - CHECK_PATIENCE);
+        }
     }
 }
 
@@ -156,12 +172,14 @@ impl Current {
             burst: now,
             rhythm: TRUST,
             check: None,
+            asked: None,
             mtu: PathMtu::new(now, mtu),
         }
     }
 
-    /// Asks whether the way still works, from `next_ping` on.
+    /// Asks whether the way still works, from `next_ping` on, but not at once again: much can bring a check about.
     fn check(&mut self, now: Instant, next_ping: Instant, doubt: Doubt) {
+        let next_ping = self.asked.map_or(next_ping, |at| next_ping.max(at + CHECK_INTERVAL));
         let hedge_at = match doubt {
             Doubt::None => now + HEDGE_AFTER.max(self.patience()),
             Doubt::Lively => now + self.patience(),
@@ -169,11 +187,25 @@ impl Current {
         };
         if !self.is_checked() {
             let silent = now.since(self.last_tx);
-            self.check = Some(Check { started: now, next_ping, asked: None, silent, hedge_at, by_data: false });
+            self.check = Some(Check {
+                started: now,
+                next_ping,
+                asked: None,
+                dead_at: now + DISTRESS_AFTER,
+                silent,
+                hedge_at,
+                by_data: false,
+            });
         } else if let Some(check) = &mut self.check {
             check.next_ping = check.next_ping.min(next_ping);
             check.hedge_at = check.hedge_at.min(hedge_at);
         }
+    }
+
+    /// We are somewhere else, perhaps: what was asked before says nothing, and the way is more likely dead than not.
+    fn check_anew(&mut self, now: Instant) {
+        self.asked = None;
+        self.check(now, now, Doubt::Dead);
     }
 
     /// How long the answer to a ping may take.
@@ -275,6 +307,8 @@ impl Active {
             told: Path::None,
             probes: Budget::default(),
             checks: Budget::default(),
+            relay_pings: Budget::default(),
+            announcements: Budget::default(),
             long_probes: Rate::default(),
             pongs: Rate::default(),
             asked: Rate::default(),

@@ -3,6 +3,7 @@
 use super::*;
 use warren_common::wire::probe::{Candidate, CandidateKind, Ports, TXID_LEN};
 
+mod budgets;
 mod lively;
 mod moved;
 mod replayed;
@@ -90,7 +91,7 @@ fn addresses_and_probes_are_bounded_whatever_the_peer_lists() {
     let (pings, _, announced) = sent(&mut paths, &keys);
     let earned = |per_minute: u32| per_minute + per_minute * 26 / 60;
     assert!(pings as u32 <= earned(MAX_PROBES_PER_MINUTE), "{pings} pings in 26 s");
-    assert!(announced as u32 <= earned(MAX_CHECKS_PER_MINUTE));
+    assert!(announced as u32 <= earned(MAX_ANNOUNCEMENTS_PER_MINUTE));
     assert!(paths.counters().probe_limited > 0);
     assert_eq!(active(&paths).remotes(), MAX_CANDIDATES, "those of the last list");
 }

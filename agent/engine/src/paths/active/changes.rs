@@ -8,7 +8,7 @@ use warren_common::ids::RelayId;
 use warren_common::time::Instant;
 use warren_common::wire::probe::{CandidateKind, Ports};
 
-use super::{Active, Doubt, SECOND};
+use super::{Active, SECOND};
 use crate::event::{Event, PingToken};
 use crate::io::Destination;
 use crate::paths::shared::Shared;
@@ -47,7 +47,7 @@ impl Active {
     /// The clock jumped.
     pub(in crate::paths) fn on_jump(&mut self, now: Instant, _shared: &mut Shared) {
         if let Some(current) = &mut self.current {
-            current.check(now, now, Doubt::Dead);
+            current.check_anew(now);
         }
         self.owe(now, true);
         self.restart_rounds(now);
@@ -98,6 +98,9 @@ impl Active {
         self.early_death = None;
         // No peer can bring this about, so what was spent in the former network does not count.
         self.probes = Budget::default();
+        self.relay_pings = Budget::default();
+        self.announcements = Budget::default();
+        self.checks = Budget::default();
         self.inflight.retain(|i| i.token.is_some());
         self.reply_to = None;
         for (addr, kind) in known {
@@ -112,7 +115,7 @@ impl Active {
             self.former = Some((lost.way, Duration::ZERO, now));
         }
         if let Some(current) = &mut self.current {
-            current.check(now, now, Doubt::Dead);
+            current.check_anew(now);
         }
         self.owe(now, true);
         self.restart_rounds(now);

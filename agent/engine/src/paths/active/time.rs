@@ -13,9 +13,9 @@ use crate::event::{Event, Path};
 use crate::io::Destination;
 use crate::paths::shared::Shared;
 use crate::paths::{
-    ANNOUNCE_INTERVAL, CANDIDATE_AGE, CHECK_INTERVAL, DISTRESS_AFTER, IDLE_AFTER, MAX_CHECKS_PER_MINUTE,
-    MAX_DEVICE_PROBES_PER_MINUTE, MAX_REMOTES, PING_TIMEOUT, ROUND_PAUSES, ROUNDS_AFTER_PROMOTION,
-    UPGRADE_INTERVAL, Way,
+    ANNOUNCE_INTERVAL, CANDIDATE_AGE, CHECK_INTERVAL, IDLE_AFTER, MAX_ANNOUNCEMENTS_PER_MINUTE,
+    MAX_CHECKS_PER_MINUTE, MAX_DEVICE_PROBES_PER_MINUTE, MAX_RELAY_PINGS_PER_MINUTE, MAX_REMOTES,
+    PING_TIMEOUT, ROUND_PAUSES, ROUNDS_AFTER_PROMOTION, UPGRADE_INTERVAL, Way,
 };
 
 /// How long an extra socket that the peer has hit, and neither end uses, stays open.
@@ -137,7 +137,7 @@ impl Active {
         if check.overdue_at(patience).is_some_and(|at| at <= now) {
             shared.suspect(now);
         }
-        if now.since(check.started) >= DISTRESS_AFTER {
+        if check.asked.is_some() && now >= check.dead_at {
             self.former = Some((way, check.silent, now));
             self.current = None;
             shared.sockets_changed |= way.is_extra();
@@ -148,8 +148,9 @@ impl Active {
             self.restart_rounds(now);
         } else if check.next_ping <= now {
             check.next_ping = now + CHECK_INTERVAL;
-            check.asked.get_or_insert(now);
             if self.checks.take(now, MAX_CHECKS_PER_MINUTE) {
+                check.on_asked(now);
+                current.asked = Some(now);
                 self.ping(now, way.into(), None, shared);
             } else {
                 shared.counters.probe_limited += 1;
@@ -217,7 +218,7 @@ impl Active {
         let wanted = relays.len() > 1 || self.relay(home, shared).is_none();
         for relay in relays.into_iter().filter(|_| wanted) {
             // Not of the budget for addresses: what those behind hard NATs try in vain must not hide a better relay.
-            if self.checks.take(now, MAX_CHECKS_PER_MINUTE)
+            if self.relay_pings.take(now, MAX_RELAY_PINGS_PER_MINUTE)
                 && shared.probes.take(now, MAX_DEVICE_PROBES_PER_MINUTE)
             {
                 self.ping(now, Destination::Relay { relay, device: self.device }, None, shared);
@@ -249,9 +250,9 @@ impl Active {
         if relay.is_none() && direct.is_none() && !signal {
             return; // owed again as soon as a relay or the coordinator is back
         }
-        if !self.checks.take(now, MAX_CHECKS_PER_MINUTE) {
+        if !self.announcements.take(now, MAX_ANNOUNCEMENTS_PER_MINUTE) {
             shared.counters.probe_limited += 1;
-            self.owed = Some((self.checks.next(now, MAX_CHECKS_PER_MINUTE), request));
+            self.owed = Some((self.announcements.next(now, MAX_ANNOUNCEMENTS_PER_MINUTE), request));
             return;
         }
         self.announced = Some(now);
