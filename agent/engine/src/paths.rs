@@ -255,7 +255,7 @@ impl Paths {
     pub(crate) fn set_home_relay(&mut self, now: Instant, idx: PeerIdx, home: Option<RelayId>) {
         let Some(entry) = self.entry(idx) else { return };
         if std::mem::replace(&mut entry.home_relay, home) != home {
-            self.with_active(now, idx, |active, home, shared| active.on_relays_changed(now, home, shared));
+            self.with_active(now, idx, |active, _, _| active.on_relays_changed(now));
         }
     }
 
@@ -342,7 +342,7 @@ impl Paths {
     pub(crate) fn on_jump(&mut self, now: Instant) {
         self.shared.suspect(now);
         for idx in self.active_peers() {
-            self.with_active(now, idx, |active, _, shared| active.on_jump(now, shared));
+            self.with_active(now, idx, |active, _, _| active.on_jump(now));
         }
     }
 
@@ -405,9 +405,7 @@ impl Paths {
     pub(crate) fn set_peer_relays(&mut self, now: Instant, relays: impl Iterator<Item = RelayId>) {
         if self.shared.relays.set_peer_relays(relays) {
             for idx in self.active_peers() {
-                self.with_active(now, idx, |active, home, shared| {
-                    active.on_relays_changed(now, home, shared)
-                });
+                self.with_active(now, idx, |active, _, _| active.on_relays_changed(now));
             }
         }
     }
@@ -422,9 +420,7 @@ impl Paths {
         let changed = self.shared.relays.set(relay, connected);
         if changed {
             for idx in self.active_peers() {
-                self.with_active(now, idx, |active, home, shared| {
-                    active.on_relays_changed(now, home, shared)
-                });
+                self.with_active(now, idx, |active, _, _| active.on_relays_changed(now));
             }
         }
         changed
@@ -459,9 +455,7 @@ impl Paths {
     pub(crate) fn set_signal(&mut self, now: Instant, connected: bool) {
         if std::mem::replace(&mut self.shared.signal, connected) != connected && connected {
             for idx in self.active_peers() {
-                self.with_active(now, idx, |active, home, shared| {
-                    active.on_relays_changed(now, home, shared)
-                });
+                self.with_active(now, idx, |active, _, _| active.on_relays_changed(now));
             }
         }
     }
@@ -501,7 +495,7 @@ impl Paths {
         }
         let Some(active) = self.entry(idx).and_then(|e| e.active.as_mut()) else { return };
         if active.on_packet(now, from) {
-            self.with_active(now, idx, |active, home, shared| active.on_heard_news(now, from, home, shared));
+            self.with_active(now, idx, |active, _, shared| active.on_heard_news(now, from, shared));
         }
     }
 
@@ -515,16 +509,18 @@ impl Paths {
             self.shared.counters.probe_unknown += 1;
             return;
         };
-        let Some(message) = self.open(now, idx, datagram) else { return };
-        if matches!(message, Message::Candidates { .. }) {
+        let Some(message) = self.open(now, idx, from, datagram) else { return };
+        // Who only tells where it is asks for nothing. Two idle ends whose ports change would else keep each other in use.
+        if matches!(message, Message::Candidates { request: true, .. }) {
             self.touch(now, idx, Use::Asked);
         }
         self.with_active(now, idx, |active, home, shared| active.on_probe(now, from, message, home, shared));
     }
 
-    /// Opens a probe with the peer's keys; those of a peer that isn't active are derived, and it becomes active only if
-    /// the probe is authentic.
-    fn open(&mut self, now: Instant, idx: PeerIdx, datagram: &[u8]) -> Option<Message> {
+    /// Opens a probe with the peer's keys. Those of a peer that isn't active are derived, and it becomes active only if the
+    /// probe is authentic and says something; one that only asks whether we are there is answered and changes nothing, or two
+    /// idle ends would wake each other in turns.
+    fn open(&mut self, now: Instant, idx: PeerIdx, from: Source, datagram: &[u8]) -> Option<Message> {
         let entry = self.peers.get(idx as usize)?.as_ref()?;
         let opened = match &entry.active {
             Some(active) => active.keys()?.open(datagram),
@@ -535,8 +531,16 @@ impl Paths {
                 }
                 let keys = ProbeKeys::derive(&self.secret, &self.public, &entry.probe)?;
                 let opened = keys.open(datagram);
-                if opened.is_ok() {
-                    self.activate(now, idx, Some(keys));
+                match opened {
+                    Ok(Message::Candidates { .. } | Message::Guess { .. }) => {
+                        self.activate(now, idx, Some(keys));
+                    }
+                    Ok(Message::Ping { txid }) => {
+                        self.shared.answer_from_idle(&keys, txid, from);
+                        return None;
+                    }
+                    Ok(Message::Pong { .. } | Message::Unknown) => return None,
+                    Err(_) => {}
                 }
                 opened
             }
@@ -661,8 +665,9 @@ impl Paths {
         if self.entry(idx).is_some_and(|entry| entry.active.is_none()) {
             self.activate(now, idx, None);
         }
-        if let Some(active) = self.entry(idx).and_then(|entry| entry.active.as_mut()) {
-            active.used(now, by);
+        let active = self.entry(idx).and_then(|entry| entry.active.as_mut());
+        if active.is_some_and(|active| active.used(now, by)) {
+            self.with_active(now, idx, |active, _, _| active.on_first_data(now));
         }
     }
 
@@ -675,7 +680,7 @@ impl Paths {
         }
         entry.active = Some(Box::new(Active::new(now, idx, entry.device, keys)));
         self.active.insert(idx);
-        self.with_active(now, idx, |active, home, shared| active.on_relays_changed(now, home, shared));
+        self.with_active(now, idx, |_, _, _| {});
     }
 
     fn deactivate(&mut self, idx: PeerIdx) {

@@ -15,7 +15,7 @@ use super::score::Losses;
 use super::shared::Shared;
 use super::why::Facts;
 use super::{
-    Budget, CHECK_INTERVAL, DISTRESS_AFTER, HEDGE_AFTER, MAX_HINT_ENDPOINTS, MAX_INFLIGHT, MAX_REMOTES,
+    Budget, CHECK_INTERVAL, DISTRESS_AFTER, HEDGE_AFTER, IDLE_AFTER, MAX_HINT_ENDPOINTS, MAX_INFLIGHT, MAX_REMOTES,
     MAX_USER_PINGS, MIN_KEEPALIVE, PeerIdx, REPLY_FRESH, Rate, TRUST, Way,
 };
 use crate::event::{Event, Path, PingToken};
@@ -66,8 +66,8 @@ pub(super) struct Active {
     keys: Option<ProbeKeys>,
     /// When there last was data, or the peer asked for addresses.
     used: Instant,
-    /// When there last was data. A peer that only asked is answered, and not asked in turn: else two that can't meet would
-    /// keep each other in use for ever.
+    /// When there last was data. A peer that only asked is answered, and neither asked in turn nor told anything: else two
+    /// that can't meet would keep each other in use for ever.
     data: Option<Instant>,
     pub(super) current: Option<Current>,
     /// The way in use before, how silent we had been when it was found dead, and when that was.
@@ -329,11 +329,19 @@ impl Active {
         self.inflight.len()
     }
 
-    pub(super) const fn used(&mut self, now: Instant, by: Use) {
+    /// It is in use. True if data begins.
+    pub(super) fn used(&mut self, now: Instant, by: Use) -> bool {
         self.used = now;
-        if let Use::Data = by {
+        let begins = by == Use::Data && !self.has_data(now);
+        if by == Use::Data {
             self.data = Some(now);
         }
+        begins
+    }
+
+    /// Somebody's data went to the peer or came from it lately.
+    pub(super) fn has_data(&self, now: Instant) -> bool {
+        self.data.is_some_and(|at| now.since(at) < IDLE_AFTER)
     }
 
     pub(super) const fn last_used(&self) -> Instant {

@@ -7,10 +7,12 @@ use std::time::Duration;
 use arrayvec::ArrayVec;
 use ipnet::{Ipv4Net, Ipv6Net};
 use rand_chacha::ChaCha20Rng;
-use rand_core::SeedableRng as _;
+use rand_core::{RngCore as _, SeedableRng as _};
 use warren_common::endpoint::is_endpoint;
 use warren_common::time::Instant;
-use warren_common::wire::probe::{Candidate, CandidateKind, MAX_CANDIDATES, MAX_PROBE_LEN};
+use warren_common::wire::probe::{
+    Candidate, CandidateKind, MAX_CANDIDATES, MAX_PROBE_LEN, Message, NONCE_LEN, ProbeKeys, TxId,
+};
 
 use super::relays::Relays;
 use super::{
@@ -18,7 +20,7 @@ use super::{
     PathCounters, PeerIdx, Rate, SUSPECT_INTERVAL, UNKNOWN_SILENCE,
 };
 use crate::event::Event;
-use crate::io::{Destination, LocalSocket};
+use crate::io::{Destination, LocalSocket, Source};
 use crate::stun::PortUse;
 
 /// Addresses of our own interfaces that are listed before predicted ports.
@@ -164,6 +166,15 @@ impl Shared {
     /// After how much silence a way to `remote` is in doubt.
     pub(super) fn trusted_silence(&self, remote: SocketAddr) -> Duration {
         if remote.is_ipv4() { self.trusted } else { KEEPALIVE }
+    }
+
+    /// Answers a ping of a peer that isn't in use. Only one that came through a relay can be such: by its tag nobody is found.
+    pub(super) fn answer_from_idle(&mut self, keys: &ProbeKeys, txid: TxId, from: Source) {
+        let Source::Relay { relay, device } = from else { return };
+        let mut nonce = [0; NONCE_LEN];
+        self.rng.fill_bytes(&mut nonce);
+        let pong = keys.seal(&Message::Pong { txid, observed: None }, nonce);
+        self.enqueue(Destination::Relay { relay, device }, pong);
     }
 
     pub(super) fn enqueue(&mut self, to: Destination, probe: ArrayVec<u8, MAX_PROBE_LEN>) {

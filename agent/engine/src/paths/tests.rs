@@ -3,10 +3,12 @@
 use super::*;
 use warren_common::wire::probe::{Candidate, CandidateKind, Ports, TXID_LEN};
 
+mod ages;
 mod budgets;
 mod lively;
 mod moved;
 mod replayed;
+mod rest;
 
 const B: DeviceId = DeviceId::from_bytes([2; 16]);
 const RELAY: RelayId = RelayId::from_bytes([3; 16]);
@@ -136,6 +138,7 @@ fn answers_are_bounded() {
     let (mut paths, keys) = pair();
     let asked = MAX_PONGS_PER_SECOND + 100;
     let mut pongs = 0;
+    paths.route(START, 0);
     for n in 0..asked {
         let ping = keys.seal(&Message::Ping { txid: [n as u8; TXID_LEN] }, nonce(n));
         paths.handle_probe(START, relayed(), &ping);

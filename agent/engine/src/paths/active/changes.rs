@@ -44,8 +44,19 @@ impl Active {
         self.peer_ports.is_none_or(|ports| ports == Ports::Fixed)
     }
 
+    /// There is something to say, for the first time or after a long time.
+    pub(in crate::paths) fn on_first_data(&mut self, now: Instant) {
+        if self.current.is_none() {
+            self.owe(now, true);
+            // It may have been looked for in vain for a while, since it asked.
+            if self.round > 1 {
+                self.restart_rounds(now);
+            }
+        }
+    }
+
     /// The clock jumped.
-    pub(in crate::paths) fn on_jump(&mut self, now: Instant, _shared: &mut Shared) {
+    pub(in crate::paths) fn on_jump(&mut self, now: Instant) {
         if let Some(current) = &mut self.current {
             current.check_anew(now);
         }
@@ -67,13 +78,8 @@ impl Active {
         }
     }
 
-    /// Relays or the signal channel came or went, or the peer has just become active.
-    pub(in crate::paths) fn on_relays_changed(
-        &mut self,
-        now: Instant,
-        _home: Option<RelayId>,
-        _shared: &mut Shared,
-    ) {
+    /// Relays or the signal channel came or went.
+    pub(in crate::paths) fn on_relays_changed(&mut self, now: Instant) {
         if self.current.is_none() {
             self.owe(now, true);
             self.restart_rounds(now);

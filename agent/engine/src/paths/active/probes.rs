@@ -76,13 +76,7 @@ impl Active {
     }
 
     /// An authentic packet came from an address that isn't proved: prove it.
-    pub(in crate::paths) fn on_heard_news(
-        &mut self,
-        now: Instant,
-        from: Source,
-        _home: Option<RelayId>,
-        shared: &mut Shared,
-    ) {
+    pub(in crate::paths) fn on_heard_news(&mut self, now: Instant, from: Source, shared: &mut Shared) {
         if let Source::Direct { socket, remote } = from {
             let way = Way { socket, remote };
             if !shared.accepts(remote) {
@@ -122,7 +116,7 @@ impl Active {
             Message::Ping { txid } => {
                 self.answer(now, from, txid, shared);
                 if news {
-                    self.on_heard_news(now, from, home, shared);
+                    self.on_heard_news(now, from, shared);
                 }
             }
             Message::Pong { txid, observed } => self.on_pong(now, from, txid, observed, home, shared),
@@ -261,7 +255,7 @@ impl Active {
         }
         self.forget_unlisted(now, candidates);
         if request {
-            self.owe(now, false);
+            self.owe_answer(now);
             // The peer has no direct way to us; see whether ours to it still works.
             if let Some(current) = &mut self.current {
                 current.check(now, now, Doubt::None);

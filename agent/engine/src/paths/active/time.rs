@@ -179,8 +179,7 @@ impl Active {
         if !direct {
             shared.wants_fresh_stun = true;
             // The first announcement may be lost, or the peer's answer; later it may have moved.
-            let has_data = self.data.is_some_and(|at| now.since(at) < IDLE_AFTER);
-            if has_data && self.round > 0 && (!self.listed || self.round > 3) {
+            if self.round > 0 && (!self.listed || self.round > 3) {
                 self.owe(now, true);
             }
             self.probe_relays(now, home, shared);
@@ -233,7 +232,19 @@ impl Active {
         self.next_round = now;
     }
 
+    /// Our addresses are to be told, and the peer's asked for if `request`; not where nobody has anything to say.
     pub(super) fn owe(&mut self, now: Instant, request: bool) {
+        if self.has_data(now) {
+            self.owe_any(now, request);
+        }
+    }
+
+    /// The peer asks for our addresses.
+    pub(super) fn owe_answer(&mut self, now: Instant) {
+        self.owe_any(now, false);
+    }
+
+    fn owe_any(&mut self, now: Instant, request: bool) {
         let soonest = self.announced.map_or(now, |at| (at + ANNOUNCE_INTERVAL).max(now));
         let (at, asks) = self.owed.unwrap_or((soonest, false));
         self.owed = Some((at, asks || request));
