@@ -285,6 +285,10 @@ impl Daemon {
                 wake = self.next(&mut calls) => wake,
             };
             let now = clock::now();
+            // The engine's own next timer may be hours away, ours is not.
+            if let Some(engine) = self.up.as_mut().and_then(|up| up.engine.as_mut()) {
+                engine.handle_wake(now, deadline);
+            }
             match wake {
                 Wake::Stop | Wake::Call(None) => return Ok(()),
                 Wake::Tun => self.on_tun(now).await,

@@ -313,6 +313,13 @@ impl Engine {
         self.resend_handshakes(now);
     }
 
+    /// The shell gave up a relay that nobody used, or that has changed and is connected to anew: it has not failed.
+    pub fn handle_relay_left(&mut self, now: Now, relay: RelayId) {
+        self.paths.leave_relay(now.boot, relay);
+        self.announce_home();
+        self.resend_handshakes(now);
+    }
+
     /// A connected relay has not answered for longer than it should, or answers again
     /// ([`Liveness::doubt_news`](crate::relay_link::Liveness::doubt_news)). Until it is clear what that means, the connection
     /// and the home stay, and packets take another relay if the peer is known to listen there.
@@ -389,14 +396,27 @@ impl Engine {
         next
     }
 
+    /// The shell woke up, for whatever reason, and had asked to be woken by `deadline` at the latest: if that is long past, the
+    /// machine slept. To be told at each turn: the timers of an idle engine are hours apart, those of its shell a minute.
+    pub fn handle_wake(&mut self, now: Now, deadline: Instant) {
+        if now.boot.since(deadline) >= JUMP {
+            self.on_jump(now);
+        }
+    }
+
     /// Every input that comes with the time: if it comes far too late, the machine slept.
     fn notice_jump(&mut self, now: Now) {
         if self.promised.is_some_and(|at| now.boot.since(at) >= JUMP) {
-            self.promised = None;
-            self.paths.on_jump(now.boot);
-            self.start_stun(now);
-            self.forget_lifetime();
+            self.on_jump(now);
         }
+    }
+
+    /// The machine slept, and may be anywhere.
+    fn on_jump(&mut self, now: Now) {
+        self.promised = None;
+        self.paths.on_jump(now.boot);
+        self.start_stun(now);
+        self.forget_lifetime();
     }
 
     fn forget_lifetime(&mut self) {
@@ -635,6 +655,33 @@ mod tests {
         // The oldest events went.
         assert!(matches!(engine.poll_event(), Some(Event::PingResult { token: PingToken(4), .. })));
         assert_eq!(std::iter::from_fn(|| engine.poll_event()).count(), MAX_EVENTS - 1);
+    }
+
+    /// The events that tell of a sleep.
+    fn suspected(engine: &mut Engine) -> usize {
+        std::iter::from_fn(|| engine.poll_event()).filter(|e| *e == Event::NetworkSuspect).count()
+    }
+
+    #[test]
+    fn a_sleep_of_an_idle_device_is_noticed_by_the_timer_of_its_shell() {
+        let (mut engine, start) = (engine(), Now::default());
+        let minute = Duration::from_secs(60);
+        // It wakes up when it should, a little late, or early since something happened.
+        let mut now = start;
+        for late in [Duration::ZERO, JUMP - Duration::from_nanos(1)] {
+            let deadline = now.boot + minute;
+            for at in [deadline + late, now.boot + minute / 2] {
+                engine.handle_wake(Now { boot: at, ..now }, deadline);
+                engine.handle_timeout(Now { boot: at, ..now });
+                assert_eq!(suspected(&mut engine), 0);
+            }
+            now.boot = deadline + late;
+        }
+        let deadline = now.boot + minute;
+        now.boot = deadline + JUMP;
+        engine.handle_wake(now, deadline);
+        engine.handle_timeout(now);
+        assert_eq!(suspected(&mut engine), 1);
     }
 
     #[test]

@@ -109,19 +109,22 @@ impl Home {
         let all_failed = view.relays.iter().all(failed);
         let usable = || view.relays.iter().copied().filter(|relay| all_failed || !failed(relay));
         let nearest = usable().filter_map(|r| Some(((view.rtt)(r)?, r))).min();
+        // Nobody waits any more unless it is said below: the relays may all be gone meanwhile.
+        let patience = self.patience.take();
         let Some(home) = self.current.filter(|home| view.relays.contains(home)) else {
             let single = view.relays.len() <= 1;
             return match nearest {
-                Some((_, relay)) if view.settled || single || self.patience_is_over(now) => Some(relay),
+                Some((_, relay)) if view.settled || single || patience.is_some_and(|at| at <= now) => {
+                    Some(relay)
+                }
                 None if view.settled || single => usable().next(),
                 // The first answer is the nearest relay's, mostly; the others get a moment.
                 _ => {
-                    self.patience.get_or_insert(now + PATIENCE);
+                    self.patience = Some(patience.unwrap_or(now + PATIENCE));
                     None
                 }
             };
         };
-        self.patience = None;
         if failed(&home) && !all_failed {
             return nearest.map(|(_, relay)| relay).or_else(|| usable().next());
         }
@@ -277,6 +280,20 @@ mod tests {
         assert_eq!((home.current(), home.poll_timeout()), (Some(relay(2)), None));
         assert!(home.choose(START, &View { relays: &[], ..view }));
         assert_eq!(home.current(), None);
+    }
+
+    #[test]
+    fn nobody_waits_for_relays_that_are_gone() {
+        let mut home = Home::default();
+        choose(&mut home, START, [0, 80, 0], &[], false);
+        assert_eq!(home.poll_timeout(), Some(START + PATIENCE));
+        let none = View { relays: &[], rtt: &|_| None, connected: &|_| false, settled: false };
+        assert!(!home.choose(START, &none));
+        assert_eq!(home.poll_timeout(), None, "a timer in the past would spin");
+        // When there are some again, they get their time.
+        let later = START + PATIENCE * 2;
+        assert!(!choose(&mut home, later, [0, 80, 0], &[], false));
+        assert_eq!(home.poll_timeout(), Some(later + PATIENCE));
     }
 
     #[test]

@@ -426,6 +426,13 @@ impl Paths {
         changed
     }
 
+    /// A relay was left by our own choice.
+    pub(crate) fn leave_relay(&mut self, now: Instant, relay: RelayId) {
+        if self.shared.relays.leave(relay) {
+            self.look_at_relays(now);
+        }
+    }
+
     /// A connected relay is silent, or answers again: packets pass it over meanwhile.
     pub(crate) fn set_relay_silent(&mut self, now: Instant, relay: RelayId, silent: bool) {
         if self.shared.relays.set_silent(relay, silent) {

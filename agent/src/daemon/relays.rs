@@ -211,7 +211,7 @@ impl Up {
         self.relays.clients.remove(&id);
         self.keep.forget_token(now.boot, id);
         if let Some(engine) = &mut self.engine {
-            engine.handle_relay_state(now, id, false);
+            engine.handle_relay_left(now, id);
         }
     }
 

@@ -447,7 +447,7 @@ impl Device {
                 self.sent.push(Sent::HangUp(relay, dial));
             }
             if let Some(engine) = &mut self.engine {
-                engine.handle_relay_state(now, relay, false);
+                engine.handle_relay_left(now, relay);
             }
         }
     }
@@ -538,6 +538,14 @@ impl Device {
             let stride = payload.len();
             engine.handle_datagram(now, Source::Direct { socket, remote: from }, payload, stride, tun);
         }
+    }
+
+    /// It wakes from a sleep, and had wanted to be woken by `deadline`.
+    pub(super) fn handle_wake(&mut self, now: Now, deadline: Option<Instant>) {
+        if let (Some(engine), Some(deadline)) = (&mut self.engine, deadline) {
+            engine.handle_wake(now, deadline);
+        }
+        self.handle_timeout(now);
     }
 
     /// Does what is due. True if the engine's own timer was.

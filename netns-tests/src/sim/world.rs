@@ -84,7 +84,7 @@ pub(super) enum Parcel {
         dial: DialNo,
         why: Option<RefusalCode>,
     },
-    Wake(DeviceNo),
+    Wake(DeviceNo, Option<Instant>),
 }
 
 /// A datagram of an application that came out of a TUN.
@@ -378,15 +378,17 @@ impl World {
         let device = &mut self.devices[no];
         device.asleep = true;
         device.cut_streams();
-        if let Some(timer) = device.timer.take() {
+        let deadline = device.timer.take();
+        if let Some(timer) = deadline {
             self.timers.remove(&(timer, no));
         }
-        self.after(duration, Parcel::Wake(no));
+        self.after(duration, Parcel::Wake(no, deadline));
     }
 
-    fn wake(&mut self, no: DeviceNo) {
+    /// `deadline`: when its shell had wanted to be woken.
+    fn wake(&mut self, no: DeviceNo, deadline: Option<Instant>) {
         self.devices[no].asleep = false;
-        self.devices[no].handle_timeout(self.now);
+        self.devices[no].handle_wake(self.now, deadline);
         self.drain_device(no);
         self.after(STREAM_SILENCE, Parcel::SessionLost(no));
     }
@@ -576,7 +578,7 @@ impl World {
                 self.lose_session(no);
             }
             Parcel::SessionLost(_) => {}
-            Parcel::Wake(no) => self.wake(no),
+            Parcel::Wake(no, deadline) => self.wake(no, deadline),
         }
     }
 

@@ -92,6 +92,11 @@ impl Relays {
         }
     }
 
+    /// A connection was given up though it worked. True if that is news.
+    pub(super) fn leave(&mut self, relay: RelayId) -> bool {
+        self.up.remove(&relay).is_some()
+    }
+
     /// A connected relay is silent, or not any more. True if that is news.
     pub(super) fn set_silent(&mut self, relay: RelayId, silent: bool) -> bool {
         self.up.get_mut(&relay).is_some_and(|doubts| std::mem::replace(&mut doubts.silent, silent) != silent)
@@ -441,6 +446,17 @@ mod tests {
         assert_eq!(pair.choose(None, &relays), None);
         pair.on_pong(START, relay(8), ms(10), None, &relays);
         assert_eq!(pair.choose(None, &relays), Some(relay(8)));
+    }
+
+    #[test]
+    fn a_relay_that_was_left_is_met_at_again() {
+        let mut relays = relays(&[2, 3]);
+        let before = wanted(&relays, 2, MEET_FROM_ROUND);
+        assert!(relays.leave(relay(3)) && !relays.leave(relay(3)));
+        assert!(!relays.is_up(relay(3)));
+        assert_eq!(wanted(&relays, 2, MEET_FROM_ROUND), before, "it has not failed: no other one is needed");
+        relays.set(relay(3), false);
+        assert_ne!(wanted(&relays, 2, MEET_FROM_ROUND), before);
     }
 
     #[test]
