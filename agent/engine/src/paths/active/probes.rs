@@ -165,7 +165,6 @@ impl Active {
         };
         let ping = self.inflight.remove(at);
         let rtt = now.since(ping.sent);
-        self.on_heard(now, from);
         let path = match ping.to {
             Destination::Direct { socket, remote } => {
                 let way = Way { socket, remote };
@@ -198,6 +197,7 @@ impl Active {
         let Some(remote) = self.remotes.iter_mut().find(|r| r.way == way) else { return };
         let former = remote.confirmed.map_or(rtt, |_| remote.smoothed);
         (remote.confirmed, remote.rtt, remote.smoothed) = (Some(now), rtt, (3 * former + rtt) / 4);
+        remote.heard = true;
         remote.losses.note(false);
         // It was only the NAT that forgot: silences must be shorter.
         if let Some((_, silent, _)) =

@@ -152,3 +152,36 @@ fn a_pause_is_no_hint_that_the_network_is_another_one_and_an_answer_that_is_late
     }
     assert!(talk.now.since(asked) >= 2 * 15 * MS, "not before an answer can be there");
 }
+
+#[test]
+fn a_longer_way_that_answers_takes_no_silent_one_away() {
+    let mut talk = Talk::new();
+    let Source::Direct { remote: near, .. } = talk.way else { panic!("it is direct") };
+    let far: SocketAddr = "203.0.113.2:5000".parse().unwrap();
+    let both = [near, far].map(|addr| Candidate { kind: CandidateKind::Local, addr });
+    let list = Message::Candidates { request: false, candidates: both.into_iter().collect(), ports: None };
+    talk.paths.handle_probe(talk.now, relayed(), &talk.keys.seal(&list, nonce(9_000)));
+    let (mut answers, start) = (0, talk.now);
+    for n in 0..10_000 {
+        talk.now = start + 100 * n * MS;
+        if n.is_multiple_of(250) {
+            talk.send();
+        }
+        talk.paths.handle_timeout(talk.now);
+        let mut out = Outbox::with_capacity(1 << 20);
+        talk.paths.poll_transmit(&mut out);
+        for (to, probe) in out.datagrams() {
+            let (Destination::Direct { socket, remote }, Ok(Message::Ping { txid })) =
+                (to, talk.keys.open(probe))
+            else {
+                continue;
+            };
+            answers += usize::from(remote == far);
+            let pong = talk.keys.seal(&Message::Pong { txid, observed: None }, nonce(10_000 + n));
+            let took = if remote == far { 50 * MS } else { 20 * MS };
+            talk.paths.handle_probe(talk.now + took, Source::Direct { socket, remote }, &pong);
+            assert_eq!(talk.paths.path(0).0, Path::Direct { endpoint: near }, "after {n}");
+        }
+    }
+    assert!(answers > 15, "{answers}: it was looked for a better one");
+}
