@@ -248,18 +248,24 @@ fn only_those_who_need_it_are_connected_to_a_second_relay() {
         .unwrap();
     world.run(3 * S);
     let connected = |world: &World, at: usize| world.devices[devices[at]].relays().count();
-    for _ in 0..60 {
-        // A relayed pair, and one that is direct after a moment.
-        world.send(devices[0], devices[1], false);
-        world.send(devices[2], devices[3], false);
-        world.run(S);
+    for _ in 0..2 {
+        for _ in 0..60 {
+            // A relayed pair, and one that is direct after a moment.
+            world.send(devices[0], devices[1], false);
+            world.send(devices[2], devices[3], false);
+            world.run(S);
+        }
+        let counts: Vec<usize> = (0..5).map(|at| connected(&world, at)).collect();
+        print(
+            "relays that two relayed, two direct and an idle device are connected to",
+            format!("{counts:?}"),
+        );
+        assert_eq!(counts, [2, 2, 1, 1, 1]);
+        // Both are silent for long enough: the second connection goes. That is no failure of the relay, and the next time it
+        // is the one to meet at again.
+        world.run(15 * 60 * S);
+        assert_eq!((0..5).map(|at| connected(&world, at)).collect::<Vec<_>>(), [1; 5]);
     }
-    let counts: Vec<usize> = (0..5).map(|at| connected(&world, at)).collect();
-    print("relays that two relayed, two direct and an idle device are connected to", format!("{counts:?}"));
-    assert_eq!(counts, [2, 2, 1, 1, 1]);
-    // Both are silent for long enough: the second connection goes.
-    world.run(15 * 60 * S);
-    assert_eq!((0..5).map(|at| connected(&world, at)).collect::<Vec<_>>(), [1; 5]);
 }
 
 /// When a relay dies under many devices, the others get them over a while and not all at once.
