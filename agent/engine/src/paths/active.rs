@@ -15,8 +15,8 @@ use super::score::Losses;
 use super::shared::Shared;
 use super::why::Facts;
 use super::{
-    Budget, CHECK_INTERVAL, DISTRESS_AFTER, HEDGE_AFTER, IDLE_AFTER, MAX_HINT_ENDPOINTS, MAX_INFLIGHT, MAX_REMOTES,
-    MAX_USER_PINGS, MIN_KEEPALIVE, PeerIdx, REPLY_FRESH, Rate, TRUST, Way,
+    Budget, CHECK_INTERVAL, DISTRESS_AFTER, HEDGE_AFTER, IDLE_AFTER, MAX_HINT_ENDPOINTS, MAX_INFLIGHT,
+    MAX_REMOTES, MAX_USER_PINGS, MIN_KEEPALIVE, PeerIdx, REPLY_FRESH, Rate, TRUST, Way,
 };
 use crate::event::{Event, Path, PingToken};
 use crate::io::Destination;
