@@ -65,6 +65,9 @@ const REFRESH_BURST: Duration = Duration::from_secs(10);
 const SHARE_OF_FREE: usize = 16;
 /// What a packet costs of the rate limit beside its payload: the headers around it.
 const PACKET_OVERHEAD: usize = 64;
+/// What it costs at least, in bytes: tiny packets take as much of a processor as others, and a device that sends nothing else
+/// could take a whole one. At the default rate they are 250 000 a second.
+const MIN_PACKET_COST: usize = 500;
 
 /// A connection, as the relay names it; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -534,7 +537,8 @@ impl Relay {
     fn cost(&self, bytes: usize) -> (Duration, Duration) {
         let Limits { rate, burst, .. } = self.config.limits;
         let burst = usize::try_from(burst).unwrap_or(usize::MAX);
-        (transmit_time(bytes + PACKET_OVERHEAD, rate), transmit_time(burst, rate))
+        let cost = (bytes + PACKET_OVERHEAD).max(MIN_PACKET_COST);
+        (transmit_time(cost, rate), transmit_time(burst, rate))
     }
 
     fn undeliverable(

@@ -13,12 +13,16 @@ pub(crate) struct Gcra {
 impl Gcra {
     /// Takes `cost` if the budget, which refills with time and holds at most `burst`, has it.
     pub(crate) fn allow(&mut self, now: Instant, cost: Duration, burst: Duration) -> bool {
-        let next = self.empty_until.max(now) + cost;
-        let allowed = next.since(now) <= burst;
+        let allowed = self.would_allow(now, cost, burst);
         if allowed {
-            self.empty_until = next;
+            self.empty_until = self.empty_until.max(now) + cost;
         }
         allowed
+    }
+
+    /// What [`allow`](Self::allow) would say; takes nothing.
+    pub(crate) fn would_allow(&self, now: Instant, cost: Duration, burst: Duration) -> bool {
+        (self.empty_until.max(now) + cost).since(now) <= burst
     }
 }
 

@@ -180,14 +180,19 @@ impl Relay {
             self.counters.drop(DropReason::UdpUnknown, 1);
             return None;
         };
-        let (conn, what) = (*conn, opener.open(datagram));
-        let Some(what) = what else {
-            self.counters.drop(DropReason::UdpForged, 1);
-            return None;
-        };
+        let conn = *conn;
         let (cost, burst) = self.cost(datagram.len() - UDP_HEADER);
         let entry = self.conns.get_mut(&conn)?;
         let State::Session(session) = &mut entry.state else { return None };
+        // Whoever made it: what is too much of a flood costs no more than this.
+        if !session.rate.would_allow(now.boot, cost, burst) {
+            self.counters.drop(DropReason::RateLimited, 1);
+            return None;
+        }
+        let Some(what) = opener.open(datagram) else {
+            self.counters.drop(DropReason::UdpForged, 1);
+            return None;
+        };
         let udp = session.udp_mut(head.session)?;
         let seen = udp.window.record(head.counter);
         if seen == Seen::Replayed {
@@ -195,10 +200,7 @@ impl Relay {
             return None;
         }
         entry.heard = now.boot;
-        if !session.rate.allow(now.boot, cost, burst) {
-            self.counters.drop(DropReason::RateLimited, 1);
-            return None;
-        }
+        session.rate.allow(now.boot, cost, burst); // it would, as was seen above
         let ping = (head.kind == Kind::Ping).then(|| Ping::from_bytes(&what));
         let udp = session.udp_mut(head.session)?;
         if seen == Seen::Newest && ping.is_none_or(|ping| ping.settle) {

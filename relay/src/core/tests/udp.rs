@@ -257,6 +257,24 @@ fn a_token_that_has_ended_ends_the_session() {
 }
 
 #[test]
+fn tiny_packets_cost_as_much_as_small_ones_and_a_flood_is_not_even_opened() {
+    let mut world = World::with_udp();
+    world.relay.config.limits.burst = 10 * MIN_PACKET_COST as u64;
+    world.relay.config.limits.rate = 1_000;
+    let (mut a, _b) = (world.join_udp(1, &[2], false), world.join_udp(2, &[], true));
+    let mut through = 0;
+    for _ in 0..20 {
+        let packet = a.packet(2, b"x");
+        through += world.udp(a.at, &packet).len();
+    }
+    assert_eq!((through, world.dropped(DropReason::RateLimited)), (10, 10));
+    let mut forged = a.packet(2, b"x");
+    forged[UDP_HEADER - 1] ^= 1;
+    assert!(world.udp(a.at, &forged).is_empty());
+    assert_eq!((world.dropped(DropReason::RateLimited), world.dropped(DropReason::UdpForged)), (11, 0));
+}
+
+#[test]
 fn the_rate_of_a_device_is_one_for_all_transports() {
     let mut world = World::with_udp();
     world.relay.config.limits.burst = 10_000;
