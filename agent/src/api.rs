@@ -223,8 +223,21 @@ pub struct Netcheck {
     pub nat: Nat,
     /// Protocols by which the gateway maps ports on request: `pcp`, `nat-pmp`, `upnp`; readers ignore others.
     pub port_mapping: Vec<String>,
+    /// Where peers are told that this device is.
+    #[serde(default)]
+    pub endpoints: Vec<Endpoint>,
     /// Relays.
     pub relays: Vec<RelayRtt>,
+}
+
+/// One of this device's addresses.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// Where it comes from: `local` for an interface's, `reflexive` and `observed` for what others see, `mapped` for a port that
+    /// the router forwards on request, `static` for `warrend --endpoint`, `predicted` for a guess. Readers ignore others.
+    pub kind: String,
+    /// The address.
+    pub addr: SocketAddr,
 }
 
 /// A NAT by RFC 4787; what is not known is absent. Readers ignore words that they don't know.
@@ -347,6 +360,7 @@ mod tests {
             ipv6: None,
             nat: Nat { mapping: Some("endpoint-independent".into()), filtering: None, hairpin: Some(false) },
             port_mapping: vec![],
+            endpoints: vec![Endpoint { kind: "static".into(), addr: "192.0.2.1:5".parse().unwrap() }],
             relays: vec![RelayRtt {
                 name: "fra".into(),
                 rtt_ms: Some(12.5),
@@ -388,7 +402,8 @@ mod tests {
                 serde_json::to_string(&check),
                 concat!(
                     r#"{"udp":true,"ipv4":"192.0.2.1:5","ipv6":null,"nat":{"mapping":"endpoint-independent","#,
-                    r#""filtering":null,"hairpin":false},"port_mapping":[],"relays":[{"name":"fra","rtt_ms":12.5,"#,
+                    r#""filtering":null,"hairpin":false},"port_mapping":[],"endpoints":[{"kind":"static","addr":"192.0.2.1:5"}],"#,
+                    r#""relays":[{"name":"fra","rtt_ms":12.5,"#,
                     r#""transport":"websocket","proxy":"proxy:3128"}]}"#
                 ),
             ),

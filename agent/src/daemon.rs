@@ -6,6 +6,7 @@
 //! packets flow and control events wait.
 
 mod check;
+mod endpoints;
 mod keep;
 mod mapping;
 mod packets;
@@ -17,6 +18,7 @@ mod verbs;
 mod verdicts;
 mod why;
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -79,6 +81,8 @@ pub struct Options {
     pub offloads: Offloads,
     /// Asks the gateway to forward a port.
     pub port_mapping: bool,
+    /// Where this host is reached from outside, as somebody says who knows the network.
+    pub endpoints: Vec<SocketAddr>,
     /// The way out for TCP.
     pub egress: Arc<Egress>,
     /// Relays for others, where policy lets it.
@@ -91,6 +95,7 @@ pub struct Options {
 /// Why the daemon can't start, or can't put the host back.
 pub async fn run(options: Options) -> Result<(), Problem> {
     tun::check_name(&options.tun)?;
+    endpoints::check(&options.endpoints)?;
     crate::os::check_privilege()?;
     let state = StateDir::open(&options.state_dir)?;
     let settings = state.settings()?;
@@ -478,7 +483,7 @@ impl Daemon {
     }
 }
 
-fn bound(sockets: &[Arc<Udp>]) -> Vec<(u8, std::net::SocketAddr)> {
+fn bound(sockets: &[Arc<Udp>]) -> Vec<(u8, SocketAddr)> {
     sockets.iter().map(|s| (s.id(), s.bound())).collect()
 }
 

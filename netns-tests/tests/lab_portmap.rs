@@ -1,5 +1,5 @@
 //! Port mapping against a real miniupnpd: by each protocol, through its renewal, its restart and its refusal; and two machines
-//! behind symmetric NATs that meet directly because of it.
+//! behind symmetric NATs that meet directly because of it. And a port that somebody forwards by hand.
 
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
 use std::time::Duration;
@@ -217,6 +217,61 @@ fn two_symmetric_nats_meet_directly_once_one_router_maps() -> Result<()> {
         ensure!(a.warren(&["down"])?.status.success(), "down");
         ensure!(Gateway::mapped(&router)?.is_empty(), "left behind: {}", Gateway::mapped(&router)?);
         program.kill()?;
+        Ok(())
+    })
+}
+
+/// `warrend --endpoint`: neither STUN nor a protocol tells of the forwarded port, and no guess finds it.
+#[test]
+fn two_symmetric_nats_meet_directly_at_a_static_endpoint() -> Result<()> {
+    lab::test_in("static", INTERNET, &[], |lab| {
+        const PORT: u16 = 41_641;
+        let coordinator = Coordinator::start(lab.host("coord")?, POLICY)?;
+        let join = |name: &str, args: &[&str]| -> Result<(Router, Agent)> {
+            let router = lab.router(&format!("{name}R"), RouterSpec::new(NatKind::Symmetric))?;
+            let args = args.iter().chain(&["--no-port-mapping"]).map(Into::into).collect();
+            let agent = Agent::start_with(router.host(name)?, args)?;
+            agent.up(&coordinator.url, &coordinator.auth_key("tag:a")?)?;
+            Ok((router, agent))
+        };
+        let (router, mut a) = join("a", &["--listen-port", &PORT.to_string()])?;
+        let (_other, b) = join("b", &[])?;
+        // The port that is forwarded is not the host's own.
+        let (outside, inside) = (SocketAddrV4::new(router.v4(), 4_500), SocketAddrV4::new(a.host.v4(), PORT));
+        router.nft(&format!(
+            "table ip manual {{ chain in {{ type nat hook prerouting priority dstnat - 5; iifname wan udp dport {} dnat to {inside}; }}; }}",
+            outside.port()
+        ))?;
+        a.wait_for_path("b", "relay")?;
+        b.wait_for_path("a", "relay")?;
+
+        a.process.stop()?;
+        a.args.extend(["--endpoint".into(), outside.to_string().into()]);
+        a.start_again()?;
+        a.wait_for_path("b", "direct")?;
+        let direct = |agent: &Agent, peer: &str| -> Result<serde_json::Value> {
+            agent.wait_for_path(peer, "direct")?;
+            Ok(agent.peer(peer)?["path"]["endpoint"].clone())
+        };
+        let endpoint = direct(&b, "a")?;
+        ensure!(endpoint == outside.to_string().as_str(), "{endpoint}");
+        let told = || -> Result<bool> {
+            let own = a.json(&["netcheck", "--json"])?["endpoints"].clone();
+            let own = own.as_array().context("endpoints")?;
+            Ok(own.iter().any(|e| e["kind"] == "static" && e["addr"] == outside.to_string().as_str()))
+        };
+        ensure!(told()?, "netcheck lists it");
+
+        // Another network, as far as the agent can see.
+        a.host.ip("link add extra type veth peer name extra1")?;
+        a.host.ip("addr add 10.77.0.1/24 dev extra")?;
+        a.host.ip("link set extra1 up")?;
+        a.host.ip("link set extra up")?;
+        eventually("the change is seen", LIMIT, || {
+            Ok(a.process.log()?.contains("the network changed").then_some(()))
+        })?;
+        ensure!(told()? && direct(&b, "a")? == outside.to_string().as_str(), "it outlives the network");
+        a.ping("b", 3)?;
         Ok(())
     })
 }

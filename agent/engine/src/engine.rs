@@ -296,6 +296,13 @@ impl Engine {
         self.paths.set_mapped(now.boot, external);
     }
 
+    /// Somebody who knows the network says that these addresses, [`MAX_STATIC`](crate::paths::MAX_STATIC) at most, lead to us:
+    /// peers are told, in every network. What can be no endpoint ([`is_endpoint`](warren_common::endpoint::is_endpoint)) is
+    /// left out.
+    pub fn handle_static_endpoints(&mut self, now: Now, endpoints: &[SocketAddr]) {
+        self.paths.set_static(now.boot, endpoints);
+    }
+
     /// A relay connection came up, or went down.
     pub fn handle_relay_state(&mut self, now: Now, relay: RelayId, connected: bool) {
         let news = self.paths.set_relay(now.boot, relay, connected);

@@ -31,7 +31,7 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use warren_common::ids::{DeviceId, RelayId};
 use warren_common::keys::{ProbePublicKey, ProbeSecretKey};
 use warren_common::time::Instant;
-use warren_common::wire::probe::{self, MAX_CANDIDATES, Message, ProbeKeys, TAG_LEN};
+use warren_common::wire::probe::{self, Candidate, MAX_CANDIDATES, Message, ProbeKeys, TAG_LEN};
 
 use crate::event::{Event, Path, PingToken};
 use crate::io::{Destination, LocalSocket, Outbox, Source};
@@ -141,6 +141,8 @@ const SUSPECT_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Our own socket addresses: more interfaces than a host of containers shows the world.
 pub const MAX_LOCAL: usize = 64;
+/// Most addresses of ours that somebody sets: half of what peers are told.
+pub const MAX_STATIC: usize = MAX_CANDIDATES / 2;
 /// Events waiting to be taken; the oldest goes first.
 pub const MAX_PATH_EVENTS: usize = 4_096;
 
@@ -324,6 +326,19 @@ impl Paths {
         if std::mem::replace(&mut self.shared.mapped, mapped) != mapped {
             self.own_changed(now, mapped.is_some());
         }
+    }
+
+    /// Takes the addresses that somebody says we are reached at; no network change takes them back.
+    pub(crate) fn set_static(&mut self, now: Instant, endpoints: &[SocketAddr]) {
+        let fixed = endpoints.iter().copied().take(MAX_STATIC).collect();
+        if std::mem::replace(&mut self.shared.fixed, fixed).as_slice() != endpoints {
+            self.own_changed(now, !endpoints.is_empty());
+        }
+    }
+
+    /// What peers are told of where we are.
+    pub(crate) fn own(&self) -> &[Candidate] {
+        &self.shared.own
     }
 
     /// After how much silence the IPv4 NAT needs a word, and in how much it is known not to forget, if that is known. A way

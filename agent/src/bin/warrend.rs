@@ -44,6 +44,9 @@ struct Args {
     /// Don't ask the router to forward a port (PCP, NAT-PMP, UPnP).
     #[arg(long)]
     no_port_mapping: bool,
+    /// Where others reach this host's UDP port, if a router forwards it by hand: peers are told. Repeatable, up to eight times.
+    #[arg(long, value_name = "ADDR:PORT", env = "WARREN_ENDPOINT", value_delimiter = ',')]
+    endpoint: Vec<SocketAddr>,
     /// HTTP proxy for the coordinator and, where UDP does not pass, for relays: `http://[user:password@]host:port`, or `none`.
     /// By default HTTPS_PROXY of the environment, where a password does not show in the list of processes; NO_PROXY lists
     /// exceptions either way.
@@ -109,6 +112,7 @@ fn start(args: Args) -> Result<(), Problem> {
         operator,
         offloads,
         port_mapping: !args.no_port_mapping,
+        endpoints: args.endpoint,
         egress: Arc::new(egress),
         relay: (args.relay_port != 0).then_some(PeerRelayOptions {
             port: args.relay_port,

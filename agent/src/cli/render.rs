@@ -127,6 +127,9 @@ pub(super) fn netcheck(answer: &Value) -> Result<String, Problem> {
     }
     let mapped = if check.port_mapping.is_empty() { "none".to_owned() } else { check.port_mapping.join(" ") };
     let _ = writeln!(out, "mapping: {mapped}");
+    for own in &check.endpoints {
+        let _ = writeln!(out, "told to peers: {} ({})", own.addr, own.kind);
+    }
     for relay in &check.relays {
         let rtt = relay.rtt_ms.map_or_else(|| "no answer".to_owned(), |ms| format!("{ms:.1} ms"));
         let over = over(relay.transport.as_deref(), relay.proxy.as_deref());

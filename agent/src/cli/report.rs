@@ -21,6 +21,11 @@ pub(super) fn netcheck(mut check: Value, names: bool) -> Value {
         for family in ["ipv4", "ipv6"] {
             check[family] = json!(check[family].is_string());
         }
+        for own in check["endpoints"].as_array_mut().into_iter().flatten() {
+            if let Some(own) = own.as_object_mut() {
+                own.remove("addr");
+            }
+        }
         for relay in check["relays"].as_array_mut().into_iter().flatten() {
             if let Some(relay) = relay.as_object_mut() {
                 relay.remove("name");
@@ -129,9 +134,14 @@ mod tests {
 
     #[test]
     fn a_measurement_tells_no_addresses_unless_they_are_wanted() {
-        let check = json!({"udp": true, "ipv4": "192.0.2.1:5", "ipv6": null, "relays": [{"name": "fra", "rtt_ms": 2.0}]});
+        let check = json!({
+            "udp": true, "ipv4": "192.0.2.1:5", "ipv6": null, "endpoints": [{"kind": "static", "addr": "192.0.2.1:5"}],
+            "relays": [{"name": "fra", "rtt_ms": 2.0}],
+        });
         assert_eq!(netcheck(check.clone(), true), check);
-        let hidden = json!({"udp": true, "ipv4": true, "ipv6": false, "relays": [{"rtt_ms": 2.0}]});
+        let hidden = json!({
+            "udp": true, "ipv4": true, "ipv6": false, "endpoints": [{"kind": "static"}], "relays": [{"rtt_ms": 2.0}],
+        });
         assert_eq!(netcheck(check, false), hidden);
     }
 }

@@ -8,7 +8,7 @@ use warren_engine::status::RelayStatus;
 
 use super::Daemon;
 use super::verbs::{done, not_up};
-use crate::api::{Nat, Netcheck, RelayRtt, Reply};
+use crate::api::{Endpoint, Nat, Netcheck, RelayRtt, Reply};
 use crate::netcheck;
 use crate::os::MARK;
 use crate::portmap::{self, Protocol};
@@ -84,6 +84,8 @@ impl Daemon {
             name: relay.name,
             rtt_ms: relay.rtt_ms,
         };
+        let endpoints = engine.own_endpoints().iter();
+        let endpoints = endpoints.map(|own| Endpoint { kind: own.kind.as_str().to_owned(), addr: own.addr });
         let relays = net.relays.into_iter().filter(|relay| !relay.peer).map(relay).collect();
         let _ = checked.reply.send(done(&Netcheck {
             udp: net.udp,
@@ -91,6 +93,7 @@ impl Daemon {
             ipv6: net.ipv6,
             nat,
             port_mapping: checked.port_mapping.into_iter().map(|p| p.word().to_owned()).collect(),
+            endpoints: endpoints.collect(),
             relays,
         }));
     }

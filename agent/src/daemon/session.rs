@@ -143,6 +143,7 @@ impl Daemon {
             engine.restore(now, &saved).map_err(|e| unusable_netmap(&up.dir.netmap_path(), &e))?;
         }
         engine.handle_interfaces(now, &self.surroundings.sockets(&bound(self.plane.sockets())));
+        engine.handle_static_endpoints(now, &self.options.endpoints);
         match &up.engine {
             Some(old) => engine.resume(now, &old.path_hints()),
             None => engine.resume(now, up.keep.paths(now.unix)),

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use warren_common::ids::RelayId;
 use warren_common::time::Now;
+use warren_engine::engine::Engine;
 use warren_engine::status::{LeaseStatus, RelayStatus, Status as EngineStatus};
 
 use super::{Daemon, Up};
@@ -103,6 +104,8 @@ impl Daemon {
             out.push(problem.health(*severity));
         }
         if let Some(up) = &self.up {
+            let netmap = up.engine.as_ref().and_then(Engine::netmap);
+            out.extend(netmap.and_then(|m| self.endpoint_health((m.network.ipv4, m.network.ipv6))));
             up.health(now, engine, &mut out);
         }
         out

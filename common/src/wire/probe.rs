@@ -55,11 +55,25 @@ pub enum CandidateKind {
     Observed,
     /// A port that the sender's router forwards.
     Mapped,
+    /// Somebody told the sender that it is reached there.
+    Static,
     /// A port that the sender's NAT is likely to give out next.
     Predicted,
 }
 
 impl CandidateKind {
+    /// For people and their programs.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Local => "local",
+            Self::Reflexive => "reflexive",
+            Self::Observed => "observed",
+            Self::Mapped => "mapped",
+            Self::Static => "static",
+            Self::Predicted => "predicted",
+        }
+    }
+
     const fn code(self) -> u8 {
         match self {
             Self::Local => 0,
@@ -67,6 +81,7 @@ impl CandidateKind {
             Self::Observed => 2,
             Self::Mapped => 3,
             Self::Predicted => 4,
+            Self::Static => 5,
         }
     }
 
@@ -77,6 +92,7 @@ impl CandidateKind {
             2 => Some(Self::Observed),
             3 => Some(Self::Mapped),
             4 => Some(Self::Predicted),
+            5 => Some(Self::Static),
             _ => None,
         }
     }
@@ -435,6 +451,14 @@ mod tests {
         }
         let (ping, pong) = (&messages()[0], &messages()[1]);
         assert_eq!(a.seal(ping, [0; 24]).len(), a.seal(pong, [0; 24]).len());
+    }
+
+    #[test]
+    fn kinds_of_candidates_arrive_as_sent_and_unknown_ones_not_at_all() {
+        let kinds: Vec<CandidateKind> = (0..=u8::MAX).filter_map(CandidateKind::from_code).collect();
+        assert!(kinds.iter().enumerate().all(|(code, kind)| usize::from(kind.code()) == code));
+        let words: Vec<&str> = kinds.iter().map(|kind| kind.as_str()).collect();
+        assert_eq!(words, ["local", "reflexive", "observed", "mapped", "predicted", "static"]);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::time::Duration;
 use warren_common::filter::{FilterRule, IpRange, RuleId};
 use warren_common::netmap::Peer;
 use warren_common::time::Now;
+use warren_common::wire::probe::Candidate;
 
 use super::Engine;
 use super::data::WG_REASONS;
@@ -111,6 +112,11 @@ impl Engine {
             why_not_direct: None,
             mtu: None,
         }
+    }
+
+    /// Where peers are told that we are.
+    pub fn own_endpoints(&self) -> &[Candidate] {
+        self.paths.own()
     }
 
     /// The network around us by the answers to the last STUN round alone; `None` while they are still coming in.

@@ -17,6 +17,7 @@ use warren_common::wire::probe::{
 use super::relays::Relays;
 use super::{
     Budget, KEEPALIVE, MAX_OBSERVED, MAX_PATH_EVENTS, MAX_PREDICTED, MAX_QUEUED, MAX_QUEUED_LONG,
+    MAX_STATIC,
     PathCounters, PeerIdx, Rate, SUSPECT_INTERVAL, UNKNOWN_SILENCE,
 };
 use crate::event::Event;
@@ -32,6 +33,8 @@ pub(super) struct Shared {
     pub(super) reflexive: Vec<SocketAddr>,
     /// What our NAT forwards to us.
     pub(super) mapped: Option<SocketAddr>,
+    /// Where we are reached as somebody says who knows the network, in each network.
+    pub(super) fixed: ArrayVec<SocketAddr, MAX_STATIC>,
     pub(super) observed: ArrayVec<SocketAddr, MAX_OBSERVED>,
     pub(super) own: ArrayVec<Candidate, MAX_CANDIDATES>,
     pub(super) overlay: Option<(Ipv4Net, Ipv6Net)>,
@@ -78,6 +81,7 @@ impl Shared {
             local: Vec::new(),
             reflexive: Vec::new(),
             mapped: None,
+            fixed: ArrayVec::new(),
             observed: ArrayVec::new(),
             own: ArrayVec::new(),
             overlay: None,
@@ -109,7 +113,7 @@ impl Shared {
         is_endpoint(self.overlay, addr) && !self.local.iter().any(|l| l.addr == addr)
     }
 
-    /// Lists our own addresses anew: STUN, what peers saw where STUN knows nothing, interfaces. True if that changed
+    /// Lists our own addresses anew: what the router or somebody says, STUN, what peers saw where STUN knows nothing, interfaces. True if that changed
     /// the list.
     pub(super) fn rebuild_own(&mut self) -> bool {
         let mut own = ArrayVec::<Candidate, MAX_CANDIDATES>::new();
@@ -120,10 +124,18 @@ impl Shared {
         let predicted = predicted.map(|addr| (CandidateKind::Predicted, addr));
         let reflexive = self.reflexive.iter().map(|a| (CandidateKind::Reflexive, *a));
         let mapped = self.mapped.iter().map(|a| (CandidateKind::Mapped, *a));
+        // Known to STUN, it is more than what somebody says.
+        let fixed = self.fixed.iter().filter(|a| !self.reflexive.contains(a));
+        let fixed = fixed.map(|a| (CandidateKind::Static, *a));
         let observed = self.observed.iter().filter(|a| !stunned(a)).map(|a| (CandidateKind::Observed, *a));
         // Those from outside come first: should the list overflow, they are the ones that count.
-        for (kind, addr) in
-            mapped.chain(reflexive).chain(observed).chain(first_local).chain(predicted).chain(local)
+        for (kind, addr) in mapped
+            .chain(fixed)
+            .chain(reflexive)
+            .chain(observed)
+            .chain(first_local)
+            .chain(predicted)
+            .chain(local)
         {
             let known = own.iter().any(|c| c.addr == addr);
             if is_endpoint(self.overlay, addr) && !known && !own.is_full() {

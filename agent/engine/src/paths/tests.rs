@@ -315,6 +315,40 @@ fn our_addresses_are_bounded_and_what_peers_saw_counts_only_where_stun_is_silent
 }
 
 #[test]
+fn an_address_that_somebody_sets_is_told_to_peers_in_every_network() {
+    let (mut paths, keys) = pair();
+    paths.ping(START, 0, PingToken(1));
+    sent(&mut paths, &keys);
+    let fixed = |paths: &Paths| -> Vec<SocketAddr> {
+        paths.shared.own.iter().filter(|c| c.kind == CandidateKind::Static).map(|c| c.addr).collect()
+    };
+    let outside: SocketAddr = "198.51.100.7:41641".parse().unwrap();
+    // What can be no endpoint is none; the overlay's own addresses neither.
+    let set =
+        ["100.64.0.9:1", "127.0.0.1:1", "224.0.0.1:1", "198.51.100.7:0", "0.0.0.0:5", "198.51.100.7:41641"];
+    let set = set.map(|addr| addr.parse().unwrap());
+    paths.set_static(START, &set);
+    assert_eq!(fixed(&paths), [outside]);
+    let later = START + Duration::from_secs(1);
+    paths.handle_timeout(later);
+    assert!(sent(&mut paths, &keys).2 > 0, "the peer hears of it");
+    // However many there are of the others.
+    let many = || (0..100).map(|n| SocketAddr::from(([203, 0, 113, n], 9)));
+    paths.set_reflexive(later, many(), None);
+    assert_eq!((fixed(&paths), paths.shared.own.len()), (vec![outside], MAX_CANDIDATES));
+    paths.set_local(later, &[LocalSocket { id: 0, addr: "192.0.2.2:1000".parse().unwrap() }]);
+    assert_eq!(fixed(&paths), [outside], "in another network as well");
+    // Where STUN sees us as well, its word counts.
+    paths.set_reflexive(later, std::iter::once(outside), None);
+    assert!(fixed(&paths).is_empty() && paths.shared.own.iter().any(|c| c.addr == outside));
+    let many: Vec<SocketAddr> = many().collect();
+    paths.set_static(later, &many);
+    assert_eq!(fixed(&paths), many[..MAX_STATIC]);
+    paths.set_static(later, &[]);
+    assert_eq!(fixed(&paths), []);
+}
+
+#[test]
 fn a_mapped_port_is_told_to_peers_until_the_network_changes() {
     let (mut paths, keys) = pair();
     paths.ping(START, 0, PingToken(1));
