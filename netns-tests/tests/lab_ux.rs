@@ -74,25 +74,37 @@ fn see(lab: &Lab) -> Result<()> {
     told(&far, "relay-far")?;
 
     // The report, with and without names.
-    let report = |names: &[&str]| -> Result<String> {
-        let file = home.agent.host.dir().join(format!("report{}.txt", names.len()));
+    let report = |file: &str, names: &[&str]| -> Result<String> {
+        let file = home.agent.host.dir().join(file);
         let path = file.to_str().context("a path")?;
         let output = home.agent.warren(&[&["bugreport", "--output", path], names].concat())?;
         ensure!(output.status.success() && text(&output).0.contains(path), "{:?}", text(&output));
         Ok(fs::read_to_string(&file)?)
     };
-    let (hidden, named) = (report(&[])?, report(&["--with-names"])?);
+    let (hidden, named) = (report("hidden.txt", &[])?, report("named.txt", &["--with-names"])?);
     let own = home.agent.addresses()?.first().context("an address")?.to_string();
     let names = [home.name(), public.name(), "203.0.113.", &own, "tag:all", "fra"];
-    for name in names {
-        // Addresses by their beginning, all else as a whole word.
+    // Addresses wherever they begin, all else as a whole word, whatever stands around it.
+    let names_one = |report: &str, name: &str| {
         let is = |word: &str| word == name || (name.contains('.') && word.starts_with(name));
-        let word = |text: &str| text.split([' ', '\n', ',']).any(is);
-        ensure!(!word(&hidden), "{name} is in:\n{hidden}");
-        ensure!(word(&named), "{name} is not in:\n{named}");
+        report.split(|c: char| !(c.is_alphanumeric() || ".:-_".contains(c))).any(is)
+    };
+    for name in names {
+        ensure!(!names_one(&hidden, name), "{name} is in:\n{hidden}");
+        ensure!(names_one(&named, name), "{name} is not in:\n{named}");
     }
     for line in ["\nstatus\n", "\nnetcheck\n", "  udp: yes\n", "  nat.hairpin: no\n"] {
         ensure!(hidden.contains(line), "{line:?} is not in:\n{hidden}");
+    }
+    // The same while something is wrong, which has names in its text.
+    let cut = "table inet cut { chain out { type filter hook output priority 0; meta l4proto tcp reject with tcp reset; }; }";
+    home.agent.host.nft(cut)?;
+    told(&home, "coordinator-away")?;
+    let (hidden, named) = (report("hidden-away.txt", &[])?, report("named-away.txt", &["--with-names"])?);
+    ensure!(hidden.contains("coordinator-away"), "{hidden}");
+    ensure!(names_one(&named, "203.0.113."), "{named}");
+    for name in names {
+        ensure!(!names_one(&hidden, name), "{name} is in:\n{hidden}");
     }
     Ok(())
 }

@@ -38,7 +38,7 @@ pub(super) fn netcheck(mut check: Value, names: bool) -> Value {
 
 /// What the daemon says, what was measured, and the host.
 pub(super) fn whole(mut report: Value, check: Result<Value, Problem>) -> Value {
-    report["netcheck"] = check.unwrap_or_else(|problem| json!({ "problem": problem.text }));
+    report["netcheck"] = check.unwrap_or_else(|problem| json!({ "problem": problem.code }));
     report["cli"] = json!(env!("CARGO_PKG_VERSION"));
     let release = std::fs::read_to_string("/etc/os-release").unwrap_or_default();
     let name = release.lines().find_map(|line| line.strip_prefix("PRETTY_NAME="));

@@ -22,6 +22,16 @@ const LEASE_WARNING: Duration = Duration::from_secs(3_600);
 const FAR_MS: f64 = 250.0;
 /// What stands for a name or an address in a bug report without them.
 const HIDDEN: &str = "(hidden)";
+/// Health items whose texts name nobody and no place.
+const CLEAN: [&str; 7] = [
+    "clock-skew",
+    "captive-portal",
+    "no-ipv6",
+    "port-mapping-lost",
+    "lease-ending",
+    "relay-far",
+    "udp-blocked",
+];
 /// Time that relays and UDP get after coming up before their absence is told of.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -178,18 +188,13 @@ fn redact(status: &mut Status) {
     if let Some(network) = &mut status.network {
         HIDDEN.clone_into(&mut network.name);
     }
-    // Texts of health items may hold the URL; the code says what is wrong.
-    let url = status.coordinator.as_mut().map(|c| std::mem::replace(&mut c.url, HIDDEN.to_owned()));
-    for item in &mut status.health {
-        // These name the proxy and its user, or the relay's address.
-        if item.code.starts_with("proxy-") || item.code == "relay-certificate" {
-            HIDDEN.clone_into(&mut item.text);
-            HIDDEN.clone_into(&mut item.fix);
-        }
-        if let Some(url) = url.as_ref().filter(|url| !url.is_empty()) {
-            item.text = item.text.replace(url.as_str(), HIDDEN);
-            item.fix = item.fix.replace(url.as_str(), HIDDEN);
-        }
+    if let Some(coordinator) = &mut status.coordinator {
+        HIDDEN.clone_into(&mut coordinator.url);
+    }
+    // The code says what is wrong; most texts name hosts, addresses or files, and some are not even ours.
+    for item in status.health.iter_mut().filter(|item| !CLEAN.contains(&item.code.as_str())) {
+        HIDDEN.clone_into(&mut item.text);
+        HIDDEN.clone_into(&mut item.fix);
     }
     if let Some(counters) = status.counters.as_object_mut() {
         // They name rules, and so people and machines.
@@ -327,6 +332,47 @@ impl Up {
                 format!("no answer comes back by UDP: traffic goes through {way}"),
                 "have outgoing UDP let out by the firewall, at best to any port, and replies let in",
             );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_without_names_has_none_in_what_is_wrong_either() {
+        let item =
+            |code: &str, text: &str| Problem::new(code, text, format!("mend {text}")).health(Severity::Error);
+        let url = "https://warren.acme.example";
+        let mut status = Status {
+            state: "running".into(),
+            network: None,
+            device: None,
+            coordinator: Some(Coordinator { url: url.into(), connected: false, revision: 1 }),
+            peers: vec![],
+            relays: vec![],
+            relaying: None,
+            health: vec![
+                item("coordinator-away", &format!("`{url}`: the name `warren.acme.example` is not known")),
+                item("bad-url", "`http:/warren.acme.example` is not the URL of a coordinator"),
+                item("pool-collision", "100.64.0.0/10 is on the way to acme0"),
+                item("relay-away", "no relay can be reached (192.0.2.7: refused)"),
+                item("of-a-later-coordinator", "ask ann@acme.example"),
+                item("udp-blocked", "no answer comes back by UDP"),
+            ],
+            counters: json!({}),
+            offloads: Default::default(),
+        };
+        redact(&mut status);
+        let text = serde_json::to_string(&status).unwrap();
+        for name in ["acme", "192.0.2", "100.64", "http"] {
+            assert!(!text.contains(name), "{name} is in {text}");
+        }
+        for kept in
+            ["coordinator-away", "pool-collision", "of-a-later-coordinator", "no answer comes back by UDP"]
+        {
+            assert!(text.contains(kept), "{kept} is not in {text}");
         }
     }
 }
