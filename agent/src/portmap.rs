@@ -40,6 +40,8 @@ const WAITS: [Duration; 3] =
 const MAX_ANSWER_UDP: usize = 1_100;
 /// Least time between two renewals (RFC 6887 section 11.2.1), and between two announcements that are believed.
 const SPACING: Duration = Duration::from_secs(4);
+/// Whatever address and port the gateway likes.
+const ANY: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0);
 /// Outside ports that are tried with UPnP, where others may hold the one we ask for.
 const MAX_PORTS: usize = 4;
 /// How long giving a mapping back may hold up the end.
@@ -129,10 +131,25 @@ pub struct Mapper {
 impl Mapper {
     /// Starts to look for a mapping.
     pub fn spawn(config: Config) -> Self {
+        Self::start(config, None)
+    }
+
+    /// The same once `former`, at the same gateway, has given its own back: later that would take away ours.
+    pub fn spawn_after(former: Self, config: Config) -> Self {
+        Self::start(config, Some(former))
+    }
+
+    fn start(config: Config, former: Option<Self>) -> Self {
         let (sender, state) = watch::channel(State::default());
         let (stop, stopped) = oneshot::channel();
+        let work = async move {
+            if let Some(former) = former {
+                former.close().await;
+            }
+            run(config, sender, stopped).await;
+        };
         #[expect(clippy::disallowed_methods, reason = "owned by the handle: dropping it aborts the task")]
-        let task = tokio::task::spawn(run(config, sender, stopped));
+        let task = tokio::task::spawn(work);
         Self { config, state, stop, task: AbortOnDropHandle::new(task) }
     }
 
@@ -465,9 +482,24 @@ async fn run(config: Config, state: watch::Sender<State>, stopped: oneshot::Rece
             _ = &mut senses.stopped => return,
         };
         for (protocol, client) in found {
-            let granted = tokio::select! {
-                granted = client.map(config.port, former, config.timing.lifetime) => granted,
-                _ = &mut senses.stopped => return,
+            let granted = {
+                let mapping = client.map(config.port, former, config.timing.lifetime);
+                tokio::pin!(mapping);
+                tokio::select! {
+                    granted = &mut mapping => granted,
+                    _ = &mut senses.stopped => {
+                        // It may be mapped already.
+                        let external = match client {
+                            // Of which port only the answer tells; another one may be somebody else's.
+                            Client::Upnp { .. } => mapping.await.ok().map(|granted| granted.external),
+                            Client::Pcp { .. } | Client::NatPmp { .. } => Some(former.unwrap_or(ANY)),
+                        };
+                        if let Some(external) = external {
+                            client.release(config.port, external).await;
+                        }
+                        return;
+                    }
+                }
             };
             match granted {
                 Ok(granted) => {
@@ -598,6 +630,9 @@ impl Held {
 
 #[cfg(test)]
 mod tests {
+    use tokio::sync::mpsc;
+    use tokio::task::JoinSet;
+
     use super::*;
 
     #[test]
@@ -634,5 +669,60 @@ mod tests {
         let mapper = Mapper::spawn(config);
         assert_eq!(mapper.state(), State::default());
         mapper.close().await;
+    }
+
+    /// A gateway that speaks NAT-PMP: answers `answered` requests for a port, and tells the life that each request asks for.
+    async fn gateway(ip: Ipv4Addr, mut answered: usize) -> (mpsc::UnboundedReceiver<u32>, JoinSet<()>) {
+        let socket = UdpSocket::bind((ip, SERVER_PORT)).await.unwrap();
+        let (sender, asked) = mpsc::unbounded_channel();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            let mut buffer = [0; 64];
+            loop {
+                let (len, from) = socket.recv_from(&mut buffer).await.unwrap();
+                let answer = match buffer[..len] {
+                    [0, 0] => vec![0, 128, 0, 0, 0, 0, 0, 9, 198, 51, 100, 7],
+                    [0, 1, _, _, high, low, _, _, a, b, c, d] => {
+                        let life = u32::from_be_bytes([a, b, c, d]);
+                        sender.send(life).unwrap();
+                        if life > 0 && answered == 0 {
+                            continue;
+                        }
+                        answered -= usize::from(life > 0);
+                        let external = if life > 0 { 99 } else { 0 };
+                        vec![0, 129, 0, 0, 0, 0, 0, 9, high, low, 0, external, a, b, c, d]
+                    }
+                    _ => continue, // PCP
+                };
+                socket.send_to(&answer, from).await.unwrap();
+            }
+        });
+        (asked, tasks)
+    }
+
+    fn at(gateway: Ipv4Addr) -> Config {
+        Config { gateway, port: 41_641, nonce: [1; NONCE_LEN], mark: 0, timing: Timing::default() }
+    }
+
+    #[tokio::test]
+    async fn an_end_before_the_answer_gives_back_what_may_be_mapped() {
+        let ip = Ipv4Addr::new(127, 0, 53, 51);
+        let (mut asked, _tasks) = gateway(ip, 0).await;
+        let mapper = Mapper::spawn(at(ip));
+        assert_eq!(asked.recv().await, Some(7_200));
+        mapper.close().await;
+        let all: Vec<u32> = std::iter::from_fn(|| asked.try_recv().ok()).collect();
+        assert!(all.contains(&0), "{all:?}");
+    }
+
+    #[tokio::test]
+    async fn a_mapper_that_takes_anothers_place_asks_after_that_has_given_its_mapping_back() {
+        let ip = Ipv4Addr::new(127, 0, 53, 52);
+        let (mut asked, _tasks) = gateway(ip, 2).await;
+        let mut first = Mapper::spawn(at(ip));
+        assert!(first.changed().await.mapping.is_some());
+        let mut second = Mapper::spawn_after(first, at(ip));
+        assert!(second.changed().await.mapping.is_some());
+        assert_eq!([asked.recv().await, asked.recv().await, asked.recv().await], [7_200, 0, 7_200].map(Some));
     }
 }

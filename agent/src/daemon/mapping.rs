@@ -56,8 +56,16 @@ impl Daemon {
         let own: Vec<IpAddr> = self.surroundings.addrs().iter().copied().filter(IpAddr::is_ipv4).collect();
         let mapping = &mut up.mapping;
         if mapping.mapper.as_ref().map(Mapper::config) != wanted.as_ref() || mapping.own != own {
-            // What the former network mapped ends by itself: most often it is out of reach by now.
-            *mapping = Mapping { mapper: wanted.map(Mapper::spawn), own };
+            let former = mapping.mapper.take();
+            let mapper = wanted.map(|wanted| match former {
+                // Behind the same router we have another address, or one more.
+                Some(former) if former.config().gateway == wanted.gateway => {
+                    Mapper::spawn_after(former, wanted)
+                }
+                // What the former network mapped ends by itself: most often it is out of reach by now.
+                _ => Mapper::spawn(wanted),
+            });
+            *mapping = Mapping { mapper, own };
         }
     }
 
