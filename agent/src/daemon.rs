@@ -469,7 +469,7 @@ impl Daemon {
                 engine.handle_interfaces(now, &self.surroundings.sockets(&bound(self.plane.sockets())));
             }
         }
-        self.follow_gateway();
+        self.follow_gateway(now);
         if let Some(up) = &mut self.up {
             up.tell_mapping(now); // a network that changed elsewhere
             up.follow_addresses(self.surroundings.addrs());

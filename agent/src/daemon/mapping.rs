@@ -42,7 +42,7 @@ impl Mapping {
 
 impl Daemon {
     /// Asks the gateway that there is now, unless it is being asked already.
-    pub(super) fn follow_gateway(&mut self) {
+    pub(super) fn follow_gateway(&mut self, now: Now) {
         let Some(up) = self.up.as_deref_mut().filter(|up| up.engine.is_some()) else { return };
         let gateway = self.surroundings.gateway().filter(|_| self.options.port_mapping);
         let port = self.plane.sockets().iter().find(|s| s.bound().is_ipv4()).map(|s| s.bound().port());
@@ -66,6 +66,9 @@ impl Daemon {
                 _ => Mapper::spawn(wanted),
             });
             *mapping = Mapping { mapper, own };
+            if let Some(engine) = &mut up.engine {
+                engine.handle_port_mapping(now, None); // the new one may find none, and says nothing then
+            }
         }
     }
 

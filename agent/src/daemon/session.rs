@@ -151,7 +151,7 @@ impl Daemon {
         up.relays.connected().for_each(|id| engine.handle_relay_state(now, id, true));
         up.engine = Some(engine);
         up.tell_mapping(now);
-        self.follow_gateway();
+        self.follow_gateway(now);
         Ok(())
     }
 
