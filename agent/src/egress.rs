@@ -146,7 +146,7 @@ fn load(path: &Path) -> Result<Vec<CertificateDer<'static>>, Problem> {
 }
 
 /// Connects to the first address of a name that answers, or says why none does.
-async fn dial(host: &str, port: u16, mark: u32) -> Result<TcpStream, String> {
+pub(crate) async fn dial(host: &str, port: u16, mark: u32) -> Result<TcpStream, String> {
     let addresses = match lookup_host((host, port)).await {
         Ok(list) => in_turn(list),
         Err(_) => return Err(format!("the name `{host}` is not known")),
