@@ -82,7 +82,10 @@ pub(super) fn status(answer: &Value) -> Result<String, Problem> {
             ]);
         }
         let _ = writeln!(out, "\n{table}");
-        for peer in status.peers.iter().filter(|p| p.path.kind == "relay") {
+        // Of those that nobody talks with, none is expected to be.
+        let wanted =
+            |path: &PathStatus| path.kind != "direct" && path.why_not_direct.as_deref() != Some("idle");
+        for peer in status.peers.iter().filter(|p| wanted(&p.path)) {
             if let Some(why) = &peer.why_not_direct {
                 let name = peer.name.clone().unwrap_or_else(|| peer.id.to_string());
                 let _ = writeln!(out, " {name} is not direct: {why}");

@@ -80,6 +80,13 @@ fn ping_prints_the_contract_s_lines_and_sums_up() {
 
 #[test]
 fn people_see_paths_owners_and_fixes() {
+    let none = |why: &str| {
+        json!({
+            "id": "dev_00000000000000000000000002", "name": why, "ips": [], "user": "b@x", "tags": [], "online": false,
+            "path": {"kind": "none", "endpoint": null, "relay": null, "rtt_ms": null, "why_not_direct": why},
+            "why_not_direct": "because", "rx_bytes": 0, "tx_bytes": 0, "last_handshake": null,
+        })
+    };
     let answer = json!({
         "state": "running", "network": {"id": "net_00000000000000000000000000", "name": "acme"},
         "self": {"id": "dev_00000000000000000000000000", "name": "laptop", "ips": ["100.64.0.1"], "user": "a@x", "tags": []},
@@ -89,7 +96,7 @@ fn people_see_paths_owners_and_fixes() {
             "tags": ["tag:db"], "online": true,
             "path": {"kind": "relay", "endpoint": null, "relay": "eu", "rtt_ms": 1.5},
             "rx_bytes": 5, "tx_bytes": 3_500_000, "last_handshake": null,
-        }],
+        }, none("idle"), none("no-network")],
         "relays": [
             {"name": "eu", "home": true, "transport": "udp", "rtt_ms": 1.25},
             {"name": "us", "home": false, "transport": null, "rtt_ms": null},
@@ -108,8 +115,11 @@ relay: eu (over UDP, 1.2 ms, home)
 relay: us (not connected)
 relay: in (over WebSocket through the proxy p.corp:3128)
 
- PEER  ADDRESSES   OWNER   ONLINE  PATH      RECEIVED  SENT    
- db1   100.64.0.2  tag:db  yes     relay eu  5 B       3.3 MiB 
+ PEER        ADDRESSES   OWNER   ONLINE  PATH      RECEIVED  SENT    
+ db1         100.64.0.2  tag:db  yes     relay eu  5 B       3.3 MiB 
+ idle                    b@x     no      none      0 B       0 B     
+ no-network              b@x     no      none      0 B       0 B     
+ no-network is not direct: because
 
 warning: away [coordinator-away]
   fix: wait
