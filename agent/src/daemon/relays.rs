@@ -179,11 +179,13 @@ impl Up {
         }
     }
 
-    /// The netmap changed: relays that are gone or changed are left, and tokens are renewed if the peers they must
+    /// The netmap changed: relays that are gone or moved are left, and tokens are renewed if the peers they must
     /// name are others now, so that the first packet to a new peer passes.
     pub(super) fn follow_netmap(&mut self, now: Now, peers_changed: bool) {
         let Some(netmap) = self.engine.as_ref().and_then(|e| e.netmap()) else { return };
-        let stale = |netmap: &Netmap, c: &Client| netmap.relays.get(&c.relay.id) != Some(&c.relay);
+        let stale = |netmap: &Netmap, c: &Client| {
+            netmap.relays.get(&c.relay.id).is_none_or(|r| has_moved(&c.relay, r))
+        };
         let gone: Vec<RelayId> =
             self.relays.clients.iter().filter(|(_, c)| stale(netmap, c)).map(|(id, _)| *id).collect();
         for id in gone {
@@ -284,6 +286,11 @@ impl Up {
     }
 }
 
+/// True if a connection to the relay can't be the same any more. Its name and its STUN service are no part of one.
+fn has_moved(then: &Relay, now: &Relay) -> bool {
+    (&then.addrs, then.cert_sha256) != (&now.addrs, now.cert_sha256)
+}
+
 impl Daemon {
     pub(super) fn on_relay(&mut self, now: Now, first: RelayEvent) {
         let Self { up: Some(up), plane, .. } = self else { return };
@@ -300,6 +307,22 @@ mod tests {
     use warren_common::keys::ProbeSecretKey;
 
     use super::*;
+
+    #[test]
+    fn a_relay_that_is_renamed_or_gets_another_stun_service_keeps_its_connections() {
+        let then = Relay {
+            id: RelayId::from_bytes([2; 16]),
+            name: "r".into(),
+            addrs: vec!["192.0.2.1:3340".parse().unwrap()],
+            stun: vec![],
+            cert_sha256: [1; 32],
+            peer: false,
+        };
+        let stun = vec!["192.0.2.1:3478".parse().unwrap()];
+        assert!(!has_moved(&then, &Relay { name: "s".into(), stun, ..then.clone() }));
+        assert!(has_moved(&then, &Relay { addrs: vec![], ..then.clone() }));
+        assert!(has_moved(&then, &Relay { cert_sha256: [2; 32], ..then.clone() }));
+    }
 
     #[tokio::test]
     async fn packets_that_find_no_connection_are_counted() {
