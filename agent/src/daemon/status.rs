@@ -312,7 +312,10 @@ impl Up {
                 add(&problem.code, Severity::Warning, problem.text.clone(), &problem.fix);
             }
         }
-        let nearest = relays.iter().filter_map(|r| r.rtt_ms).reduce(f64::min);
+        // Where STUN gets no answer, what packets take tells how far it is.
+        let measured = |r: &RelayStatus| self.relays.link(r.id).and_then(|(_, rtt)| rtt);
+        let away = |r: &RelayStatus| r.rtt_ms.or_else(|| measured(r).map(|rtt| rtt.as_secs_f64() * 1_000.0));
+        let nearest = relays.iter().filter_map(|r| away(r)).reduce(f64::min);
         if let Some(ms) = nearest.filter(|ms| *ms > FAR_MS) {
             add(
                 "relay-far",
