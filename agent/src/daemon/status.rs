@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use warren_common::ids::RelayId;
+use warren_common::netmap::Relay;
 use warren_common::time::Now;
 use warren_engine::engine::Engine;
 use warren_engine::status::{LeaseStatus, RelayStatus, Status as EngineStatus};
@@ -13,6 +14,7 @@ use crate::api::{Coordinator, NetworkStatus, RelayLink, Status, round_ms};
 use crate::egress::Proxy;
 use crate::peer_relay::PeerRelay;
 use crate::problem::{HealthItem, Problem, Severity};
+use crate::relay_client::Transport;
 
 /// A clock this far off is told of, in microseconds.
 const MAX_SKEW_US: u64 = 5 * 60 * 1_000_000;
@@ -326,7 +328,9 @@ impl Up {
                 "have the administrator set up a relay nearby (`warren-coordinator relay create NAME`); behind a slow or full link nothing else helps",
             );
         }
-        if !status.net.udp {
+        let transports = relays.iter().filter_map(|r| self.relays.link(r.id)).map(|(transport, _)| transport);
+        let known = self.engine.as_ref().and_then(Engine::netmap).into_iter().flat_map(|m| m.relays.values());
+        if !status.net.udp && is_udp_blocked(known, transports) {
             let proxied = relays.iter().any(|relay| self.relays.is_proxied(relay.id));
             let way = if proxied { "relays and the HTTP proxy only" } else { "relays only" };
             add(
@@ -339,9 +343,38 @@ impl Up {
     }
 }
 
+/// What no answer by STUN means: nothing without a server, and not that while packets to a relay are UDP.
+fn is_udp_blocked<'a>(
+    mut known: impl Iterator<Item = &'a Relay>,
+    mut transports: impl Iterator<Item = Transport>,
+) -> bool {
+    known.any(|relay| !relay.stun.is_empty())
+        && !transports.any(|transport| matches!(transport, Transport::Udp | Transport::Quic))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn udp_is_blocked_if_there_is_a_server_to_tell_and_nothing_tells_otherwise() {
+        let relay = |stun: &[&str]| Relay {
+            id: RelayId::from_bytes([2; 16]),
+            name: "r".into(),
+            addrs: vec![],
+            stun: stun.iter().map(|addr| addr.parse().unwrap()).collect(),
+            cert_sha256: [1; 32],
+            peer: false,
+        };
+        let (with, without) = ([relay(&[]), relay(&["192.0.2.1:3478"])], [relay(&[])]);
+        let blocked =
+            |known: &[Relay], over: &[Transport]| is_udp_blocked(known.iter(), over.iter().copied());
+        assert!(blocked(&with, &[]) && blocked(&with, &[Transport::WebSocket]));
+        assert!(!blocked(&without, &[]) && !blocked(&without, &[Transport::WebSocket]));
+        assert!(
+            !blocked(&with, &[Transport::WebSocket, Transport::Udp]) && !blocked(&with, &[Transport::Quic])
+        );
+    }
 
     #[test]
     fn a_report_without_names_has_none_in_what_is_wrong_either() {
