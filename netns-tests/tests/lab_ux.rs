@@ -72,6 +72,11 @@ fn see(lab: &Lab) -> Result<()> {
     told(&blocked, "udp-blocked")?;
     because(&blocked, public.name(), "no UDP comes back")?;
     told(&far, "relay-far")?;
+    ensure!(!far.agent.health()?.contains(&"no-ipv6".to_owned()), "it has IPv6");
+    ensure!(far.agent.warren(&["down"])?.status.success(), "down");
+    far.agent.host.sysctl(&["net.ipv6.conf.all.disable_ipv6=1"])?;
+    ensure!(far.agent.warren(&["up"])?.status.success(), "up");
+    told(&far, "no-ipv6")?;
 
     // The report, with and without names.
     let report = |file: &str, names: &[&str]| -> Result<String> {

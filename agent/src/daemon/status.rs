@@ -279,20 +279,7 @@ impl Up {
             );
         }
         let Some(status) = engine else { return };
-        let left = match status.lease {
-            LeaseStatus::Valid { remaining_ms } => Some(Duration::from_millis(remaining_ms)),
-            LeaseStatus::Ended => Some(Duration::ZERO),
-            LeaseStatus::None => None,
-        };
-        if let Some(left) = left.filter(|left| *left < LEASE_WARNING && (!self.welcomed || left.is_zero())) {
-            let (severity, text) = if left.is_zero() {
-                (Severity::Error, "the lease of everything granted has ended: nothing passes".to_owned())
-            } else {
-                (
-                    Severity::Warning,
-                    format!("everything granted ends in {} minutes", left.as_secs().div_ceil(60)),
-                )
-            };
+        if let Some((severity, text)) = lease_ending(status.lease, self.welcomed) {
             add("lease-ending", severity, text, "make the coordinator reachable: it renews the lease");
         }
         // Those that may be home: a device that relays may be away without anybody missing it.
@@ -343,6 +330,25 @@ impl Up {
     }
 }
 
+/// What to say of the lease, if anything: while there is a session it is renewed.
+fn lease_ending(lease: LeaseStatus, welcomed: bool) -> Option<(Severity, String)> {
+    let left = match lease {
+        LeaseStatus::Valid { remaining_ms } => Duration::from_millis(remaining_ms),
+        LeaseStatus::Ended => Duration::ZERO,
+        LeaseStatus::None => return None,
+    };
+    if left.is_zero() {
+        return Some((
+            Severity::Error,
+            "the lease of everything granted has ended: nothing passes".to_owned(),
+        ));
+    }
+    let soon = left < LEASE_WARNING && !welcomed;
+    soon.then(|| {
+        (Severity::Warning, format!("everything granted ends in {} minutes", left.as_secs().div_ceil(60)))
+    })
+}
+
 /// What no answer by STUN means: nothing without a server, and not that while packets to a relay are UDP.
 fn is_udp_blocked<'a>(
     mut known: impl Iterator<Item = &'a Relay>,
@@ -355,6 +361,21 @@ fn is_udp_blocked<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lease_is_told_of_when_it_has_ended_or_will_and_nobody_renews_it() {
+        let valid = |minutes: u64| LeaseStatus::Valid { remaining_ms: minutes * 60_000 };
+        assert_eq!(lease_ending(LeaseStatus::None, false), None);
+        assert_eq!(lease_ending(valid(60), false), None);
+        assert_eq!(lease_ending(valid(59), true), None);
+        let (severity, text) = lease_ending(valid(59), false).unwrap();
+        assert_eq!((severity, text.as_str()), (Severity::Warning, "everything granted ends in 59 minutes"));
+        for ended in [LeaseStatus::Ended, valid(0)] {
+            for welcomed in [false, true] {
+                assert_eq!(lease_ending(ended, welcomed).unwrap().0, Severity::Error);
+            }
+        }
+    }
 
     #[test]
     fn udp_is_blocked_if_there_is_a_server_to_tell_and_nothing_tells_otherwise() {
