@@ -27,7 +27,7 @@ const PATIENCE: Duration = Duration::from_millis(1_200);
 
 /// Finds out. `own` are this host's addresses; sockets get `mark`. Takes up to four times `PATIENCE`.
 pub async fn nat(servers: &[SocketAddr], own: &[IpAddr], mark: u32) -> Nat {
-    let v4 = servers.iter().any(SocketAddr::is_ipv4);
+    let v4 = asks_by_ipv4(servers, own);
     let servers: Vec<_> = servers.iter().copied().filter(|s| s.is_ipv4() == v4).take(MAX_SERVERS).collect();
     let any: IpAddr = if v4 { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let open = || udp::socket(SocketAddr::new(any, 0), mark).and_then(UdpSocket::from_std);
@@ -35,6 +35,13 @@ pub async fn nat(servers: &[SocketAddr], own: &[IpAddr], mark: u32) -> Nat {
         (Ok(socket), Ok(second)) => Check { socket, second }.run(&servers, own).await,
         _ => Nat::default(), // nothing is known
     }
+}
+
+/// IPv4 is what most NATs are about; but a host must have it, and IPv6 is better than nothing.
+fn asks_by_ipv4(servers: &[SocketAddr], own: &[IpAddr]) -> bool {
+    let there = |v4: bool| servers.iter().any(|server| server.is_ipv4() == v4);
+    let here = |v4: bool| own.iter().any(|addr| addr.is_ipv4() == v4);
+    there(true) && (here(true) || !(there(false) && here(false)))
 }
 
 /// Two sockets: the one that is asked about, and another behind the same NAT.

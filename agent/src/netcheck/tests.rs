@@ -130,3 +130,16 @@ async fn without_answers_nothing_is_claimed() {
     }
     assert_eq!(asked.len(), MAX_SERVERS);
 }
+
+#[test]
+fn servers_are_asked_by_a_family_that_the_host_has() {
+    let by_v4 = |servers: &[&str], own: &[&str]| {
+        let servers: Vec<SocketAddr> = servers.iter().map(|addr| addr.parse().unwrap()).collect();
+        let own: Vec<IpAddr> = own.iter().map(|addr| addr.parse().unwrap()).collect();
+        asks_by_ipv4(&servers, &own)
+    };
+    let (v4, v6) = ("192.0.2.1:3478", "[2001:db8::1]:3478");
+    assert!(by_v4(&[v6, v4], &["10.0.0.1", "2001:db8::2"]) && by_v4(&[v4], &["10.0.0.1"]));
+    assert!(!by_v4(&[v4, v6], &["2001:db8::2"]) && !by_v4(&[v6], &["10.0.0.1"]));
+    assert!(by_v4(&[v4], &["2001:db8::2"]) && by_v4(&[v4, v6], &[]), "nothing better is known");
+}
