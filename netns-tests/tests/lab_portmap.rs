@@ -245,7 +245,7 @@ fn two_symmetric_nats_meet_directly_at_a_static_endpoint() -> Result<()> {
         a.wait_for_path("b", "relay")?;
         b.wait_for_path("a", "relay")?;
 
-        a.process.stop()?;
+        a.process.stop(LIMIT)?;
         a.args.extend(["--endpoint".into(), outside.to_string().into()]);
         a.start_again()?;
         a.wait_for_path("b", "direct")?;

@@ -16,8 +16,7 @@ use warren_common::wire::probe::{
 
 use super::relays::Relays;
 use super::{
-    Budget, KEEPALIVE, MAX_OBSERVED, MAX_PATH_EVENTS, MAX_PREDICTED, MAX_QUEUED, MAX_QUEUED_LONG,
-    MAX_STATIC,
+    Budget, KEEPALIVE, MAX_OBSERVED, MAX_PATH_EVENTS, MAX_PREDICTED, MAX_QUEUED, MAX_QUEUED_LONG, MAX_STATIC,
     PathCounters, PeerIdx, Rate, SUSPECT_INTERVAL, UNKNOWN_SILENCE,
 };
 use crate::event::Event;
