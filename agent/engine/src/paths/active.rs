@@ -104,6 +104,8 @@ pub(super) struct Active {
 
 pub(super) struct Current {
     way: Way,
+    /// When it came into use.
+    chosen: Instant,
     /// When something came in on it that nobody can have sent again: a packet of WireGuard's, or an answer to a ping of ours.
     last_rx: Instant,
     /// When a ping of the peer's came in, or something like it. It may be one that somebody sends again, so it says nothing of
@@ -165,6 +167,7 @@ impl Current {
     fn new(now: Instant, way: Way, rtt: Duration, mtu: usize) -> Self {
         Self {
             way,
+            chosen: now,
             rtt,
             last_rx: now,
             kept: now,

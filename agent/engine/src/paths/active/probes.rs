@@ -8,7 +8,8 @@ use warren_common::time::Instant;
 use warren_common::wire::probe::{Candidate, CandidateKind, Message, TxId};
 
 use super::{
-    Active, CONFIRMED_FRESH, Current, Doubt, FORMER_FRESH, Remote, SAFE_PERCENT, SECOND, TRIGGERED_INTERVAL,
+    Active, BURST, CONFIRMED_FRESH, Current, Doubt, FORMER_FRESH, Remote, SAFE_PERCENT, SECOND,
+    TRIGGERED_INTERVAL,
 };
 use crate::event::{Event, Path};
 use crate::io::{Destination, Source};
@@ -209,12 +210,20 @@ impl Active {
         }
         // A way that is being checked and has not answered is no incumbent any more.
         let incumbent = self.current.as_ref().filter(|c| !c.is_checked() || c.way == way).map(|c| c.way);
-        // And once packets avoid it, it is no choice beside one that does, however good it was.
-        let avoided = self.current.as_ref().filter(|c| c.way != way && c.is_in_doubt(now)).map(|c| c.way);
-        let fresh = |r: &&Remote| {
-            Some(r.way) == incumbent
-                || Some(r.way) != avoided && r.confirmed.is_some_and(|at| now.since(at) < CONFIRMED_FRESH)
+        // As soon as its answer is late it is no choice at all beside one that answers, however good it was. Nor is another
+        // that last answered before that, or before the way in use came into use: the peer may be somewhere else since.
+        let proved = |r: &&Remote| {
+            let Some(current) = &self.current else { return false };
+            let doubted = current.check.as_ref().filter(|_| incumbent.is_none()).map(|check| check.started);
+            let lately = |at: Instant| now.since(at) < CONFIRMED_FRESH;
+            match doubted {
+                Some(since) if r.way == current.way => {
+                    now.since(since) <= 2 * current.rtt + BURST && r.confirmed.is_some_and(lately)
+                }
+                _ => r.confirmed.is_some_and(|at| lately(at) && at > doubted.unwrap_or(current.chosen)),
+            }
         };
+        let fresh = |r: &&Remote| r.way == way || Some(r.way) == incumbent || proved(r);
         let score =
             |r: &&Remote| Score::new(r.way.remote, r.kind, r.smoothed, r.losses, Some(r.way) == incumbent);
         let best = self.remotes.iter().filter(fresh).min_by_key(score).map(|r| (r.way, r.smoothed));
