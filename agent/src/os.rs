@@ -180,7 +180,9 @@ impl Host {
         // The guard first, so that our addresses never exist without it.
         firewall::apply(NFT_TABLE, &plan.tun, &plan.addrs, &plan.pools).await?;
         self.netlink.block_pools(TABLE, &plan.pools).await?;
-        let ipv6 = self.netlink.add_rules(TABLE, RULE_PRIORITY, MARK).await?;
+        // A kernel without IPv6, or one that was told to have none on new interfaces.
+        let ipv6 =
+            self.netlink.add_rules(TABLE, RULE_PRIORITY, MARK).await? && !netlink::is_ipv6_off(&plan.tun);
         self.netlink.configure_tun(&plan.tun, &plan.addrs, plan.mtu, ipv6).await?;
         self.netlink.route_pools(TABLE, &plan.tun, &plan.pools, ipv6).await?;
         Ok(Applied { ipv6 })

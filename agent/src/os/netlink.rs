@@ -453,6 +453,12 @@ fn gone_is_fine(result: Result<(), rtnetlink::Error>) -> Result<(), rtnetlink::E
     }
 }
 
+/// True if IPv6 is switched off on this interface (sysctl `disable_ipv6`), as it is in many containers.
+pub(super) fn is_ipv6_off(interface: &str) -> bool {
+    let file = format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6");
+    std::fs::read_to_string(file).is_ok_and(|text| text.trim() == "1")
+}
+
 /// True if the kernel says that it has no IPv6.
 fn is_no_ipv6(error: &rtnetlink::Error) -> bool {
     matches!(errno(error), Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP))
