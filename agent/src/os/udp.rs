@@ -20,7 +20,7 @@ use self::send::Sender;
 use super::{MARK, Offloads};
 use crate::problem::{Problem, io_text};
 
-mod send;
+pub(crate) mod send;
 
 /// Kernel buffer asked for in each direction, in bytes: 50 ms at 1 Gbit/s. The kernel may give less.
 const BUFFER: usize = 7 << 20;
@@ -310,10 +310,7 @@ impl Udp {
         let size = segment.unwrap_or(contents.len()).max(1);
         let batches = contents.chunks(size.saturating_mul(self.sender.most()));
         let sent = batches.map(|batch| self.sender.send(self.socket.get_ref(), to, ecn, batch, segment));
-        self.count(sent.fold(Ok(()), Result::and))
-    }
-
-    fn count(&self, sent: io::Result<()>) -> io::Result<()> {
+        let sent = sent.fold(Ok(()), Result::and);
         if sent.is_err() {
             self.unsent.fetch_add(1, Ordering::Relaxed);
         }

@@ -7,8 +7,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use quinn_udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
-use socket2::{Protocol, Type};
+use quinn_udp::{RecvMeta, UdpSockRef, UdpSocketState};
+use socket2::{Protocol, SockRef, Type};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use tokio::sync::Notify;
@@ -16,6 +16,7 @@ use tokio::time::sleep;
 use warren_common::ids::DeviceId;
 use warren_common::wire::relay::udp::{Call, FULL_UDP_DATAGRAM, Head, Kind, Ping, UDP_HEADER, UdpKeys};
 use warren_common::wire::relay::{Class, DATA_HEADER, Frame, QueuedFrame};
+use warren_engine::offload::Ecn;
 use warren_engine::relay_link::{UdpAction, UdpWay};
 
 use super::link::Transport;
@@ -23,6 +24,7 @@ use super::task::Signs;
 use super::{RelayEventKind, Shared, micros, rest};
 use crate::clock;
 use crate::egress::marked;
+use crate::os::udp::send::Sender;
 
 /// Kernel buffer asked for in each direction, in bytes: 20 ms at 1 Gbit/s. The kernel may give less.
 const BUFFER: usize = 2 << 20;
@@ -37,6 +39,7 @@ const MAX_BATCH: usize = 65_000;
 pub(super) struct UdpLink {
     socket: UdpSocket,
     state: UdpSocketState,
+    sender: Sender,
     relay: SocketAddr,
     keys: UdpKeys,
     session: u64,
@@ -61,6 +64,7 @@ impl UdpLink {
         let _ = state.set_recv_buffer_size(UdpSockRef::from(&socket), BUFFER);
         Ok(Self {
             socket: UdpSocket::from_std(socket.into())?,
+            sender: Sender::new(state.max_gso_segments()),
             state,
             relay,
             keys,
@@ -88,8 +92,7 @@ impl UdpLink {
         batch.retain(|frame| {
             let Some((dst, payload)) = packet(frame) else { return true };
             let len = UDP_HEADER + payload.len();
-            let full = buffer.len() + len > MAX_BATCH
-                || buffer.len() >= segment * self.state.max_gso_segments().max(1);
+            let full = buffer.len() + len > MAX_BATCH || buffer.len() >= segment * self.sender.most();
             // Only the last of a batch may be shorter.
             if !buffer.is_empty() && (full || len > segment || !buffer.len().is_multiple_of(segment)) {
                 self.flush(buffer, segment);
@@ -112,16 +115,19 @@ impl UdpLink {
     }
 
     fn flush(&self, buffer: &mut Vec<u8>, segment: usize) {
-        if !buffer.is_empty() && self.transmit(buffer, (buffer.len() > segment).then_some(segment)).is_err() {
-            // No room, or no segmentation here: what can go out alone does, the rest is lost as on any link.
-            buffer.chunks(segment).for_each(|one| drop(self.transmit(one, None)));
+        if !buffer.is_empty() {
+            self.transmit(buffer, Some(segment));
         }
         buffer.clear();
     }
 
-    fn transmit(&self, contents: &[u8], segment_size: Option<usize>) -> io::Result<()> {
-        let transmit = Transmit { destination: self.relay, ecn: None, contents, segment_size, src_ip: None };
-        self.state.try_send(UdpSockRef::from(&self.socket), &transmit)
+    /// What the kernel has no room for is lost, as on any link.
+    fn transmit(&self, contents: &[u8], segment: Option<usize>) {
+        let sent =
+            self.sender.send(&SockRef::from(&self.socket), self.relay, Ecn::NotCapable, contents, segment);
+        if let Err(e) = sent {
+            tracing::trace!("send to the relay at {}: {e}", self.relay);
+        }
     }
 
     fn way(&self) -> MutexGuard<'_, UdpWay> {
@@ -203,8 +209,7 @@ impl UdpLink {
         let counter = self.next.fetch_add(1, Ordering::Relaxed);
         let head = Head { kind: Kind::Ping, session: self.session, counter };
         if self.keys.sealer().seal(head, ping.to_bytes(), &mut datagram) {
-            // Lost like any other: the next one follows.
-            let _ = self.transmit(&datagram, None);
+            self.transmit(&datagram, None); // the next one follows
         }
     }
 

@@ -23,7 +23,7 @@ const CONTROL_ROOM: usize = 2 * (CMSG_HEAD + 8);
 
 /// What one socket's sends have shown about the kernel.
 #[derive(Debug)]
-pub(super) struct Sender {
+pub(crate) struct Sender {
     /// Datagrams of one call at most, a count.
     most: usize,
     batches: AtomicBool,
@@ -32,18 +32,18 @@ pub(super) struct Sender {
 
 impl Sender {
     /// `most`: datagrams that the kernel says it takes in one call.
-    pub(super) fn new(most: usize) -> Self {
+    pub(crate) fn new(most: usize) -> Self {
         Self { most, batches: AtomicBool::new(most > 1), marks: AtomicBool::new(true) }
     }
 
     /// Datagrams of one call at most, a count: 1 once batches have been refused.
-    pub(super) fn most(&self) -> usize {
+    pub(crate) fn most(&self) -> usize {
         if self.batches.load(Ordering::Relaxed) { self.most } else { 1 }
     }
 
     /// Sends `contents`, of at most [`most`](Self::most) datagrams of `segment` bytes (the last may be shorter), or of one.
     /// What can't go as a batch goes one by one.
-    pub(super) fn send(
+    pub(crate) fn send(
         &self,
         socket: &Socket,
         to: SocketAddr,
