@@ -6,7 +6,7 @@
 //! back-off ([`warren_engine::redial`]). A WebSocket looks for QUIC from time to time and moves over when it
 //! is there.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -31,6 +31,7 @@ use crate::problem::Problem;
 mod link;
 mod pin;
 mod rest;
+mod route;
 mod task;
 mod udp;
 
@@ -55,6 +56,8 @@ pub struct RelayClientConfig {
     pub probe: ProbeSecretKey,
     /// The way out of this host.
     pub egress: Arc<Egress>,
+    /// This device's addresses in the overlay: what comes from one of them is not answered from outside.
+    pub own: Vec<IpAddr>,
     /// A connection over which no packet has passed for so long is given up where plain UDP passes: [`REST_AFTER`].
     pub rest_after: Duration,
 }
@@ -260,7 +263,7 @@ impl RelayClient {
         let _ = self.commands.try_send(Command::Token(token));
     }
 
-    /// The network changed: find out soon whether the connection still stands, try at once if there is none.
+    /// The network changed: find out whether the connection still stands, try at once if there is none, or no way for it.
     pub fn network_changed(&self) {
         // If the queue is full, the task is awake anyway.
         let _ = self.commands.try_send(Command::NetworkChanged);
@@ -337,6 +340,7 @@ mod tests {
             network: NetworkId::from_bytes([1; 16]),
             probe: ProbeSecretKey::from_bytes([3; 32]),
             egress: Arc::default(),
+            own: Vec::new(),
             rest_after: REST_AFTER,
         };
         let (sender, _events) = mpsc::channel(1);

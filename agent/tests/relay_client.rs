@@ -113,7 +113,7 @@ impl Agent {
         };
         let (sender, events) = mpsc::channel(64);
         let (network, egress) = (network(), Arc::default());
-        let config = RelayClientConfig { relay, network, probe: key, egress, rest_after };
+        let config = RelayClientConfig { relay, network, probe: key, egress, own: vec![], rest_after };
         let client = RelayClient::spawn(config, sender);
         Self { n, client, events, revision: 1, peers: peers.to_vec(), tokens: 0, moved: None }
     }

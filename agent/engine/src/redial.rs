@@ -35,6 +35,8 @@ pub enum Ended {
     ShuttingDown,
     /// Another connection of this device took its place.
     Replaced,
+    /// This host is in another network, where it leads nowhere. That says nothing of the relay.
+    Moved,
 }
 
 /// Decides about attempts to reach one relay.
@@ -63,6 +65,10 @@ impl Redial {
         }
         let pause = match how {
             Ended::Replaced => REPLACED_BACKOFF,
+            Ended::Moved => {
+                self.on_network_change();
+                Duration::ZERO
+            }
             Ended::Lost | Ended::ShuttingDown if self.is_restarting(now) => RESTART_PAUSE,
             Ended::Lost | Ended::ShuttingDown => {
                 let pause = self.backoff;
@@ -113,6 +119,8 @@ mod tests {
         assert_eq!(redial.on_ended(START, STABLE, Ended::Lost, u32::MAX), MIN_BACKOFF);
         assert_eq!(failed(&mut redial, START), 2 * MIN_BACKOFF);
         redial.on_network_change();
+        assert_eq!(failed(&mut redial, START), MIN_BACKOFF);
+        assert_eq!(redial.on_ended(START, Duration::ZERO, Ended::Moved, u32::MAX), Duration::ZERO);
         assert_eq!(failed(&mut redial, START), MIN_BACKOFF);
     }
 

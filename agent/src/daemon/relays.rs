@@ -137,8 +137,8 @@ impl RelayLinks for Relays {
 impl Up {
     /// Connects to a relay of the netmap, if there is no connection yet; else the connection stays.
     pub(super) fn want_relay(&mut self, now: Now, id: RelayId) {
-        let relay = self.engine.as_ref().and_then(|e| e.netmap()).and_then(|m| m.relays.get(&id));
-        let Some(relay) = relay.cloned() else { return };
+        let Some(netmap) = self.engine.as_ref().and_then(|e| e.netmap()) else { return };
+        let Some(relay) = netmap.relays.get(&id).cloned() else { return };
         if let Some(client) = self.relays.clients.get_mut(&id) {
             client.used = now.boot;
             return;
@@ -146,15 +146,15 @@ impl Up {
         let mut dialled = relay.clone();
         if relay.peer {
             // Its device says where it is: that must not send us anywhere where a peer's word could not.
-            let network =
-                self.engine.as_ref().and_then(|e| e.netmap()).map(|m| (m.network.ipv4, m.network.ipv6));
-            dialled.addrs.retain(|addr| is_endpoint(network, *addr));
+            let network = (netmap.network.ipv4, netmap.network.ipv6);
+            dialled.addrs.retain(|addr| is_endpoint(Some(network), *addr));
         }
         let config = RelayClientConfig {
             relay: dialled,
             network: self.config.network,
             probe: self.keys.probe.clone(),
             egress: self.config.egress.clone(),
+            own: netmap.device.addrs.clone(),
             rest_after: REST_AFTER,
         };
         let client = RelayClient::spawn(config, self.relays.sender.clone());
@@ -341,6 +341,7 @@ mod tests {
             network: warren_common::ids::NetworkId::from_bytes([1; 16]),
             probe: ProbeSecretKey::from_bytes([3; 32]),
             egress: std::sync::Arc::default(),
+            own: vec![],
             rest_after: REST_AFTER,
         };
         let client = RelayClient::spawn(config.clone(), relays.sender.clone());

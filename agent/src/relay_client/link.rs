@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,8 +27,8 @@ use warren_common::wire::relay::{
     WEBSOCKET_PATH, put_on_stream,
 };
 
-use super::RelayClientConfig;
 use super::pin::{is_other_certificate, tls_config};
+use super::{RelayClientConfig, route};
 use crate::egress::{self, Egress, marked};
 use crate::problem::{Problem, io_text};
 
@@ -94,6 +94,9 @@ pub(super) enum End {
     /// for logs.
     #[error("the way there is not free ({})", .0.code)]
     Barred(Problem),
+    /// This host is somewhere else, from where the connection does not lead to the relay. Another may.
+    #[error("{0}")]
+    Moved(String),
     /// Anything else.
     #[error("{0}")]
     Lost(String),
@@ -103,7 +106,7 @@ impl End {
     pub(super) const fn refused(&self) -> Option<RefusalCode> {
         match self {
             Self::Refused(code) => Some(*code),
-            Self::Barred(_) | Self::Lost(_) => None,
+            Self::Barred(_) | Self::Moved(_) | Self::Lost(_) => None,
         }
     }
 }
@@ -156,10 +159,44 @@ pub(super) struct Link {
     pub(super) addr: SocketAddr,
     /// A proxy is in between.
     pub(super) proxied: bool,
+    /// Our address, of a connection that can't go on from another one: over TCP.
+    pub(super) bound: Option<IpAddr>,
 }
 
-/// Connects: QUIC to all addresses, a little apart, and after `tcp_after` (`None`: never) by WebSocket as well. The first wins.
-/// Takes at most `longest`.
+impl Link {
+    /// What the connection takes.
+    pub(super) fn footing(&self) -> Footing {
+        Footing { to: (!self.proxied).then_some(self.addr), bound: self.bound }
+    }
+}
+
+/// What a connection takes of the network that this host is in.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Footing {
+    /// There must be a way there.
+    to: Option<SocketAddr>,
+    /// It must be ours.
+    bound: Option<IpAddr>,
+}
+
+impl Footing {
+    /// That of a socket which sends from any address.
+    pub(super) const fn unbound(to: SocketAddr) -> Self {
+        Self { to: Some(to), bound: None }
+    }
+
+    /// Fails if the connection is dead for certain, without a word from anybody. A new address, one that is not preferred any
+    /// more, or another one in place of ours says nothing: QUIC and plain UDP go on from there.
+    pub(super) fn check(self, config: &RelayClientConfig) -> io::Result<()> {
+        if self.bound.is_some_and(route::is_gone) {
+            return Err(io::ErrorKind::AddrNotAvailable.into());
+        }
+        self.to.map_or(Ok(()), |to| route::check(to, config.egress.mark(), &config.own))
+    }
+}
+
+/// Connects: QUIC to all addresses that there is a way to, a little apart, and after `tcp_after` (`None`: never) by WebSocket as
+/// well. The first wins. Takes at most `longest`.
 pub(super) async fn dial(
     config: &RelayClientConfig,
     tcp_after: Option<Duration>,
@@ -167,25 +204,39 @@ pub(super) async fn dial(
 ) -> Result<Link, End> {
     let tls = |alpn| tls_config(config.relay.cert_sha256, alpn).map_err(|e| End::Lost(e.to_string()));
     let (quic, websocket) = (tls(ALPN)?, Arc::new(tls(WEBSOCKET_ALPN)?));
-    let (mut attempts, mut tcp_left) = (JoinSet::new(), 0);
-    for (i, addr) in (0u32..).zip(tried(&config.relay.addrs)) {
-        let (mark, tls) = (config.egress.mark(), quic.clone());
-        attempts.spawn(async move {
-            tokio::time::sleep(ATTEMPT_DELAY * i).await;
-            (Transport::Quic, dial_quic(addr, mark, tls).await)
-        });
-        if let Some(after) = tcp_after {
+    let (mut attempts, mut tcp_left, mut turn) = (JoinSet::new(), 0, 0);
+    let mut worst = End::Lost(
+        if config.relay.addrs.is_empty() { "it has no address" } else { "it does not answer" }.to_owned(),
+    );
+    for addr in tried(&config.relay.addrs) {
+        let mark = config.egress.mark();
+        let way = route::check(addr, mark, &config.own);
+        // A proxy has its own ways.
+        let proxied = config.egress.proxy_for(&addr.ip().to_string(), addr.port()).is_some();
+        let delay = ATTEMPT_DELAY * turn;
+        if way.is_ok() {
+            let tls = quic.clone();
+            attempts.spawn(async move {
+                tokio::time::sleep(delay).await;
+                (Transport::Quic, dial_quic(addr, mark, tls).await)
+            });
+        }
+        if let Some(after) = tcp_after
+            && (way.is_ok() || proxied)
+        {
             tcp_left += 1;
             let (egress, tls) = (config.egress.clone(), websocket.clone());
             attempts.spawn(async move {
-                tokio::time::sleep(after + ATTEMPT_DELAY * i).await;
+                tokio::time::sleep(after + delay).await;
                 (Transport::WebSocket, dial_websocket(addr, &egress, tls).await)
             });
         }
+        match way {
+            Err(error) if !proxied => worst = error.into(),
+            _ => turn += 1,
+        }
     }
     let mut until = Instant::now() + longest;
-    let mut worst =
-        End::Lost(if attempts.is_empty() { "it has no address" } else { "it does not answer" }.to_owned());
     while let Ok(Some(result)) = timeout_at(until, attempts.join_next()).await {
         let Ok((transport, result)) = result else { continue };
         match result {
@@ -208,13 +259,7 @@ fn tried(addrs: &[SocketAddr]) -> impl Iterator<Item = SocketAddr> {
     addrs.iter().copied().take(MAX_ADDRESSES)
 }
 
-/// Fails if this host has no route there: what is sent would be lost without a word.
-pub(super) fn check_route(addr: SocketAddr, mark: u32) -> io::Result<()> {
-    marked(addr, Type::DGRAM, Protocol::UDP, mark)?.connect(&addr.into())
-}
-
 async fn dial_quic(addr: SocketAddr, mark: u32, tls: rustls::ClientConfig) -> Result<Link, End> {
-    check_route(addr, mark)?;
     let socket = marked(addr, Type::DGRAM, Protocol::UDP, mark)?;
     let any: SocketAddr = match addr {
         SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
@@ -245,7 +290,7 @@ async fn dial_quic(addr: SocketAddr, mark: u32, tls: rustls::ClientConfig) -> Re
     let reader = Source::Quic { connection: connection.clone(), recv };
     let writer = Writer(Sink::Quic { _endpoint: endpoint, connection, send }, Vec::new());
     let reader = Reader { source: reader, deframer: Deframer::default() };
-    Ok(Link { reader, writer, transport: Transport::Quic, addr, proxied: false })
+    Ok(Link { reader, writer, transport: Transport::Quic, addr, proxied: false, bound: None })
 }
 
 async fn dial_websocket(
@@ -256,6 +301,7 @@ async fn dial_websocket(
     let host = addr.ip().to_string();
     let proxied = egress.proxy_for(&host, addr.port()).is_some();
     let stream = egress.connect(&host, addr.port()).await?;
+    let bound = Some(stream.local_addr()?.ip());
     // Best effort: without it there is only more delay.
     let _ = socket2::SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT_BYTES);
     let name = ServerName::try_from(SERVER_NAME).map_err(|e| End::Lost(e.to_string()))?;
@@ -276,7 +322,7 @@ async fn dial_websocket(
     let (write, read) = socket.split();
     let reader = Reader { source: Source::WebSocket(read), deframer: Deframer::default() };
     let writer = Writer(Sink::WebSocket(write), Vec::new());
-    Ok(Link { reader, writer, transport: Transport::WebSocket, addr, proxied })
+    Ok(Link { reader, writer, transport: Transport::WebSocket, addr, proxied, bound })
 }
 
 fn other_certificate(addr: SocketAddr, proxied: bool) -> Problem {

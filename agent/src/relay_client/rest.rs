@@ -116,6 +116,9 @@ impl Task {
                     Some(Command::Token(token)) => self.keep(token),
                     Some(Command::NetworkChanged) => {
                         udp.network_changed();
+                        if udp.footing().check(&self.config).is_err() {
+                            rest.doubt.notify_one();
+                        }
                         return true;
                     }
                     None => std::future::pending().await, // the handle is gone: so is this task, in a moment

@@ -16,7 +16,7 @@ use warren_common::wire::relay::{
 use warren_engine::redial::{DIAL_TIMEOUT, Ended, Redial};
 use warren_engine::relay_link::{CONNECTION_MIN_PAUSE, Check, KEEPALIVE, Liveness};
 
-use super::link::{self, End, Link, Reader, Transport, Writer};
+use super::link::{self, End, Footing, Link, Reader, Transport, Writer};
 use super::rest::RestSigns;
 use super::udp::{self, UdpLink};
 use super::{
@@ -24,6 +24,7 @@ use super::{
 };
 use crate::clock;
 use crate::entropy::OsEntropy;
+use crate::problem::io_text;
 
 /// How long a WebSocket waits for QUIC to come first.
 pub const QUIC_HEAD_START: Duration = Duration::from_secs(2);
@@ -35,6 +36,9 @@ const STEP_TIMEOUT: Duration = Duration::from_secs(9);
 const TOKEN_TIMEOUT: Duration = Duration::from_secs(7);
 /// How long what a session rested on carries packets for its next connection: more than it takes to prove UDP anew.
 const LEND_TIME: Duration = Duration::from_secs(3);
+/// How long a connection that leads nowhere from here may take to be replaced before others are told that it is lost. Meanwhile
+/// packets wait, or take another relay.
+const MOVE_TIME: Duration = Duration::from_millis(1_500);
 /// How often a WebSocket tries QUIC.
 pub const UPGRADE_INTERVAL: Duration = Duration::from_secs(300);
 /// A token is asked for again after so long without one.
@@ -43,7 +47,7 @@ const ASK_INTERVAL: Duration = Duration::from_secs(5);
 const TOKEN_FRESH: Duration = Duration::from_secs(420);
 
 pub(super) struct Task {
-    config: Arc<RelayClientConfig>,
+    pub(super) config: Arc<RelayClientConfig>,
     pub(super) shared: Arc<Shared>,
     pub(super) events: Events,
     pub(super) commands: mpsc::Receiver<Command>,
@@ -61,6 +65,8 @@ pub(super) enum Outcome {
     Upgrade(Box<Link>),
     /// The session goes on without its connection.
     Rest(Box<UdpLink>),
+    /// The connection leads nowhere from where this host is now.
+    Moved(End),
 }
 
 impl Task {
@@ -83,11 +89,12 @@ impl Task {
     }
 
     pub(super) async fn run(mut self) {
-        let (mut upgrade, mut rested) = (None, None::<Box<UdpLink>>);
+        let (mut upgrade, mut rested, mut moved) = (None, None::<Box<UdpLink>>, false);
         loop {
             let mut stood = Duration::ZERO;
             let (connected, former) = match rested.take() {
                 Some(udp) => self.rest(udp).await,
+                None if std::mem::take(&mut moved) => (self.move_over().await, None),
                 None => (self.connect(upgrade.take()).await, None),
             };
             let end = match connected {
@@ -100,7 +107,8 @@ impl Task {
                     self.events.send(RelayEventKind::Connected { transport, addr }).await;
                     let outcome = self.session(link, keys, former).await;
                     let rests = matches!(outcome, Outcome::Rest(_));
-                    self.shared.connected.store(rests, Ordering::Release);
+                    moved = matches!(outcome, Outcome::Moved(_));
+                    self.shared.connected.store(rests || moved, Ordering::Release);
                     self.shared.set_udp(rests);
                     stood = since.elapsed();
                     match outcome {
@@ -111,6 +119,11 @@ impl Task {
                         }
                         Outcome::Rest(udp) => {
                             rested = Some(udp);
+                            continue;
+                        }
+                        Outcome::Moved(end) => {
+                            tracing::debug!("no way to the relay any more: {end}");
+                            self.keep_packets();
                             continue;
                         }
                         Outcome::End(end) => end,
@@ -128,16 +141,17 @@ impl Task {
                 self.token = None;
             }
             let why = end.to_string();
+            let how = match &end {
+                End::Refused(RefusalCode::Replaced) => Ended::Replaced,
+                End::Refused(RefusalCode::ShuttingDown) => Ended::ShuttingDown,
+                End::Moved(_) => Ended::Moved,
+                End::Refused(_) | End::Barred(_) | End::Lost(_) => Ended::Lost,
+            };
             let problem = match end {
                 End::Barred(problem) => Some(problem),
-                End::Refused(_) | End::Lost(_) => None,
+                End::Refused(_) | End::Moved(_) | End::Lost(_) => None,
             };
             self.events.send(RelayEventKind::Disconnected { why, refused, problem }).await;
-            let how = match refused {
-                Some(RefusalCode::Replaced) => Ended::Replaced,
-                Some(RefusalCode::ShuttingDown) => Ended::ShuttingDown,
-                _ => Ended::Lost,
-            };
             let wait = self.redial.on_ended(clock::now().boot, stood, how, OsEntropy.next_u32());
             if self.pause(wait).await {
                 self.redial.on_network_change();
@@ -148,6 +162,42 @@ impl Task {
     /// What waited for a connection is of no use to the next one.
     fn forget_queue(&self) {
         *self.shared.queue() = FrameQueue::new(DATA_QUEUE_BYTES);
+    }
+
+    /// What waited is only packets from now on: the rest was about the former connection.
+    fn keep_packets(&self) {
+        let mut queue = self.shared.queue();
+        let mut former = std::mem::replace(&mut *queue, FrameQueue::new(DATA_QUEUE_BYTES));
+        while let Some(frame) = former.pop() {
+            if frame.class != Class::Control {
+                queue.push(frame.class, frame.bytes);
+            }
+        }
+    }
+
+    /// Connects in another network. The daemon hears of doubt, and of a loss only if it takes long: the relay is the same, and no
+    /// reason to have another one as home.
+    async fn move_over(&mut self) -> Result<(Link, UdpKeys), End> {
+        let (shared, events) = (self.shared.clone(), self.events.clone());
+        events.send(RelayEventKind::Doubt { doubt: true }).await;
+        let mut connecting = std::pin::pin!(async {
+            loop {
+                match self.connect(None).await {
+                    Err(End::Moved(_)) => {} // once more
+                    done => return done,
+                }
+            }
+        });
+        if let Ok(connected) = timeout(MOVE_TIME, &mut connecting).await {
+            if connected.is_ok() {
+                events.send(RelayEventKind::Doubt { doubt: false }).await;
+            }
+            return connected;
+        }
+        shared.connected.store(false, Ordering::Release);
+        let why = "it is not reached from another network yet".to_owned();
+        events.send(RelayEventKind::Disconnected { why, refused: None, problem: None }).await;
+        connecting.await
     }
 
     /// Waits, keeping tokens that come; true if the network changed.
@@ -202,7 +252,7 @@ impl Task {
                 tokio::select! {
                     dialled = link::dial(&config, Some(head_start.min(longest / 2)), longest) => dialled?,
                     // What was sent in the former network is lost, and QUIC repeats it only after a second.
-                    true = self.pause(2 * DIAL_TIMEOUT) => return Err(End::Lost("the network changed".to_owned())),
+                    true = self.pause(2 * DIAL_TIMEOUT) => return Err(End::Moved("the network changed".to_owned())),
                 }
             }
         };
@@ -258,13 +308,17 @@ impl Task {
 
     /// `former`: what carries packets until the session's own UDP does.
     async fn session(&mut self, link: Link, keys: UdpKeys, former: Option<Box<UdpLink>>) -> Outcome {
-        let Link { mut reader, mut writer, transport, addr, proxied } = link;
+        let footing = link.footing();
+        let Link { mut reader, mut writer, transport, addr, .. } = link;
         let (shared, config, events) = (self.shared.clone(), self.config.clone(), self.events.clone());
         let signs = Signs::new(former);
         let end = tokio::select! {
             end = read(&mut reader, &shared, &events, &signs) => Outcome::End(end),
             end = write(&mut writer, &shared, &signs) => Outcome::End(end),
-            end = self.watch(&signs, transport, (!proxied).then_some(addr)) => Outcome::End(end),
+            end = self.watch(&signs, transport, footing) => match end {
+                End::Moved(_) => Outcome::Moved(end),
+                end => Outcome::End(end),
+            },
             link = upgrade(&config, &signs), if transport == Transport::WebSocket => Outcome::Upgrade(Box::new(link)),
             () = over_udp(addr, config.egress.mark(), keys, &shared, &events, &signs) => {
                 Outcome::End(End::Lost("the host is shutting down".to_owned()))
@@ -277,8 +331,8 @@ impl Task {
         rest::outcome(end, signs.udp.into_inner())
     }
 
-    /// Pings and passes tokens on, until the relay is silent. `addr` is what there must be a route to.
-    async fn watch(&mut self, signs: &Signs, transport: Transport, addr: Option<SocketAddr>) -> End {
+    /// Pings and passes tokens on, until the relay is silent, or the connection has lost its `footing`.
+    async fn watch(&mut self, signs: &Signs, transport: Transport, footing: Footing) -> End {
         let mut keepalive = self.shared.keepalive.subscribe();
         loop {
             let now = clock::now().boot;
@@ -315,10 +369,8 @@ impl Task {
                         self.keep(token);
                     }
                     Some(Command::NetworkChanged) => {
-                        if let Some(addr) = addr
-                            && let Err(error) = link::check_route(addr, self.config.egress.mark())
-                        {
-                            return error.into();
+                        if let Err(error) = footing.check(&self.config) {
+                            return End::Moved(io_text(&error));
                         }
                         signs.liveness().suspect(clock::now().boot);
                         if let Some(udp) = signs.udp.get() {

@@ -19,7 +19,7 @@ use warren_common::wire::relay::{Class, DATA_HEADER, Frame, QueuedFrame};
 use warren_engine::offload::Ecn;
 use warren_engine::relay_link::{UdpAction, UdpWay};
 
-use super::link::Transport;
+use super::link::{Footing, Transport};
 use super::task::Signs;
 use super::{RelayEventKind, Shared, micros, rest};
 use crate::clock;
@@ -79,6 +79,11 @@ impl UdpLink {
     /// Packets go this way.
     pub(super) fn is_up(&self) -> bool {
         self.up.load(Ordering::Acquire)
+    }
+
+    /// What it takes: a way to the relay, from whatever address.
+    pub(super) const fn footing(&self) -> Footing {
+        Footing::unbound(self.relay)
     }
 
     pub(super) fn network_changed(&self) {

@@ -222,6 +222,7 @@ impl Visit {
             network,
             probe: probe.clone(),
             egress: std::sync::Arc::default(),
+            own: vec![],
             rest_after: REST_AFTER,
         };
         let _inside = inside.runtime().enter();
