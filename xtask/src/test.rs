@@ -44,6 +44,10 @@ pub(crate) fn run() -> Result<bool> {
     Ok(report.finish())
 }
 
+/// Read by tests that run other programs: [`setup`] has installed those, so that one that is missing is a failure
+/// and no reason to skip.
+const SETUP_DONE: &str = "WARREN_SETUP_DONE";
+
 /// Builds everything once: programs, libraries and tests, with one set of features.
 pub(crate) fn build() -> Command {
     let mut command = cargo();
@@ -51,11 +55,12 @@ pub(crate) fn build() -> Command {
     command
 }
 
-/// Runs the tests that `filter` selects; a test's own output is kept, because skips are told in it.
+/// Runs the tests that `filter` selects, after [`setup`]; a test's own output is kept, because skips are told in it.
 pub(crate) fn nextest_run(filter: &str) -> Command {
     let mut command = cargo();
     command.args(["nextest", "run", "--locked", "--workspace", "--no-fail-fast"]);
     command.args(["--success-output", "immediate", "--failure-output", "final", "-E", filter]);
+    command.env(SETUP_DONE, "1");
     command
 }
 
