@@ -9,3 +9,4 @@ pub mod office;
 pub mod programs;
 pub mod sim;
 pub mod traffic;
+pub mod tunnel;

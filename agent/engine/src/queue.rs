@@ -17,6 +17,8 @@ use warren_common::filter::{PROTO_ICMPV6, PROTO_TCP};
 use warren_common::time::Instant;
 
 use crate::flow::table::FlowHash;
+use crate::offload::segment::split;
+use crate::offload::vnet::HEADER_LEN;
 
 /// Bytes of one flow that may stand here: half a millisecond's work of a busy loop. In bytes, not in time, since a wait is also
 /// that for a processor that runs others, about which no sender can do anything: a flow of a few packets is never told.
@@ -262,10 +264,27 @@ impl TunQueue {
         &mut self.spare
     }
 
-    /// Takes the frame of `len` bytes just written to [`space`](Self::space), whose IP packet begins at `packet_at`. Makes
-    /// room, if need be by dropping the oldest.
+    /// Takes the frame of `len` bytes just written to [`space`](Self::space), whose IP packet begins at `packet_at`, behind
+    /// a virtio header or nothing. Makes room, if need be by dropping the oldest. A frame of more packets than the engine
+    /// takes at a time becomes several.
     pub fn commit(&mut self, len: usize, packet_at: usize) {
         let len = len.min(MAX_FRAME);
+        if packet_at == HEADER_LEN {
+            let has_room = self.has_room();
+            let written = if has_room { &self.arena[self.tail..] } else { &self.spare[..] };
+            if let Some(parts) = written.get(..len).and_then(split) {
+                // The first is written over what they are made of.
+                for part in parts {
+                    self.space()[..part.len()].copy_from_slice(&part);
+                    self.put(part.len(), packet_at);
+                }
+                return;
+            }
+        }
+        self.put(len, packet_at);
+    }
+
+    fn put(&mut self, len: usize, packet_at: usize) {
         if !self.has_room() {
             while !self.has_room() {
                 self.drop_oldest();

@@ -1,14 +1,18 @@
 //! A frame from the TUN on its way into sealed packets.
 
-use crate::io::{Burst, Destination, Outbox};
+use crate::io::{Burst, DEFAULT_ARENA_BYTES, Destination, MAX_BATCH_BYTES, Outbox};
 use crate::offload::Ecn;
-use crate::offload::segment::{SuperFrame, complete_checksum};
+use crate::offload::segment::{MAX_HEADERS, MAX_SEGMENTS, SuperFrame, complete_checksum};
 use crate::offload::vnet::{HEADER_LEN, Header};
 use crate::packet::mss;
 use crate::wg::{self, Sealer};
 
 /// Room a WireGuard message of up to the MTU may need: padding and overhead.
 pub(super) const WG_ROOM: usize = 16 + wg::DATA_OVERHEAD;
+
+/// An outbox with a full batch in it has room for all that a frame of 64 KiB makes.
+const _: () =
+    assert!(MAX_SEGMENTS * (MAX_HEADERS + WG_ROOM) + 65_535 + MAX_BATCH_BYTES <= DEFAULT_ARENA_BYTES);
 
 /// What one read of the TUN brought.
 #[derive(Clone, Copy, Debug)]

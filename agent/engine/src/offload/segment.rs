@@ -3,7 +3,7 @@
 use warren_common::filter::{PROTO_TCP, PROTO_UDP};
 
 use super::checksum::Sum;
-use super::vnet::{Gso, GsoKind, Header, PartialChecksum};
+use super::vnet::{Gso, GsoKind, HEADER_LEN, Header, PartialChecksum};
 use crate::packet::{TCP_FIN, TCP_PSH};
 
 const IPV4_HEADER: usize = 20;
@@ -15,8 +15,11 @@ const TCP_CWR: u8 = 0x80;
 
 /// Longest IP, extension and transport headers of a super-frame, in bytes: more than any stack makes.
 pub const MAX_HEADERS: usize = 256;
-/// Most packets of one super-frame, a count: 64 KiB at Linux' smallest TCP segment size, 48 bytes.
-pub const MAX_SEGMENTS: usize = 1_366;
+/// Most packets of one super-frame, a count: however long their headers are, so many fit an
+/// [`Outbox`](crate::io::Outbox) with a full batch in it. A frame that has more is taken in parts ([`split`]).
+pub const MAX_SEGMENTS: usize = 430;
+/// Most packets of a frame before it is split, a count: 64 KiB of what Linux' TCP sends at least in one segment, 8 bytes.
+const MAX_UNSPLIT: usize = 8_192;
 
 /// Why a frame can't be cut. The kernel makes no such frame; whoever else writes to the TUN might.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -49,6 +52,17 @@ impl<'a> SuperFrame<'a> {
     /// # Errors
     /// See [`BadFrame`]. Nothing of such a frame can be sent.
     pub fn new(gso: Gso, checksum: Option<PartialChecksum>, packet: &'a [u8]) -> Result<Self, BadFrame> {
+        Self::of(gso, checksum, packet, MAX_SEGMENTS)
+    }
+
+    /// The same with another bound.
+    #[inline]
+    fn of(
+        gso: Gso,
+        checksum: Option<PartialChecksum>,
+        packet: &'a [u8],
+        most: usize,
+    ) -> Result<Self, BadFrame> {
         let tcp = gso.kind != GsoKind::Udp;
         let (ipv4, proto, transport_at) = match packet.first().map(|byte| byte >> 4) {
             Some(4) if packet.len() >= IPV4_HEADER && gso.kind != GsoKind::Tcp6 => {
@@ -90,7 +104,7 @@ impl<'a> SuperFrame<'a> {
         }
         let (headers, payload) = packet.split_at(header_len);
         let size = usize::from(gso.size);
-        if size == 0 || payload.is_empty() || payload.len().div_ceil(size) > MAX_SEGMENTS {
+        if size == 0 || payload.is_empty() || payload.len().div_ceil(size) > most {
             return Err(BadFrame::Segments);
         }
         Ok(Self { headers, payload, size, transport_at, tcp, ipv4 })
@@ -163,6 +177,40 @@ impl<'a> SuperFrame<'a> {
         let start = (index * self.size).min(self.payload.len());
         &self.payload[start..(start + self.size).min(self.payload.len())]
     }
+}
+
+/// Cuts a frame, a virtio header in front, that has more than [`MAX_SEGMENTS`] into frames that make the same packets.
+/// `None` if it needn't or can't be. A TCP with a tiny segment size makes such frames.
+pub(crate) fn split(frame: &[u8]) -> Option<Vec<Vec<u8>>> {
+    let header = Header::read(frame).ok()?;
+    let gso = header.gso?;
+    let packet = frame.get(HEADER_LEN..)?;
+    // Nearly every frame ends here.
+    if packet.len() <= MAX_SEGMENTS * usize::from(gso.size) {
+        return None;
+    }
+    let whole = SuperFrame::of(gso, header.checksum, packet, MAX_UNSPLIT).ok()?;
+    if whole.segments() <= MAX_SEGMENTS {
+        return None;
+    }
+    // A part is a segment of many segments' length. That it has a whole checksum harms nobody: its packets get their own.
+    let parts = SuperFrame { size: whole.size * MAX_SEGMENTS, ..whole };
+    let part = |index: usize| {
+        let mut part = vec![0; HEADER_LEN + parts.segment_len(index)];
+        let (head, packet) = part.split_at_mut(HEADER_LEN);
+        head.copy_from_slice(&header.to_bytes());
+        parts.write(index, packet);
+        if parts.ipv4 {
+            let first = (index * MAX_SEGMENTS) as u16; // below MAX_UNSPLIT
+            let id = u16::from_be_bytes([parts.headers[4], parts.headers[5]]).wrapping_add(first);
+            packet[4..6].copy_from_slice(&id.to_be_bytes());
+            packet[10..12].fill(0);
+            let sum = Sum::default().add(&packet[..parts.transport_at]).finish();
+            packet[10..12].copy_from_slice(&sum);
+        }
+        part
+    };
+    Some((0..parts.segments()).map(part).collect())
 }
 
 /// Completes the checksum of a packet that isn't a super-frame, if its virtio header asks for it.
