@@ -7,3 +7,4 @@ mod net;
 mod offload;
 mod paths;
 mod policy;
+mod storm;
