@@ -161,7 +161,8 @@ impl DataPlane {
             if kept.iter().any(|socket| socket.id() == *id) {
                 continue;
             }
-            match Udp::extra(*id) {
+            let Some(first) = usual.first() else { break };
+            match first.extra(*id) {
                 Ok(socket) => kept.push(Arc::new(socket)),
                 Err(e) => {
                     tracing::debug!("no extra socket: {e}");
@@ -646,5 +647,22 @@ mod tests {
         plane.sockets[0].send(to, warren_engine::offload::Ecn::NotCapable, b"hi", None).unwrap();
         assert_eq!(plane.readable().await, plane.usual + 2);
         assert!(plane.set_extra(&[]).is_empty());
+    }
+
+    #[expect(clippy::print_stdout, reason = "a skipped test says so")]
+    #[tokio::test]
+    async fn extra_sockets_do_without_what_is_switched_off_as_well() {
+        for (wanted, joins) in [(Offloads::ALL, true), (Offloads::NONE, false)] {
+            let Ok(sockets) = crate::os::udp::bind(None, None, wanted) else {
+                println!("skipped: no permission for marked sockets");
+                return;
+            };
+            let mut plane = DataPlane::new(sockets);
+            assert_eq!(plane.set_extra(&[16]), [16]);
+            let usual = &plane.sockets()[0];
+            let extra = &plane.extra()[0];
+            assert_eq!((extra.joins_sends(), extra.joins_receives()), (joins, joins));
+            assert_eq!((usual.joins_sends(), usual.joins_receives()), (joins, joins));
+        }
     }
 }

@@ -201,12 +201,12 @@ impl Udp {
         Ok(Self { id, socket, state, sender, unsent: AtomicU64::new(0), bound, wanted })
     }
 
-    /// An IPv4 socket on any free port.
+    /// An IPv4 socket on any free port, with what this one was to use.
     ///
     /// # Errors
     /// There is none, or the host has no room for more files.
-    pub fn extra(id: u8) -> io::Result<Self> {
-        Self::bind(id, (Ipv4Addr::UNSPECIFIED, 0).into(), Offloads::ALL)
+    pub fn extra(&self, id: u8) -> io::Result<Self> {
+        Self::bind(id, (Ipv4Addr::UNSPECIFIED, 0).into(), self.wanted)
     }
 
     /// True if there is something to receive; otherwise the task is woken when there is.

@@ -9,6 +9,7 @@ mod fake;
 mod first_contact;
 mod hostile;
 mod idle;
+mod offloads;
 mod revocation;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -7,6 +7,7 @@
 use std::ffi::c_int;
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
+use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use socket2::{MsgHdr, SockAddr, Socket};
@@ -20,6 +21,9 @@ const CMSG_HEAD: usize = size_of::<usize>() + 2 * size_of::<c_int>();
 const CMSG_ALIGN: usize = size_of::<usize>();
 /// Room for two control messages of at most eight bytes.
 const CONTROL_ROOM: usize = 2 * (CMSG_HEAD + 8);
+
+/// That batches are refused is said once, not by each socket.
+static TOLD: Once = Once::new();
 
 /// What one socket's sends have shown about the kernel.
 #[derive(Debug)]
@@ -58,9 +62,11 @@ impl Sender {
         match sendmsg(socket, &to, self.mark(ecn), contents, u16::try_from(size).ok()) {
             Err(e) if is_refusal(&e) => {
                 if is_for_good(&e, size) && self.batches.swap(false, Ordering::Relaxed) {
-                    tracing::warn!(
-                        "datagrams are sent one by one from now on: the kernel refuses batches ({e})"
-                    );
+                    TOLD.call_once(|| {
+                        tracing::warn!(
+                            "datagrams are sent one by one from now on: the kernel refuses batches ({e})"
+                        );
+                    });
                 }
                 contents.chunks(size).try_for_each(|one| self.send_one(socket, &to, ecn, one))
             }
