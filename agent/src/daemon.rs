@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rand_core::RngCore as _;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinHandle, JoinSet};
 use warren_common::time::{Instant, Now};
@@ -36,7 +36,7 @@ use crate::api::{Call, Reply, Server};
 use crate::captive;
 use crate::clock::{self, BootTimer, MAX_SLEEP};
 use crate::control::{ControlClient, ControlConfig, ControlEvent};
-use crate::dataplane::DataPlane;
+use crate::dataplane::{DataPlane, Ready};
 use crate::egress::Egress;
 use crate::entropy::OsEntropy;
 use crate::os::journal::Journal;
@@ -204,8 +204,7 @@ struct Waiter {
 
 /// What a turn of the loop begins with.
 enum Wake {
-    Tun,
-    Udp(usize),
+    Packets(Ready),
     Control(Option<ControlEvent>),
     Relay(RelayEvent),
     Call(Option<Call>),
@@ -271,24 +270,14 @@ impl Daemon {
     }
 
     async fn serve(&mut self, mut calls: mpsc::Receiver<Call>) -> Result<(), Problem> {
-        let no_signals = |e| {
-            Problem::new("signals", format!("no signal handler: {e}"), "this should not happen; report it")
-        };
-        let mut terminate = signal(SignalKind::terminate()).map_err(no_signals)?;
-        let mut interrupt = signal(SignalKind::interrupt()).map_err(no_signals)?;
-        let mut hangup = signal(SignalKind::hangup()).map_err(no_signals)?;
+        let mut stop = StopSignals::new()?;
         loop {
             let now = clock::now();
             let deadline = self.deadline(now);
             if let Err(e) = self.timer.set(deadline) {
                 tracing::warn!("the timer can't be set: {e}");
             }
-            let wake = tokio::select! {
-                _ = terminate.recv() => Wake::Stop,
-                _ = interrupt.recv() => Wake::Stop,
-                _ = hangup.recv() => Wake::Stop,
-                wake = self.next(&mut calls) => wake,
-            };
+            let wake = self.next(&mut calls, &mut stop).await;
             let now = clock::now();
             // The engine's own next timer may be hours away, ours is not.
             if let Some(engine) = self.up.as_mut().and_then(|up| up.engine.as_mut()) {
@@ -296,8 +285,8 @@ impl Daemon {
             }
             match wake {
                 Wake::Stop | Wake::Call(None) => return Ok(()),
-                Wake::Tun => self.on_tun(now).await,
-                Wake::Udp(index) => self.on_udp(now, index),
+                Wake::Packets(Ready::Tun) => self.on_tun(now).await,
+                Wake::Packets(Ready::Udp(index)) => self.on_udp(now, index),
                 Wake::Control(event) => self.on_control(now, event).await,
                 Wake::Relay(event) => self.on_relay(now, event),
                 Wake::Call(Some(call)) => self.on_call(now, call).await,
@@ -321,7 +310,7 @@ impl Daemon {
     }
 
     /// Waits for the next thing to do. Cancel safe.
-    async fn next(&mut self, calls: &mut mpsc::Receiver<Call>) -> Wake {
+    async fn next(&mut self, calls: &mut mpsc::Receiver<Call>, stop: &mut StopSignals) -> Wake {
         let Self { up, plane, changes, timer, checks, .. } = self;
         let (tun, events, relays, mapping, peer_relay, saving) = match up.as_deref_mut() {
             Some(up) => {
@@ -338,13 +327,6 @@ impl Daemon {
             None => (None, None, None, None, None, None),
         };
         let is_saving = saving.is_some();
-        let tun_readable = async {
-            match tun {
-                Some(_) if plane.has_waiting() => Ok(()),
-                Some(tun) => tun.readable().await,
-                None => std::future::pending().await,
-            }
-        };
         let control = async {
             match events {
                 // Updates are made on top of each other: the next one waits until this one is in force.
@@ -382,12 +364,15 @@ impl Daemon {
                 _ => std::future::pending().await, // none is under way
             }
         };
+        // A packet after a pause goes first: all that its way touches is cold then, and this is the shortest. While there are
+        // more packets all the time they go last, or nothing else would have its turn.
+        let packets_first = !plane.has_more();
         tokio::select! {
-            _ = tun_readable => Wake::Tun,
-            index = plane.readable() => Wake::Udp(index),
+            biased;
+            ready = plane.ready(tun), if packets_first => Wake::Packets(ready),
+            () = stop.asked() => Wake::Stop,
             () = timer.fired() => Wake::Timer,
             event = control => Wake::Control(event),
-            Some(event) = relay => Wake::Relay(event),
             result = saved => Wake::Saved(result.unwrap_or_else(|e| {
                 Err(Problem::new("save", format!("a save failed: {e}"), "this should not happen; report it"))
             })),
@@ -396,6 +381,8 @@ impl Daemon {
             offer_changed = relaying => Wake::PeerRelay { offer_changed },
             call = calls.recv() => Wake::Call(call),
             () = changes.changed() => Wake::Network,
+            Some(event) = relay => Wake::Relay(event),
+            ready = plane.ready(tun), if !packets_first => Wake::Packets(ready),
         }
     }
 
@@ -480,6 +467,31 @@ impl Daemon {
     async fn stop(&mut self) -> Result<(), Problem> {
         tracing::info!("stopping");
         self.come_down().await
+    }
+}
+
+/// What tells a process to end.
+struct StopSignals([Signal; 3]);
+
+impl StopSignals {
+    fn new() -> Result<Self, Problem> {
+        let of = |kind| {
+            signal(kind).map_err(|e| {
+                let what = format!("no signal handler: {e}");
+                Problem::new("signals", what, "this should not happen; report it")
+            })
+        };
+        Ok(Self([of(SignalKind::terminate())?, of(SignalKind::interrupt())?, of(SignalKind::hangup())?]))
+    }
+
+    /// Waits until one has come. Cancel safe.
+    async fn asked(&mut self) {
+        let [terminate, interrupt, hangup] = &mut self.0;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = hangup.recv() => {}
+        }
     }
 }
 

@@ -8,7 +8,7 @@
 
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
-use std::task::Poll;
+use std::task::{Context, Poll};
 
 use rand_core::RngCore as _;
 use warren_common::ids::{DeviceId, RelayId};
@@ -77,6 +77,17 @@ pub struct DataPlane {
     shared_turns: u64,
     /// There may be more to take than the last turn took.
     more: bool,
+    /// Where the last turn took from: 0 is the TUN, then the sockets.
+    last_place: usize,
+}
+
+/// Where there is something to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ready {
+    /// [`DataPlane::from_tun`] has.
+    Tun,
+    /// [`DataPlane::from_udp`] has, from this socket.
+    Udp(usize),
 }
 
 /// What a thread of the crew does.
@@ -117,6 +128,7 @@ impl DataPlane {
             jobs: Vec::new(),
             shared_turns: 0,
             more: false,
+            last_place: 0,
         }
     }
 
@@ -148,10 +160,6 @@ impl DataPlane {
         &self.sockets[..self.usual]
     }
 
-    fn extra(&self) -> &[Arc<Udp>] {
-        &self.sockets[self.usual..]
-    }
-
     /// Has exactly the extra IPv4 sockets of these numbers open, at most [`MAX_EXTRA_SOCKETS`]. Returns which are: fewer if
     /// the host has no more.
     pub fn set_extra(&mut self, ids: &[u8]) -> Vec<u8> {
@@ -175,37 +183,34 @@ impl DataPlane {
         open
     }
 
-    /// Waits until a socket is readable and says which. Cancel safe.
-    pub async fn readable(&self) -> usize {
-        tokio::select! {
-            index = self.usual_readable() => index,
-            index = self.extra_readable(), if !self.extra().is_empty() => self.usual + index,
-        }
+    /// Waits until there is something to take or to seal, and says where; each place gets its turn. Without a TUN only the
+    /// sockets are waited for. Cancel safe.
+    ///
+    /// A wait of its own for each place would be the same. But after a pause all code and memory that a packet's way touches is
+    /// cold, and this touches least.
+    pub async fn ready(&self, tun: Option<&Tun>) -> Ready {
+        std::future::poll_fn(|cx| self.poll_ready(cx, tun)).await
     }
 
-    async fn extra_readable(&self) -> usize {
-        std::future::poll_fn(|cx| {
-            match self.extra().iter().position(|socket| socket.poll_readable(cx).is_ready()) {
-                Some(index) => Poll::Ready(index),
-                None => Poll::Pending,
+    fn poll_ready(&self, cx: &mut Context<'_>, tun: Option<&Tun>) -> Poll<Ready> {
+        let places = self.sockets.len() + 1;
+        for place in (self.last_place + 1..=self.last_place + places).map(|place| place % places) {
+            let (ready, what) = match place.checked_sub(1) {
+                Some(index) => {
+                    let Some(socket) = self.sockets.get(index) else { continue };
+                    (socket.poll_readable(cx), Ready::Udp(index))
+                }
+                None => {
+                    let Some(tun) = tun else { continue };
+                    let ready = if self.has_waiting() { Poll::Ready(()) } else { tun.poll_readable(cx) };
+                    (ready, Ready::Tun)
+                }
+            };
+            if ready.is_ready() {
+                return Poll::Ready(what);
             }
-        })
-        .await
-    }
-
-    async fn usual_readable(&self) -> usize {
-        match self.sockets() {
-            [one] => {
-                // An error means that the runtime is shutting down; the receive call then says so.
-                let _ = one.readable().await;
-                0
-            }
-            [one, two, ..] => tokio::select! {
-                _ = one.readable() => 0,
-                _ = two.readable() => 1,
-            },
-            [] => std::future::pending().await,
         }
+        Poll::Pending
     }
 
     /// True if frames from the TUN wait for their turn, so that [`from_tun`](Self::from_tun) has something to do.
@@ -246,6 +251,7 @@ impl DataPlane {
         engine: &mut Engine,
         relays: &mut impl RelayLinks,
     ) -> io::Result<()> {
+        self.last_place = 0;
         self.more = self.read_tun(tun, Tun::receive)?;
         self.seal_waiting(now, tun, engine, relays);
         Ok(())
@@ -356,6 +362,7 @@ impl DataPlane {
         let together =
             self.crew.size() > 1 && engine.as_deref().is_some_and(|engine| engine.has_busy_peers(now));
         let mut taken = 0;
+        self.last_place = index + 1;
         self.more = true;
         for _ in 0..UDP_BUDGET {
             if taken >= UDP_BUDGET_BYTES {
@@ -638,14 +645,14 @@ mod tests {
         };
         let mut plane = DataPlane::new(sockets);
         assert_eq!(plane.set_extra(&[16, 17]), [16, 17]);
-        let port = plane.extra()[1].bound().port();
+        let port = plane.sockets[plane.usual + 1].bound().port();
         assert_eq!(plane.set_extra(&[17, 18]), [17, 18]);
-        assert_eq!(plane.extra()[0].bound().port(), port, "one that stays keeps its port");
+        assert_eq!(plane.sockets[plane.usual].bound().port(), port, "one that stays keeps its port");
         let all: Vec<u8> = (0..=u8::MAX).collect();
         assert!(plane.set_extra(&all).len() <= MAX_EXTRA_SOCKETS);
-        let to = std::net::SocketAddr::from(([127, 0, 0, 1], plane.extra()[2].bound().port()));
+        let to = std::net::SocketAddr::from(([127, 0, 0, 1], plane.sockets[plane.usual + 2].bound().port()));
         plane.sockets[0].send(to, warren_engine::offload::Ecn::NotCapable, b"hi", None).unwrap();
-        assert_eq!(plane.readable().await, plane.usual + 2);
+        assert_eq!(plane.ready(None).await, Ready::Udp(plane.usual + 2));
         assert!(plane.set_extra(&[]).is_empty());
     }
 

@@ -5,6 +5,9 @@
 //!
 //! The core stands behind one lock that is held for microseconds and never across an await. A connection's task reads
 //! frames into the core and, when woken, takes the frames that wait for it and writes them at the pace of its transport.
+//!
+//! Answers to the first messages of handshakes have a thread of their own ([`hello`]): anybody may ask for one, and each takes
+//! longer than a thousand packets.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -27,7 +30,10 @@ use crate::core::{Config, ConnId, Limits, Output, Relay, Stats};
 use crate::os;
 use crate::tls::{Identity, IdentityError};
 
+use self::hello::Hellos;
+
 mod handshakes;
+mod hello;
 mod quic;
 mod stun;
 mod udp;
@@ -100,6 +106,9 @@ pub enum StartError {
     /// TLS refuses the certificate or lacks a cipher.
     #[error("the relay's TLS can't be set up: {0}")]
     Tls(String),
+    /// The system gives no thread.
+    #[error("the relay can't start a thread: {0}")]
+    Thread(io::Error),
 }
 
 /// What a relay server counts, beside the core.
@@ -152,6 +161,7 @@ impl RelayServer {
             .transpose()?;
         let stun_addr = stun.as_ref().and_then(stun::Sockets::local_addr);
         let socket = Arc::new(udp::Socket::new(udp).map_err(listen_error("UDP", local_addr))?);
+        let hellos = Hellos::start().map_err(StartError::Thread)?;
         let endpoint =
             quic::endpoint(&identity, quic_tls, socket.clone()).map_err(listen_error("QUIC", local_addr))?;
         let listener = tokio::net::TcpListener::from_std(tcp).map_err(listen_error("TLS", local_addr))?;
@@ -167,6 +177,7 @@ impl RelayServer {
                 limits: config.limits,
             }),
             Arc::downgrade(&socket),
+            hellos,
         ));
         let (stop, mut tasks) = (CancellationToken::new(), JoinSet::new());
         tasks.spawn(keep_time(shared.clone()));
@@ -310,8 +321,7 @@ struct Shared {
     inner: Mutex<Inner>,
     /// The next timeout may be earlier than it was.
     timer: Notify,
-    /// Who holds this answers a first handshake message: see [`Shared::hello`].
-    hello: tokio::sync::Mutex<()>,
+    hellos: Hellos,
     stun_answered: AtomicU64,
     stun_ignored: AtomicU64,
     handshakes_refused: AtomicU64,
@@ -357,25 +367,17 @@ impl Shared {
         }
     }
 
-    fn new(relay: Relay, socket: Weak<udp::Socket>) -> Self {
+    fn new(relay: Relay, socket: Weak<udp::Socket>, hellos: Hellos) -> Self {
         Self {
             socket,
             inner: Mutex::new(Inner { relay, conns: BTreeMap::new() }),
             timer: Notify::new(),
-            hello: tokio::sync::Mutex::new(()),
+            hellos,
             stun_answered: AtomicU64::new(0),
             stun_ignored: AtomicU64::new(0),
             handshakes_refused: AtomicU64::new(0),
             handshakes_failed: AtomicU64::new(0),
         }
-    }
-
-    /// The turn to answer the first message of a handshake, which takes a signature: one at a time, and everybody else's
-    /// packets in between. Hundreds may come at once, and would hold up all others for as long as they take together.
-    async fn hello(&self) -> tokio::sync::MutexGuard<'_, ()> {
-        let turn = self.hello.lock().await;
-        tokio::task::yield_now().await;
-        turn
     }
 
     fn refused_handshake(&self) {

@@ -4,6 +4,7 @@ use std::ffi::c_int;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::task::{Context, Poll};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -57,13 +58,14 @@ impl Tun {
         self.offload
     }
 
-    /// Waits until there is something to receive.
-    ///
-    /// # Errors
-    /// The device is gone.
-    pub async fn readable(&self) -> io::Result<()> {
-        // Readiness is kept until a read finds nothing.
-        self.fd.readable().await.map(|mut guard| guard.retain_ready())
+    /// Ready when there is something to receive. Only who asked last is woken.
+    pub fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.fd.poll_read_ready(cx).map(|ready| {
+            // An error means that the runtime is shutting down; the read then says so. Readiness is kept until one finds nothing.
+            if let Ok(mut guard) = ready {
+                guard.retain_ready();
+            }
+        })
     }
 
     /// One frame, if there is one: a buffer of [`MAX_FRAME`](warren_engine::queue::MAX_FRAME) holds any.

@@ -12,7 +12,7 @@ use rand_core::RngCore as _;
 use tokio::net::UnixDatagram;
 use tracing_subscriber::EnvFilter;
 use warren_agent::clock::{self, BootTimer, MAX_SLEEP};
-use warren_agent::dataplane::{DataPlane, NoRelays};
+use warren_agent::dataplane::{DataPlane, NoRelays, Ready};
 use warren_agent::entropy::OsEntropy;
 use warren_agent::os::tun::Tun;
 use warren_agent::os::{Offloads, udp};
@@ -112,20 +112,27 @@ async fn run(args: Args) -> Result<()> {
         if plane.has_more() {
             tokio::task::yield_now().await; // as the daemon does
         }
-        tokio::select! {
-            index = plane.readable() => {
-                plane.from_udp(clock::now(), index, Some(&mut engine), Some(&tun), &mut NoRelays);
+        // In the daemon's order.
+        let packets_first = !plane.has_more();
+        let ready = tokio::select! {
+            biased;
+            ready = plane.ready(Some(&tun)), if packets_first => ready,
+            () = timer.fired() => {
+                engine.handle_timeout(clock::now());
+                continue;
             }
-            ready = async { if plane.has_waiting() { Ok(()) } else { tun.readable().await } } => {
-                ready?;
-                plane.from_tun(clock::now(), &tun, &mut engine, &mut NoRelays)?;
-            }
-            () = timer.fired() => engine.handle_timeout(clock::now()),
             received = signals.recv(&mut buffer) => {
                 let len = received?;
                 let from = Source::Signal { device: device_id(args.role.other().index()) };
                 plane.from_elsewhere(clock::now(), from, &mut buffer[..len], &mut engine, Some(&tun));
+                continue;
             }
+            ready = plane.ready(Some(&tun)), if !packets_first => ready,
+        };
+        let now = clock::now();
+        match ready {
+            Ready::Tun => plane.from_tun(now, &tun, &mut engine, &mut NoRelays)?,
+            Ready::Udp(index) => plane.from_udp(now, index, Some(&mut engine), Some(&tun), &mut NoRelays),
         }
     }
 }

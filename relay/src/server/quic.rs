@@ -147,9 +147,7 @@ async fn serve(shared: Arc<Shared>, incoming: Incoming, handshake: Handshake) {
 }
 
 async fn open(shared: &Shared, incoming: Incoming) -> Option<Connection> {
-    let turn = shared.hello().await;
-    let connecting = incoming.accept().ok()?;
-    drop(turn);
+    let connecting = shared.hellos.answer(|| incoming.accept()).await?.ok()?;
     connecting.await.ok()
 }
 

@@ -1,10 +1,7 @@
 //! WebSockets inside TLS over TCP: for networks that let no UDP through, or nothing but HTTP. One frame per binary message.
 
-use std::future::poll_fn;
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -115,16 +112,7 @@ async fn serve(
 
 async fn open(shared: &Shared, tls: Arc<rustls::ServerConfig>, stream: TcpStream) -> Option<Socket> {
     let hello = LazyConfigAcceptor::new(Acceptor::default(), stream).await.ok()?;
-    let turn = shared.hello().await;
-    let mut accept = hello.into_stream(tls);
-    // Answers.
-    let answered = poll_fn(|cx| Poll::Ready(Pin::new(&mut accept).poll(cx))).await;
-    drop(turn);
-    let stream = match answered {
-        Poll::Ready(stream) => stream,
-        Poll::Pending => accept.await,
-    };
-    let stream = stream.ok()?;
+    let stream = shared.hellos.answer(|| hello.into_stream(tls)).await?.await.ok()?;
     let settings = WebSocketConfig::default()
         .read_buffer_size(READ_BYTES)
         .write_buffer_size(WRITE_BYTES)
