@@ -74,6 +74,8 @@ pub(super) struct Active {
     former: Option<(Way, Duration, Instant)>,
     /// A silence shorter than one in which a way to this peer died: its NAT may forget sooner than ours.
     early_death: Option<Duration>,
+    /// A way that answered, while a better one may at any moment, and when to take it if that has not.
+    held: Option<(Way, Instant)>,
     pub(super) remotes: ArrayVec<Remote, MAX_REMOTES>,
     inflight: ArrayVec<Inflight, MAX_INFLIGHT>,
     /// Pings of the user that wait for a way or for their turn, with the time to give up.
@@ -243,6 +245,22 @@ impl Current {
         self.is_checked() && self.check.as_ref().is_some_and(|check| now >= check.hedge_at)
     }
 
+    /// When the answer to a check that has had none yet is late: before that, what else answers says nothing of the way.
+    fn late_at(&self) -> Option<Instant> {
+        let check = self.check.as_ref().filter(|_| self.is_checked())?;
+        // Not asked for want of a budget, it is late all the same.
+        let asked = check.asked.unwrap_or(check.next_ping.min(check.started + CHECK_INTERVAL));
+        Some(asked + 2 * self.rtt + BURST)
+    }
+
+    /// There is a reason not to wait with the ping of a check.
+    fn ask_at_once(&mut self, now: Instant) {
+        let soonest = self.asked.map_or(now, |at| now.max(at + CHECK_INTERVAL));
+        if let Some(check) = self.check.as_mut().filter(|check| check.asked.is_none()) {
+            check.next_ping = check.next_ping.min(soonest);
+        }
+    }
+
     /// True while a check has had no answer.
     fn is_checked(&self) -> bool {
         self.check.as_ref().is_some_and(|check| self.last_rx <= check.started)
@@ -294,6 +312,7 @@ impl Active {
             current: None,
             former: None,
             early_death: None,
+            held: None,
             remotes: ArrayVec::new(),
             inflight: ArrayVec::new(),
             waiting: ArrayVec::new(),

@@ -112,6 +112,12 @@ impl Shared {
         is_endpoint(self.overlay, addr) && !self.local.iter().any(|l| l.addr == addr)
     }
 
+    /// True if `addr` is at our own NAT's outside: who is reached there is behind it too, or the NAT leads back to us.
+    pub(super) fn is_our_outside(&self, addr: SocketAddr) -> bool {
+        let seen = self.reflexive.iter().chain(&self.mapped).any(|own| own.ip() == addr.ip());
+        seen && !self.local.iter().any(|l| l.addr.ip() == addr.ip())
+    }
+
     /// Lists our own addresses anew: what the router or somebody says, STUN, what peers saw where STUN knows nothing, interfaces. True if that changed
     /// the list.
     pub(super) fn rebuild_own(&mut self) -> bool {

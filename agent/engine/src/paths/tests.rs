@@ -7,6 +7,7 @@ mod ages;
 mod budgets;
 mod lively;
 mod moved;
+mod neighbour;
 mod replayed;
 mod rest;
 

@@ -101,6 +101,7 @@ impl Active {
         let known: ArrayVec<(SocketAddr, CandidateKind), MAX_REMOTES> =
             self.remotes.iter().map(|r| (r.way.remote, r.kind)).collect();
         self.remotes.clear();
+        self.held = None;
         self.early_death = None;
         // No peer can bring this about, so what was spent in the former network does not count.
         self.probes = Budget::default();

@@ -208,34 +208,70 @@ impl Active {
             let safe = silent * SAFE_PERCENT / 100;
             self.early_death = Some(self.early_death.map_or(safe, |known| known.min(safe)));
         }
-        // A way that is being checked and has not answered is no incumbent any more.
-        let incumbent = self.current.as_ref().filter(|c| !c.is_checked() || c.way == way).map(|c| c.way);
-        // As soon as its answer is late it is no choice at all beside one that answers, however good it was. Nor is another
-        // that last answered before that, or before the way in use came into use: the peer may be somewhere else since.
+        self.choose(now, way, shared);
+    }
+
+    /// Takes the best of the ways that work; `way` has answered.
+    fn choose(&mut self, now: Instant, way: Way, shared: &mut Shared) {
+        let held = self.held.take();
+        // As soon as the answer to its check is late a way is no choice at all beside one that answers, however good it was.
+        let late_at = self.current.as_ref().filter(|c| c.way != way).and_then(Current::late_at);
+        let incumbent = self.current.as_ref().filter(|_| late_at.is_none_or(|at| at > now)).map(|c| c.way);
+        // Nor is another that last answered before that, or before the way in use came into use: the peer may be somewhere
+        // else since.
         let proved = |r: &&Remote| {
             let Some(current) = &self.current else { return false };
             let doubted = current.check.as_ref().filter(|_| incumbent.is_none()).map(|check| check.started);
-            let lately = |at: Instant| now.since(at) < CONFIRMED_FRESH;
-            match doubted {
-                Some(since) if r.way == current.way => {
-                    now.since(since) <= 2 * current.rtt + BURST && r.confirmed.is_some_and(lately)
-                }
-                _ => r.confirmed.is_some_and(|at| lately(at) && at > doubted.unwrap_or(current.chosen)),
-            }
+            let since = doubted.unwrap_or(current.chosen);
+            Some(r.way) != Some(current.way)
+                && r.confirmed.is_some_and(|at| now.since(at) < CONFIRMED_FRESH && at > since)
         };
         let fresh = |r: &&Remote| r.way == way || Some(r.way) == incumbent || proved(r);
-        let score =
-            |r: &&Remote| Score::new(r.way.remote, r.kind, r.smoothed, r.losses, Some(r.way) == incumbent);
+        // The way through our own NAT and back has no bonus: as long as that, the peer's own address is the better one.
+        let favoured = |r: &Remote| Some(r.way) == incumbent && !shared.is_our_outside(r.way.remote);
+        let score = |r: &&Remote| Score::new(r.way.remote, r.kind, r.smoothed, r.losses, favoured(r));
         let best = self.remotes.iter().filter(fresh).min_by_key(score).map(|r| (r.way, r.smoothed));
         match (&mut self.current, best) {
-            (Some(current), Some((best, rtt))) if current.way == best => current.rtt = rtt,
+            (Some(current), Some((best, rtt))) if current.way == best => {
+                current.rtt = rtt;
+                if late_at.is_some() {
+                    // Asked at the same time, it answers next, mostly.
+                    current.ask_at_once(now);
+                    self.held = current.late_at().map(|at| (way, at));
+                }
+            }
             (_, Some((best, rtt))) => {
+                // Through our own NAT and back is a choice only where the peer's own address does not answer.
+                if incumbent.is_none()
+                    && shared.is_our_outside(best.remote)
+                    && let Some(at) = self.neighbour_answers_by(rtt)
+                {
+                    let at = held.map_or(at, |(_, held)| at.min(held));
+                    if at > now {
+                        self.held = Some((best, at));
+                        return;
+                    }
+                }
                 self.current = Some(Current::new(now, best, rtt, shared.mtu));
                 self.former = None;
                 shared.wants_keepalive |= best.remote.is_ipv4();
                 shared.sockets_changed |= best.is_extra();
             }
             (_, None) => {}
+        }
+    }
+
+    /// Until when one of the peer's own addresses may answer a ping that it has not answered yet, if it is as near as a way of
+    /// this round trip. The router's answer may well come first: packets to a neighbour wait until that is found (ARP).
+    fn neighbour_answers_by(&self, rtt: Duration) -> Option<Instant> {
+        let unanswered = |r: &&Remote| r.kind == CandidateKind::Local && r.confirmed < r.pinged;
+        self.remotes.iter().filter(unanswered).filter_map(|r| r.pinged).max().map(|at| at + 2 * rtt + BURST)
+    }
+
+    /// Chooses again, where a choice was put off until now.
+    pub(super) fn choose_held(&mut self, now: Instant, shared: &mut Shared) {
+        if let Some((way, _)) = self.held.filter(|(_, at)| *at <= now) {
+            self.choose(now, way, shared);
         }
     }
 

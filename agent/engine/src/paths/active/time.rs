@@ -36,6 +36,7 @@ impl Active {
             return None;
         }
         self.check_current(now, shared);
+        self.choose_held(now, shared);
         self.look_after_mtu(now, shared);
         self.run_round(now, home, shared);
         let relay = self.relay_to(home, shared);
@@ -72,10 +73,11 @@ impl Active {
         let turn = self.reachable.then(|| self.asked.next(SECOND));
         let waiting = self.waiting.iter().map(|(_, until)| turn.map_or(*until, |turn| turn.min(*until)));
         let owed = self.owed.map(|(at, _)| at);
+        let held = self.held.map(|(_, at)| at);
         let idle_at = if self.has_user_pings() { None } else { Some(idle_at) };
         let search = self.search.due();
         let times = pings.chain(waiting).chain(keep).chain(owed).chain(search).chain(idle_at);
-        let times = times.chain([self.next_round]).chain(mtu);
+        let times = times.chain([self.next_round]).chain(mtu).chain(held);
         // Never in the past: a timer that is due again at once would spin.
         times.min().unwrap_or(idle_at.unwrap_or(now)).max(now + Duration::from_millis(1))
     }
