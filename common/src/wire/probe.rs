@@ -32,8 +32,8 @@ pub const OVERHEAD: usize = HEADER_LEN + AEAD_TAG_LEN;
 pub const MAX_CANDIDATES: usize = 16;
 /// Longest probe but for a padded ping, in bytes.
 pub const MAX_PROBE_LEN: usize = OVERHEAD + 2 + 1 + MAX_CANDIDATES * (1 + ENDPOINT_LEN) + 1;
-/// Longest ping, in bytes: the UDP payload of the longest IPv4 packet that an Ethernet carries.
-pub const MAX_PADDED_LEN: usize = 1_472;
+/// Longest ping, in bytes: about the longest packet that an Ethernet with jumbo frames carries.
+pub const MAX_PADDED_LEN: usize = 9_216;
 
 const AEAD_TAG_LEN: usize = 16;
 const ENDPOINT_LEN: usize = 18;

@@ -1,8 +1,8 @@
 //! How long packets may be on a direct way (datagram packetization layer path MTU discovery, RFC 8899).
 //!
 //! A way is believed to carry packets of the TUN's length, and at once asked by a padded ping that must not be fragmented.
-//! If none of three is answered while the way is alive, all lengths are asked at the same time, and the longest one that is
-//! answered holds. If not even the shortest is, the peer doesn't know padded pings. Nothing depends on ICMP from routers. Until it is known, longer packets travel in fragments, as far as
+//! If none of three is answered while the way is alive, all lengths that an Ethernet carries are asked at the same time, and
+//! the longest one that is answered holds. If not even the shortest is, the peer doesn't know padded pings. Nothing depends on ICMP from routers. Until it is known, longer packets travel in fragments, as far as
 //! the network lets them: what is found out here keeps them from it.
 //!
 //! Lengths are those of packets in the tunnel; a ping of a length is as long as the sealed packet would be.
@@ -19,13 +19,16 @@ use crate::wg::DATA_OVERHEAD;
 pub const MIN_PATH_MTU: usize = 1_200;
 /// The longest packet that a ping can stand for, in bytes.
 pub const MAX_PATH_MTU: usize = MAX_PADDED_LEN - DATA_OVERHEAD;
-/// Lengths asked at once at most: each one in steps of WireGuard's padding. 21 KB.
-pub const MAX_LENGTHS: usize = (MAX_PATH_MTU - MIN_PATH_MTU) / STEP + 2;
+/// Lengths asked at once at most: each one in steps of WireGuard's padding, and the TUN's. 21 KB, and once more the TUN's MTU.
+pub const MAX_LENGTHS: usize = (ETHERNET_PATH_MTU - MIN_PATH_MTU) / STEP + 2;
 /// How long what was found is believed: a route may have become wider (RFC 8899's `PMTU_RAISE_TIMER`).
 pub const MTU_FRESH: Duration = Duration::from_secs(600);
 /// Padded pings per peer and minute: a search of each kind, and its repetition.
 pub const MAX_LONG_PROBES_PER_MINUTE: u32 = 64;
 
+/// The longest packet that an Ethernet without jumbo frames carries, over IPv4, in bytes. Between it and a TUN's that is
+/// longer nothing is looked for: links are either this or that.
+const ETHERNET_PATH_MTU: usize = 1_440;
 /// WireGuard pads to multiples of this.
 const STEP: usize = 16;
 /// Pings of one length before it counts as too long (RFC 8899's `MAX_PROBES`).
@@ -112,7 +115,7 @@ impl PathMtu {
             Phase::Search { tries } if *tries < 2 || *tries < TRIES && !self.answers => {
                 *tries += 1;
                 let first = if self.answers { (self.usable / STEP + 1) * STEP } else { MIN_PATH_MTU };
-                lengths.extend((first..self.most).step_by(STEP));
+                lengths.extend((first..self.most.min(ETHERNET_PATH_MTU + 1)).step_by(STEP));
                 lengths.push(self.most);
             }
             Phase::Search { .. } | Phase::Rest => {
@@ -175,11 +178,11 @@ mod tests {
     #[test]
     fn what_passes_is_found_and_nothing_longer_is_used() {
         for most in [1_420, 1_413, MIN_PATH_MTU, 9_000, 0] {
-            for carries in [1_100, 1_200, 1_216, 1_220, 1_340, 1_412, 1_420, 2_000] {
+            for carries in [1_100, 1_200, 1_216, 1_220, 1_340, 1_412, 1_420, 2_000, 8_999, 9_000] {
                 let (mut mtu, mut now) = (PathMtu::new(Instant::ZERO, most), Instant::ZERO);
                 let pings = play(&mut mtu, &mut now, carries, || false);
                 let top = most.clamp(MIN_PATH_MTU, MAX_PATH_MTU);
-                let best = if carries >= top { top } else { carries / STEP * STEP };
+                let best = if carries >= top { top } else { carries.min(ETHERNET_PATH_MTU) / STEP * STEP };
                 let best = if carries < MIN_PATH_MTU { top } else { best }; // as if the peer didn't know such pings
                 assert_eq!(mtu.usable(), best, "{most} {carries}");
                 assert!(pings <= MAX_LONG_PROBES_PER_MINUTE as usize, "{pings}");
