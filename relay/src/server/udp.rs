@@ -194,27 +194,29 @@ pub(super) async fn serve(shared: Arc<Shared>, socket: Arc<Socket>) {
     let mut memory = vec![0; SLOT * SLOTS].into_boxed_slice();
     let mut sends = Vec::new();
     while socket.io.readable().await.is_ok() {
-        for _ in 0..BUDGET {
-            if !receive(&shared, &socket, &mut memory, &mut sends) {
-                break;
-            }
+        if (0..BUDGET).all(|_| receive(&shared, &socket, &mut memory, &mut sends)) {
+            tokio::task::yield_now().await; // else the next wait is one
         }
-        tokio::task::yield_now().await;
     }
 }
 
 /// Takes what is there and passes it on; false if there may be no more.
 fn receive(shared: &Shared, socket: &Socket, memory: &mut [u8], sends: &mut Vec<(usize, UdpSend)>) -> bool {
     let mut meta = [RecvMeta::default(); SLOTS];
+    let mut count = 0;
     let received = {
         let mut chunks = memory.chunks_exact_mut(SLOT);
         let mut slots: [IoSliceMut<'_>; SLOTS] =
             std::array::from_fn(|_| IoSliceMut::new(chunks.next().unwrap_or_default()));
-        socket.io.try_io(Interest::READABLE, || socket.state.recv((&socket.io).into(), &mut slots, &mut meta))
+        socket.io.try_io(Interest::READABLE, || {
+            count = socket.state.recv((&socket.io).into(), &mut slots, &mut meta)?;
+            // Fewer than there was room for: the runtime may wait for the next ones without another call.
+            if count < SLOTS { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+        })
     };
-    let count = match received {
-        Ok(count) => count,
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+    let more = match received {
+        Ok(()) => true,
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => false,
         Err(_) => return true, // an ICMP error about something sent earlier
     };
     let parts =
@@ -239,5 +241,5 @@ fn receive(shared: &Shared, socket: &Socket, memory: &mut [u8], sends: &mut Vec<
             socket.send(send.to, &memory[from + send.range.start..from + send.range.end], send.segment);
         }
     }
-    count == SLOTS
+    more
 }
