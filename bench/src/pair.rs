@@ -1,14 +1,15 @@
 //! Devices that know each other.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow};
 use rand_chacha::ChaCha20Rng;
 use rand_core::{RngCore as _, SeedableRng as _};
-use warren_common::ids::{DeviceId, NetworkId};
+use warren_common::ids::{DeviceId, NetworkId, RelayId};
 use warren_common::keys::{ControlSecretKey, NetmapSecretKey, ProbeSecretKey, WgSecretKey};
-use warren_common::netmap::{Netmap, Network, Peer, SelfDevice};
+use warren_common::netmap::{Netmap, Network, Peer, Relay, SelfDevice};
 use warren_common::policy::{self, Inventory, Node, Policy};
 use warren_common::time::{Now, UnixTime};
 use warren_common::wire::control::{NetmapUpdate, UpdateKind};
@@ -56,7 +57,7 @@ impl Role {
 
 /// The id of the device at a place.
 pub const fn device_id(index: usize) -> DeviceId {
-    DeviceId::from_bytes([index as u8 + 1; 16])
+    DeviceId::from_bytes((index as u128 + 1).to_be_bytes())
 }
 
 /// Devices that all know each other, the same on all sides.
@@ -67,6 +68,7 @@ pub struct Group {
     devices: Vec<Device>,
     policy: Policy,
     mtu: u16,
+    relays: BTreeMap<RelayId, Relay>,
 }
 
 #[derive(Debug)]
@@ -78,7 +80,7 @@ struct Device {
 }
 
 impl Group {
-    /// Devices with these overlay addresses, at most 255, under `policy`; all keys follow from `seed`.
+    /// Devices with these overlay addresses under `policy`; all keys follow from `seed`.
     ///
     /// # Errors
     /// The policy is invalid.
@@ -99,7 +101,27 @@ impl Group {
             ipv4: "10.99.0.0/16".parse()?,
             ipv6: "fd00:99::/48".parse()?,
         };
-        Ok(Self { network, signer, devices, policy, mtu })
+        Ok(Self { network, signer, devices, policy, mtu, relays: BTreeMap::new() })
+    }
+
+    /// The same, all at home at a relay.
+    #[must_use]
+    pub fn at_relay(mut self, id: RelayId) -> Self {
+        let relay = Relay {
+            id,
+            name: "relay".to_owned(),
+            addrs: Vec::new(),
+            stun: Vec::new(),
+            cert_sha256: [0; 32],
+            peer: false,
+        };
+        self.relays.insert(id, relay);
+        self
+    }
+
+    /// The WireGuard key of one of them.
+    pub fn wg_key(&self, index: usize) -> Option<&WgSecretKey> {
+        self.devices.get(index).map(|device| &device.wg)
     }
 
     /// The engine of one of them, with its netmap in force.
@@ -167,7 +189,7 @@ impl Group {
                 name: Some(name(at)),
                 user: None,
                 tags: vec![TAG.to_owned()],
-                home_relay: None,
+                home_relay: self.relays.keys().next().copied(),
                 key_signature: None,
             };
             (device_id(at), peer.into())
@@ -185,7 +207,7 @@ impl Group {
             peers: self.devices.iter().enumerate().filter(|(at, _)| *at != index).map(peer).collect(),
             ingress: compiled.ingress(&name(index)).into_iter().collect(),
             egress: compiled.egress(&name(index)).into_iter().collect(),
-            relays: [].into(),
+            relays: self.relays.clone(),
             apps: [].into(),
         })
     }
