@@ -667,7 +667,7 @@ mod tests {
             let mut plane = DataPlane::new(sockets);
             assert_eq!(plane.set_extra(&[16]), [16]);
             let usual = &plane.sockets()[0];
-            let extra = &plane.extra()[0];
+            let extra = &plane.sockets[plane.usual];
             assert_eq!((extra.joins_sends(), extra.joins_receives()), (joins, joins));
             assert_eq!((usual.joins_sends(), usual.joins_receives()), (joins, joins));
         }
