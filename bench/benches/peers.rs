@@ -1,5 +1,5 @@
 //! What finding the peer costs: a small packet each way with 1 to 10 000 peers that all have sessions, whose turns follow no
-//! order. Routing, judging and sealing; finding the session, opening and judging. The cipher's part is the same in all rows.
+//! order; and where only ten of the 10 000 talk. Routing, judging and sealing; finding the session, opening and judging. The cipher's part is the same in all rows.
 
 #![expect(clippy::expect_used, reason = "a benchmark that can't be set up has nothing to say")]
 #![expect(clippy::disallowed_methods, reason = "a benchmark reads the clock")]
@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use warren_bench::crowd::Crowd;
 
-const PEERS: [usize; 4] = [1, 10, 1_000, 10_000];
+/// How many have sessions, and how many of them talk.
+const PEERS: [(usize, usize); 5] = [(1, 1), (10, 10), (1_000, 1_000), (10_000, 10_000), (10_000, 10)];
 /// Packets measured at a time, a count: few enough that the packets themselves stay in the cache.
 const TURN: u64 = 128;
 
@@ -36,11 +37,12 @@ fn turns(times: u64, mut measure: impl FnMut(u64) -> Duration) -> Duration {
 }
 
 fn peers(c: &mut Criterion) {
-    for count in PEERS {
+    for (count, talking) in PEERS {
         let mut crowd = Crowd::connect(count).expect("sessions with all");
-        let mut order = Order { state: 1, peers: count };
+        let mut order = Order { state: 1, peers: talking };
+        let row = format!("{talking} of {count}");
         let mut group = c.benchmark_group("peers");
-        group.bench_function(BenchmarkId::new("send", count), |b| {
+        group.bench_function(BenchmarkId::new("send", &row), |b| {
             b.iter_custom(|times| {
                 turns(times, |n| {
                     let packets = crowd.packets(&order.next(n));
@@ -53,7 +55,7 @@ fn peers(c: &mut Criterion) {
                 })
             });
         });
-        group.bench_function(BenchmarkId::new("receive", count), |b| {
+        group.bench_function(BenchmarkId::new("receive", &row), |b| {
             b.iter_custom(|times| {
                 turns(times, |n| {
                     let mut sealed = crowd.seal(&order.next(n)).expect("sealed packets");
