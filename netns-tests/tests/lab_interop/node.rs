@@ -223,7 +223,7 @@ impl<'h> Node<'h> {
             let now = clock::now();
             let due = engine.poll_timeout(now).map_or(TICK, |(at, _)| at.since(now.boot)).min(TICK);
             tokio::select! {
-                _ = tun.readable() => match tun.receive(&mut frame) {
+                () = std::future::poll_fn(|cx| tun.poll_readable(cx)) => match tun.receive(&mut frame) {
                     Ok(len) if tun.has_virtio_headers() => {
                         engine.handle_tun_frame(clock::now(), &mut frame[..len], false, &mut edge.outbox);
                     }
