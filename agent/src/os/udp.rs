@@ -239,15 +239,6 @@ impl Udp {
         self.wanted.udp_receive && self.state.gro_segments() > 1
     }
 
-    /// Waits until there is something to receive.
-    ///
-    /// # Errors
-    /// The runtime is shutting down.
-    pub async fn readable(&self) -> io::Result<()> {
-        // Readiness is kept until a receive call finds nothing.
-        self.socket.readable().await.map(|mut guard| guard.retain_ready())
-    }
-
     /// Receives what is there into `buffer`. True if there may be more.
     ///
     /// # Errors
@@ -409,7 +400,7 @@ mod tests {
         sockets[0].send(to, Ecn::Capable0, &sent, Some(1_000)).unwrap();
         let (mut buffer, mut got, mut sizes) = (ReceiveBuffer::default(), Vec::new(), Vec::new());
         while got.len() < sent.len() {
-            sockets[0].readable().await.unwrap();
+            std::future::poll_fn(|cx| sockets[0].poll_readable(cx)).await;
             let result = sockets[0].receive(&mut buffer, crate::clock::now());
             for Batch { arrival, slot, len, .. } in buffer.batches() {
                 assert_eq!(arrival.ecn, Ecn::Capable0);

@@ -1,5 +1,6 @@
 //! The agent's inside without a coordinator: the whole engine on a hand-made netmap, between a real TUN and a real socket.
 
+use std::future::poll_fn;
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -223,14 +224,14 @@ impl<'h> Node<'h> {
             let now = clock::now();
             let due = engine.poll_timeout(now).map_or(TICK, |(at, _)| at.since(now.boot)).min(TICK);
             tokio::select! {
-                () = std::future::poll_fn(|cx| tun.poll_readable(cx)) => match tun.receive(&mut frame) {
+                () = poll_fn(|cx| tun.poll_readable(cx)) => match tun.receive(&mut frame) {
                     Ok(len) if tun.has_virtio_headers() => {
                         engine.handle_tun_frame(clock::now(), &mut frame[..len], false, &mut edge.outbox);
                     }
                     Ok(len) => engine.handle_tun(clock::now(), &frame[..len], &mut edge.outbox),
                     Err(error) => ensure!(error.kind() == ErrorKind::WouldBlock, "TUN: {error}"),
                 },
-                _ = socket.readable() => {
+                () = poll_fn(|cx| socket.poll_readable(cx)) => {
                     let now = clock::now();
                     // Errors are about what was sent earlier.
                     let _ = socket.receive(&mut receive, now);
