@@ -6,7 +6,7 @@
 //! The core stands behind one lock that is held for microseconds and never across an await. A connection's task reads
 //! frames into the core and, when woken, takes the frames that wait for it and writes them at the pace of its transport.
 //!
-//! Answers to the first messages of handshakes have a thread of their own ([`hello`]): anybody may ask for one, and each takes
+//! Answers to the first messages of handshakes have a thread of their own (`server/hello.rs`): anybody may ask for one, and each takes
 //! longer than a thousand packets.
 
 use std::collections::BTreeMap;

@@ -16,7 +16,7 @@ const TCP_CWR: u8 = 0x80;
 /// Longest IP, extension and transport headers of a super-frame, in bytes: more than any stack makes.
 pub const MAX_HEADERS: usize = 256;
 /// Most packets of one super-frame, a count: however long their headers are, so many fit an
-/// [`Outbox`](crate::io::Outbox) with a full batch in it. A frame that has more is taken in parts ([`split`]).
+/// [`Outbox`](crate::io::Outbox) with a full batch in it. A frame that has more is taken in parts by the queue.
 pub const MAX_SEGMENTS: usize = 430;
 /// Most packets of a frame before it is split, a count: 64 KiB of what Linux' TCP sends at least in one segment, 8 bytes.
 const MAX_UNSPLIT: usize = 8_192;
