@@ -140,6 +140,24 @@ pub const fn byte_at(place: usize) -> u8 {
     (place.wrapping_mul(0x9e37_79b9) >> 13) as u8
 }
 
+/// Reads a stream to its end. Returns how long it was.
+///
+/// # Errors
+/// A byte is not the one of its place.
+pub fn take_all(stream: &mut TcpStream) -> Result<usize> {
+    let (mut got, mut buffer) = (0, vec![0; 100_000]);
+    loop {
+        let n = stream.read(&mut buffer)?;
+        if n == 0 {
+            return Ok(got);
+        }
+        for (i, byte) in buffer[..n].iter().enumerate() {
+            ensure!(*byte == byte_at(got + i), "byte {} is another", got + i);
+        }
+        got += n;
+    }
+}
+
 /// One TCP connection, with writes of many sizes; its sender, which has sent all.
 ///
 /// # Errors
@@ -161,17 +179,7 @@ pub fn tcp(from: &Host, to: &Host, address: SocketAddr) -> Result<TcpStream> {
         sender.shutdown(Shutdown::Write)?;
         Ok(sender)
     });
-    let (mut got, mut buffer) = (0, vec![0; 100_000]);
-    loop {
-        let n = receiver.read(&mut buffer)?;
-        if n == 0 {
-            break;
-        }
-        for (i, byte) in buffer[..n].iter().enumerate() {
-            ensure!(*byte == byte_at(got + i), "byte {} is another", got + i);
-        }
-        got += n;
-    }
+    let got = take_all(&mut receiver)?;
     let sender = writing.join().map_err(|_| anyhow!("the sender panicked"))??;
     ensure!(got == TOTAL, "{got} bytes came");
     Ok(sender)

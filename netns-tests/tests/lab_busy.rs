@@ -1,7 +1,7 @@
 //! A server that is busy with two peers at once, so that its daemon's helpers take part: what goes in comes out, byte for
 //! byte, both ways.
 
-use std::io::{Read as _, Write as _};
+use std::io::Write as _;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::num::NonZero;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, anyhow, ensure};
 use warren_netns_tests::lab::{self, Lab, eventually};
 use warren_netns_tests::programs::{Agent, Coordinator, number};
+use warren_netns_tests::tunnel::{byte_at, take_all};
 
 /// Bound for what must happen; only a failing test waits this long.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -27,11 +28,6 @@ fn join(lab: &Lab, coordinator: &Coordinator, name: &str, tag: &str) -> Result<A
     let agent = Agent::start(lab.host(name)?)?;
     agent.up(&coordinator.url, &coordinator.auth_key(tag)?)?;
     Ok(agent)
-}
-
-/// What byte stands at a place of a stream.
-const fn byte_at(place: usize) -> u8 {
-    (place.wrapping_mul(0x9e37_79b9) >> 13) as u8
 }
 
 /// Sends over one TCP connection until `enough`, and checks what comes. Returns how much.
@@ -52,17 +48,7 @@ fn transfer(from: &Agent, to: &Agent, port: u16, enough: &AtomicBool) -> Result<
             }
             Ok(at)
         });
-        let (mut got, mut buffer) = (0, vec![0; 100_000]);
-        loop {
-            let n = receiver.read(&mut buffer)?;
-            if n == 0 {
-                break;
-            }
-            for (i, byte) in buffer[..n].iter().enumerate() {
-                ensure!(*byte == byte_at(got + i), "byte {} is another", got + i);
-            }
-            got += n;
-        }
+        let got = take_all(&mut receiver)?;
         let sent = writing.join().map_err(|_| anyhow!("the sender panicked"))??;
         ensure!(got == sent, "{got} of {sent} bytes came");
         Ok(got)

@@ -5,6 +5,7 @@
 //! devices' packets is not held up by it. Thousands that come back after a restart are still answered within a second or two.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
@@ -67,7 +68,8 @@ impl Hellos {
 fn answer_all(jobs: &mpsc::Receiver<Job>) {
     for Job { answer, _turn } in jobs {
         let began = used();
-        answer();
+        // As in a task of the runtime: a panic is reported, and ends this handshake and no other.
+        let _ = catch_unwind(AssertUnwindSafe(answer));
         thread::sleep(used().saturating_sub(began));
     }
 }
@@ -114,6 +116,13 @@ mod tests {
         let mut answers = asked.join_all().await;
         answers.sort_unstable();
         assert_eq!(answers, (0..20).map(Some).collect::<Vec<_>>());
+    }
+
+    #[tokio::test]
+    async fn one_that_panics_is_the_last_of_nobody() {
+        let hellos = Hellos::start().unwrap();
+        assert_eq!(hellos.answer(|| assert!(std::hint::black_box(false), "as a test")).await, None);
+        assert_eq!(hellos.answer(|| 3).await, Some(3));
     }
 
     #[tokio::test]
