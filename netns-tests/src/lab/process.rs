@@ -42,12 +42,20 @@ impl Process {
         &self.log
     }
 
-    /// All output so far.
+    /// The output so far, in whole lines: a line that crosses a page of the file can be read before its second half is there.
     ///
     /// # Errors
     /// When the log cannot be read.
     pub fn log(&self) -> Result<String> {
-        fs::read_to_string(&self.log).with_context(|| format!("reading the log of {}", self.what))
+        let mut log = self.output()?;
+        log.truncate(log.rfind('\n').map_or(0, |end| end + 1));
+        Ok(log)
+    }
+
+    fn output(&self) -> Result<String> {
+        let bytes = fs::read(&self.log).with_context(|| format!("reading the log of {}", self.what))?;
+        // Half a line may end in half a character.
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
     /// Waits until a line of the output holds `text` and returns that line.
@@ -59,7 +67,7 @@ impl Process {
         eventually(&what, limit, || {
             // The status is taken first: what is not in the log then, never will be.
             let ended = self.child.try_wait()?;
-            let log = self.log()?;
+            let log = if ended.is_some() { self.output()? } else { self.log()? };
             let line = log.lines().find(|line| line.contains(text));
             match (line, ended) {
                 (Some(line), _) => Ok(Some(line.to_owned())),
@@ -123,5 +131,38 @@ impl Drop for Process {
         // An error means that it has ended, which is what we want.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(30);
+
+    #[test]
+    fn half_a_line_is_not_read_until_the_rest_is_there() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let mut command = Command::new("sh");
+        command
+            .current_dir(&dir)
+            .args(["-c", "printf half; until [ -e on ]; do sleep 0.01; done; echo ' whole'"]);
+        let mut process = Process::start(command, dir.path(), "here", 0)?;
+        eventually("half a line", LIMIT, || Ok((process.output()? == "half").then_some(())))?;
+        assert_eq!(process.log()?, "");
+        fs::write(dir.path().join("on"), "")?;
+        assert_eq!(process.wait_for_line("half", LIMIT)?, "half whole");
+        Ok(())
+    }
+
+    #[test]
+    fn what_a_program_left_without_an_end_of_line_is_found() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let mut command = Command::new("printf");
+        command.arg("last words");
+        let mut process = Process::start(command, dir.path(), "here", 0)?;
+        process.wait(LIMIT)?;
+        assert_eq!(process.wait_for_line("words", LIMIT)?, "last words");
+        Ok(())
     }
 }
