@@ -31,11 +31,13 @@ use crate::os;
 use crate::tls::{Identity, IdentityError};
 
 use self::hello::Hellos;
+use self::turn::Turn;
 
 mod handshakes;
 mod hello;
 mod quic;
 mod stun;
+mod turn;
 mod udp;
 mod websocket;
 
@@ -487,29 +489,6 @@ impl Drop for Client {
         let mut inner = self.shared.lock();
         inner.conns.remove(&self.conn);
         inner.relay.handle_disconnected(self.conn);
-    }
-}
-
-/// What a task may do before others get their turn. A stream whose bytes are there already is read without ever waiting,
-/// and the threads that do so are those that pass the others' packets on.
-#[derive(Debug)]
-struct Turn {
-    most: usize,
-    done: usize,
-}
-
-impl Turn {
-    const fn of(most: usize) -> Self {
-        Self { most, done: 0 }
-    }
-
-    /// One more is done.
-    async fn one(&mut self) {
-        self.done += 1;
-        if self.done == self.most {
-            self.done = 0;
-            tokio::task::yield_now().await;
-        }
     }
 }
 

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::{Parser, Subcommand, ValueEnum as _};
 use tokio::runtime::Runtime;
+use warren_bench::relay::alone::Alone;
 use warren_bench::relay::device::Transport;
 use warren_bench::relay::hostile::Attack;
 use warren_bench::relay::idle::{self, Kind};
@@ -308,15 +309,18 @@ struct Conditions {
 fn hostile(repeats: usize, attacks: &[Attack], conditions: Conditions) -> Result<()> {
     let Conditions { seconds, over, link, realtime } = conditions;
     let mut all: Vec<Vec<Beside>> = vec![Vec::new(); attacks.len()];
+    let alone = Alone::on_core()?;
     for _ in 0..repeats {
         for (attack, results) in attacks.iter().zip(&mut all) {
             results.push(beside(*attack, conditions)?);
         }
     }
+    drop(alone);
     let link = if link == 0 { "as much as it can make".to_owned() } else { format!("{link} Mbit/s") };
     println!(
         "A pair over {}, {repeats} interleaved repeats of {seconds} s: medians with least and most, and the medians of each repeat's ratio \
-         to `nobody`. The relay has core 0; the pair and the bad client share core 1, where the pair goes first (SCHED_FIFO). \
+         to `nobody`. The relay has core 0 for itself; the pair and the bad client share core 1 with the rest of the machine, where the pair \
+         goes first (SCHED_FIFO). \
          The bad client's own link carries {link}.{} Goal: at most {GOAL}.\n",
         over.name(),
         if realtime { " Relay and bad client go before everything else on the machine, too." } else { "" }

@@ -14,7 +14,7 @@ use warren_relay::core::Limits;
 use warren_relay::server::{RelayServer, RelayServerConfig};
 
 /// The core that a server runs on; the load runs on another.
-const CORE: &str = "0";
+pub const CORE: &str = "0";
 /// Where the load runs.
 pub const LOAD_CORE: &str = "1";
 /// How long a server may take to be there: the machine may do something else as well.

@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 
 use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
 use quinn::{AsyncUdpSocket, UdpPoller};
@@ -19,6 +19,7 @@ use tokio::net::UdpSocket;
 use warren_common::wire::relay::udp::is_plain;
 
 use super::Shared;
+use super::turn::Pause;
 use crate::core::{UdpPath, UdpSend};
 
 /// Bytes of one receive buffer: a GRO batch is at most one IP packet's length.
@@ -29,6 +30,8 @@ const SLOTS: usize = 16;
 const BUDGET: usize = 8;
 /// QUIC's datagrams that wait for quinn, in bytes: some 20 ms at 1 Gbit/s. More are dropped, as by a full socket.
 const MAX_QUIC_BYTES: usize = 2 << 20;
+/// Most of them that quinn gets in one turn: it opens all that it has at once, and plain datagrams wait meanwhile.
+const QUIC_TURN: usize = 32;
 /// What one of them costs beside its bytes.
 const OVERHEAD: usize = 64;
 
@@ -48,6 +51,9 @@ struct Quic {
     waiting: VecDeque<(RecvMeta, Box<[u8]>)>,
     bytes: usize,
     waker: Option<Waker>,
+    /// Given since the last pause.
+    given: usize,
+    pause: Pause,
 }
 
 impl std::fmt::Debug for Socket {
@@ -128,9 +134,18 @@ impl AsyncUdpSocket for Socket {
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
         let mut quic = self.quic();
+        if quic.given >= QUIC_TURN {
+            quic.given = 0;
+            quic.pause.begin();
+        }
+        ready!(quic.pause.poll(cx));
         let mut count = 0;
         for (buf, meta) in bufs.iter_mut().zip(meta.iter_mut()) {
+            if quic.given >= QUIC_TURN {
+                break;
+            }
             let Some((got, bytes)) = quic.waiting.pop_front() else { break };
+            quic.given += bytes.len().div_ceil(got.stride.max(1));
             quic.bytes -= bytes.len() + OVERHEAD;
             let len = bytes.len().min(buf.len()); // quinn's buffers hold a whole GRO batch
             buf[..len].copy_from_slice(&bytes[..len]);
@@ -139,6 +154,7 @@ impl AsyncUdpSocket for Socket {
         }
         if count == 0 {
             quic.waker = Some(cx.waker().clone());
+            quic.given = 0;
             return Poll::Pending;
         }
         Poll::Ready(Ok(count))
@@ -242,4 +258,50 @@ fn receive(shared: &Shared, socket: &Socket, memory: &mut [u8], sends: &mut Vec<
         }
     }
     more
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+    use std::net::Ipv4Addr;
+    use std::sync::atomic::AtomicUsize;
+
+    use tokio::task::{JoinSet, yield_now};
+
+    use super::*;
+
+    /// What quinn is given for one question.
+    async fn given(socket: &Socket) -> usize {
+        let mut memory = [[0; 8]; 8];
+        let mut bufs = memory.each_mut().map(|buf| IoSliceMut::new(buf));
+        let mut meta = [RecvMeta::default(); 8];
+        poll_fn(|cx| socket.poll_recv(cx, &mut bufs, &mut meta)).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn others_have_their_turn_between_those_of_quinn() {
+        let socket = Socket::new(std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap()).unwrap();
+        for n in 0..3 * QUIC_TURN {
+            socket.give_quic(RecvMeta { len: 1, stride: 1, ..RecvMeta::default() }, &[n as u8]);
+        }
+        let turns = Arc::new(AtomicUsize::new(0));
+        let (mut others, counted) = (JoinSet::new(), turns.clone());
+        others.spawn(async move {
+            loop {
+                counted.fetch_add(1, Ordering::Relaxed);
+                yield_now().await;
+            }
+        });
+        for turn in 0..3 {
+            let (mut total, mut others) = (0, Vec::new());
+            while total < QUIC_TURN {
+                total += given(&socket).await;
+                others.push(turns.load(Ordering::Relaxed));
+            }
+            assert_eq!(total, QUIC_TURN);
+            assert!(others.iter().all(|seen| *seen == others[0]), "one turn: {others:?}");
+            assert!(turn == 0 || others[0] > 0, "a pause before turn {turn}");
+            turns.store(0, Ordering::Relaxed);
+        }
+    }
 }
