@@ -120,21 +120,25 @@ fn relay_stream() {
     });
 }
 
+fn config() -> Config {
+    Config {
+        network: NetworkId::from_bytes([1; 16]),
+        relay: RelayId::from_bytes([2; 16]),
+        cert_sha256: [4; 32],
+        netmap_key: NetmapSecretKey::from_bytes([3; 32]).public(),
+        floor: 0,
+        plain_udp: true,
+        limits: Limits::default(),
+    }
+}
+
 /// Whatever a device sends, its peer hears from that device only, and a stranger is never heard.
 #[test]
 fn relay_core() {
     let seeds = frames();
     let now = Now { boot: Instant::from_nanos(1), unix: UnixTime::from_secs(1_000) };
     check!().with_iterations(inputs(10)).for_each(|input: &[u8]| {
-        let mut relay = Relay::new(Config {
-            network: NetworkId::from_bytes([1; 16]),
-            relay: RelayId::from_bytes([2; 16]),
-            cert_sha256: [4; 32],
-            netmap_key: NetmapSecretKey::from_bytes([3; 32]).public(),
-            floor: 0,
-            plain_udp: true,
-            limits: Limits::default(),
-        });
+        let mut relay = Relay::new(config(), now.boot);
         let mut rng = ChaCha20Rng::seed_from_u64(1);
         let (sender, receiver) = (join(&mut relay, &mut rng, now, 1), join(&mut relay, &mut rng, now, 2));
         assert_eq!(relay.stats().clients, 2);
@@ -160,15 +164,7 @@ fn relay_udp() {
     let now = Now { boot: Instant::from_nanos(1), unix: UnixTime::from_secs(1_000) };
     let path = |n: u8| UdpPath { remote: (Ipv4Addr::new(192, 0, 2, n), 9).into(), local: None };
     check!().with_iterations(inputs(10)).for_each(|input: &[u8]| {
-        let mut relay = Relay::new(Config {
-            network: NetworkId::from_bytes([1; 16]),
-            relay: RelayId::from_bytes([2; 16]),
-            cert_sha256: [4; 32],
-            netmap_key: NetmapSecretKey::from_bytes([3; 32]).public(),
-            floor: 0,
-            plain_udp: true,
-            limits: Limits::default(),
-        });
+        let mut relay = Relay::new(config(), now.boot);
         let mut rng = ChaCha20Rng::seed_from_u64(1);
         let mut seeds = Vec::new();
         for n in [1, 2] {

@@ -25,15 +25,18 @@ use warren_common::wire::relay::{
 };
 use warren_common::wire::token::{MAX_TOKEN_LIFE_S, RelayToken};
 
+mod absent;
 mod counters;
 mod gcra;
 mod rest;
 mod udp;
 mod window;
 
+use absent::Absent;
 use rest::Rest;
 use udp::UdpSession;
 
+pub use absent::RETURN_TIME;
 pub use counters::{Counters, DropReason, Stats};
 pub(crate) use gcra::Gcra;
 pub use udp::{UdpPath, UdpSend};
@@ -153,6 +156,7 @@ pub struct Relay {
     woken: BTreeSet<ConnId>,
     minimums: BTreeMap<DeviceId, Minimum>,
     floor: u64,
+    absent: Absent,
     queued_bytes: usize,
     outputs: VecDeque<Output>,
     datagrams: VecDeque<(UdpPath, Vec<u8>)>,
@@ -208,8 +212,8 @@ struct Minimum {
 }
 
 impl Relay {
-    /// A relay that nobody is connected to.
-    pub fn new(config: Config) -> Self {
+    /// A relay that starts now, and that nobody is connected to.
+    pub fn new(config: Config, now: Instant) -> Self {
         Self {
             floor: config.floor,
             config,
@@ -221,6 +225,7 @@ impl Relay {
             timers: BTreeSet::new(),
             woken: BTreeSet::new(),
             minimums: BTreeMap::new(),
+            absent: Absent::new(now),
             queued_bytes: 0,
             outputs: VecDeque::new(),
             datagrams: VecDeque::new(),
@@ -305,11 +310,12 @@ impl Relay {
             self.check_deadlines(conn, now.boot);
         }
         self.minimums.retain(|_, minimum| minimum.forget_at > now.boot);
+        self.give_up_absent(now.boot);
     }
 
     /// When [`Relay::handle_timeout`] is due.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        self.timers.first().map(|(at, _)| *at)
+        self.timers.first().map(|(at, _)| *at).into_iter().chain(self.absent.poll_timeout()).min()
     }
 
     /// What the shell must do next.
@@ -371,11 +377,13 @@ impl Relay {
         conns.into_iter().for_each(|conn| self.control(conn, &Frame::Drain { after_ms }));
     }
 
-    /// Ends every connection.
+    /// Ends every connection, and waits for nobody.
     pub fn close_all(&mut self, reason: RefusalCode) {
         while let Some(conn) = self.conns.keys().next().copied() {
             self.close(conn, reason);
         }
+        let (_, bytes) = self.absent.drop_payloads(|_| true);
+        self.queued_bytes -= bytes;
     }
 
     /// What the relay holds and has done.
@@ -447,6 +455,7 @@ impl Relay {
             self.udp_ids.insert(udp_id, conn);
             self.control(conn, &Frame::UdpOffer { session: udp_id });
         }
+        self.hand_over(conn, device);
     }
 
     fn refresh(&mut self, conn: ConnId, now: Now, token: TokenRef<'_>) {
@@ -497,7 +506,9 @@ impl Relay {
     }
 
     fn forward(&mut self, conn: ConnId, now: Instant, dst: DeviceId, payload: &[u8]) {
-        let (Some(to), Some(src)) = (self.route(conn, now, dst), self.session(conn).map(|s| s.device)) else {
+        let (Some(to), Some(src)) =
+            (self.route(conn, now, dst, payload), self.session(conn).map(|s| s.device))
+        else {
             return;
         };
         if !self.session(to).is_some_and(|s| s.carries(now)) {
@@ -507,18 +518,20 @@ impl Relay {
         }
     }
 
-    /// The connection of `dst`, if the session behind `conn` may send to it now. Otherwise what follows from that is done.
-    fn route(&mut self, conn: ConnId, now: Instant, dst: DeviceId) -> Option<ConnId> {
+    /// The connection of `dst`, if the session behind `conn` may send to it now. Otherwise what follows from that for `payload`
+    /// is done.
+    fn route(&mut self, conn: ConnId, now: Instant, dst: DeviceId, payload: &[u8]) -> Option<ConnId> {
         let session = self.session(conn)?;
+        let src = session.device;
         if now >= session.ends {
             self.close(conn, RefusalCode::TokenExpired);
         } else if session.suspended.is_some() {
             self.counters.drop(DropReason::Suspended, 1);
-        } else if session.peers.binary_search(&dst).is_err() || dst == session.device {
+        } else if session.peers.binary_search(&dst).is_err() || dst == src {
             self.undeliverable(conn, now, dst, GoneReason::NotPermitted, DropReason::NotPermitted);
         } else if let Some(to) = self.sessions.get(&dst) {
             return Some(*to);
-        } else {
+        } else if !self.hold(now, src, dst, payload) {
             self.undeliverable(conn, now, dst, GoneReason::NotConnected, DropReason::NotConnected);
         }
         None
@@ -571,29 +584,42 @@ impl Relay {
             return false;
         }
         let before = entry.queue.data_bytes();
-        let room = self.config.limits.total_queue_bytes.saturating_sub(self.queued_bytes) / SHARE_OF_FREE;
+        let room = self.room();
+        let Some(entry) = self.conns.get_mut(&conn) else { return false };
         let pushed = entry.queue.push_within(class, frame, room);
         self.queued_bytes = self.queued_bytes - before + entry.queue.data_bytes();
+        self.count_pushed(pushed, class, room);
         match pushed {
-            Pushed::Queued { dropped } => {
-                let reason = match class {
-                    Class::Handshake => DropReason::HandshakeQueueFull,
-                    Class::Data if room < self.config.limits.queue_bytes => DropReason::MemoryFull,
-                    Class::Control | Class::Data => DropReason::QueueFull,
-                };
-                self.counters.drop(reason, dropped as u64);
+            Pushed::Queued { .. } => {
                 if self.woken.insert(conn) {
                     self.outputs.push_back(Output::Wake(conn));
                 }
                 return true;
             }
             Pushed::Full if class == Class::Control => self.close(conn, RefusalCode::SlowReader),
-            Pushed::Full if class == Class::Handshake => {
-                self.counters.drop(DropReason::HandshakeQueueFull, 1);
-            }
-            Pushed::Full => self.counters.drop(DropReason::MemoryFull, 1),
+            Pushed::Full => {}
         }
         false
+    }
+
+    /// How many bytes of data may wait in one queue.
+    const fn room(&self) -> usize {
+        self.config.limits.total_queue_bytes.saturating_sub(self.queued_bytes) / SHARE_OF_FREE
+    }
+
+    /// Counts what a push into a queue cost, where there was so much room.
+    const fn count_pushed(&mut self, pushed: Pushed, class: Class, room: usize) {
+        let (reason, dropped) = match (pushed, class) {
+            (Pushed::Full, Class::Control) => return,
+            (Pushed::Full, Class::Handshake) => (DropReason::HandshakeQueueFull, 1),
+            (Pushed::Full, Class::Data) => (DropReason::MemoryFull, 1),
+            (Pushed::Queued { dropped }, Class::Handshake) => (DropReason::HandshakeQueueFull, dropped),
+            (Pushed::Queued { dropped }, Class::Data) if room < self.config.limits.queue_bytes => {
+                (DropReason::MemoryFull, dropped)
+            }
+            (Pushed::Queued { dropped }, Class::Control | Class::Data) => (DropReason::QueueFull, dropped),
+        };
+        self.counters.drop(reason, dropped as u64);
     }
 
     fn suspend_if_older(&mut self, device: DeviceId, revision: u64, now: Instant) {
@@ -612,13 +638,15 @@ impl Relay {
 
     /// Drops what `from` has sent (`None`: all that was sent) and nobody was given yet, whichever token it was sent with.
     fn drop_waiting(&mut self, from: Option<DeviceId>) {
+        let which = |frame: &[u8]| match (Frame::decode(frame), from) {
+            (Ok(Some(Frame::Recv { src, .. })), Some(from)) => src == from,
+            _ => true,
+        };
         let waiting: Vec<ConnId> = self.woken.iter().copied().collect();
-        for conn in waiting {
-            self.drop_queued(conn, |frame| match (Frame::decode(frame), from) {
-                (Ok(Some(Frame::Recv { src, .. })), Some(from)) => src == from,
-                _ => true,
-            });
-        }
+        waiting.into_iter().for_each(|conn| self.drop_queued(conn, which));
+        let (dropped, bytes) = self.absent.drop_payloads(which);
+        self.queued_bytes -= bytes;
+        self.counters.drop(DropReason::Withdrawn, dropped as u64);
     }
 
     fn drop_queued(&mut self, conn: ConnId, which: impl Fn(&[u8]) -> bool) {

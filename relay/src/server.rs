@@ -168,19 +168,16 @@ impl RelayServer {
             quic::endpoint(&identity, quic_tls, socket.clone()).map_err(listen_error("QUIC", local_addr))?;
         let listener = tokio::net::TcpListener::from_std(tcp).map_err(listen_error("TLS", local_addr))?;
 
-        let shared = Arc::new(Shared::new(
-            Relay::new(Config {
-                network: config.network,
-                relay: config.relay,
-                cert_sha256,
-                netmap_key: config.netmap_key,
-                floor: config.floor,
-                plain_udp: true,
-                limits: config.limits,
-            }),
-            Arc::downgrade(&socket),
-            hellos,
-        ));
+        let core = Config {
+            network: config.network,
+            relay: config.relay,
+            cert_sha256,
+            netmap_key: config.netmap_key,
+            floor: config.floor,
+            plain_udp: true,
+            limits: config.limits,
+        };
+        let shared = Arc::new(Shared::new(Relay::new(core, os::now().boot), Arc::downgrade(&socket), hellos));
         let (stop, mut tasks) = (CancellationToken::new(), JoinSet::new());
         tasks.spawn(keep_time(shared.clone()));
         tasks.spawn(udp::serve(shared.clone(), socket));

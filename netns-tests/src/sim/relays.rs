@@ -227,9 +227,10 @@ impl World {
     fn start_relay_from(&mut self, no: RelayNo, floor: u64) {
         let network = self.network;
         let netmap_key = self.netmap_key.public();
+        let now = self.now.boot;
         let server = &mut self.relays[no];
         server.silent = false;
-        server.core = Some(Relay::new(relay::Config {
+        let config = relay::Config {
             network,
             relay: server.id,
             cert_sha256: server.cert_sha256,
@@ -237,7 +238,8 @@ impl World {
             floor,
             plain_udp: false,
             limits: relay::Limits::default(),
-        }));
+        };
+        server.core = Some(Relay::new(config, now));
     }
 
     /// How long a frame travels between a device and a relay.

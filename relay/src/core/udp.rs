@@ -225,7 +225,7 @@ impl Relay {
         let (dst, src) = (DeviceId::from_bytes(what), session.device);
         let to = match batch.route {
             Some((by, same, to)) if (by, same) == (conn, dst) => to,
-            _ => self.route(conn, now.boot, dst)?,
+            _ => self.route(conn, now.boot, dst, &datagram[UDP_HEADER..])?,
         };
         batch.route = Some((conn, dst, to));
         let Some(Conn { state: State::Session(session), .. }) = self.conns.get_mut(&to) else {
