@@ -3,8 +3,8 @@
 //!
 //! A task of its own does the I/O. It asks for tokens by event and is given them by [`RelayClient::provide_token`]; packets
 //! go in by [`RelayClient::send`], which never waits, and come out as events. A lost connection is tried again after a
-//! back-off ([`warren_engine::redial`]). A WebSocket looks for QUIC from time to time and moves over when it
-//! is there.
+//! back-off ([`warren_engine::redial`]); where another one is expected to take its place in a moment, packets wait for that.
+//! A WebSocket looks for QUIC from time to time and moves over when it is there.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -111,9 +111,10 @@ pub enum RelayEventKind {
         /// Why. After `NotPermitted` a new token is asked for.
         why: GoneReason,
     },
-    /// The relay has not answered for longer than it should, or does again. The connection stands as it did.
+    /// The relay has not answered for longer than it should, or does again: the connection stands as it did. Or another one is about
+    /// to take its place, for which packets wait, or has come.
     Doubt {
-        /// It has not.
+        /// It has not, or is about to.
         doubt: bool,
     },
     /// The relay will close soon: peers had better be reached through another.
@@ -157,7 +158,10 @@ pub struct RelayClient {
 struct Shared {
     queue: Mutex<FrameQueue>,
     wake: Notify,
+    /// Packets are taken.
     connected: AtomicBool,
+    /// They wait: the connection is being replaced.
+    held: AtomicBool,
     /// The connection is over QUIC, not by WebSocket.
     quic: AtomicBool,
     /// It goes through a proxy.
@@ -173,6 +177,11 @@ struct Shared {
 impl Shared {
     fn queue(&self) -> MutexGuard<'_, FrameQueue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What waited for a connection is of no use to the next one.
+    fn forget_queue(&self) {
+        *self.queue() = FrameQueue::new(DATA_QUEUE_BYTES);
     }
 
     fn push(&self, class: Class, frame: &Frame<'_>) -> Pushed {
@@ -191,7 +200,7 @@ impl Shared {
             (false, true) => Transport::Quic,
             (false, false) => Transport::WebSocket,
         };
-        self.connected.load(Ordering::Acquire).then_some(over)
+        (self.connected.load(Ordering::Acquire) && !self.held.load(Ordering::Acquire)).then_some(over)
     }
 
     /// The round trip as last measured, if ever.
@@ -230,6 +239,7 @@ impl RelayClient {
             queue: Mutex::new(FrameQueue::new(DATA_QUEUE_BYTES)),
             wake: Notify::new(),
             connected: AtomicBool::new(false),
+            held: AtomicBool::new(false),
             quic: AtomicBool::new(false),
             proxied: AtomicBool::new(false),
             udp: AtomicBool::new(false),
@@ -276,7 +286,7 @@ impl RelayClient {
 
     /// True while packets flow.
     pub fn is_connected(&self) -> bool {
-        self.shared.connected.load(Ordering::Acquire)
+        self.transport().is_some()
     }
 
     /// What packets run over now.

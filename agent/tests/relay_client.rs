@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,6 +11,7 @@ use std::time::Duration;
 
 use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::runtime::{Builder, Runtime};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use warren_agent::clock;
@@ -24,8 +26,10 @@ use warren_common::wire::relay::udp::is_plain;
 use warren_common::wire::relay::{GoneReason, MAX_PAYLOAD, RefusalCode};
 use warren_common::wire::token::RelayToken;
 use warren_relay::core::{DropReason, Limits};
-use warren_relay::server::{RelayServer, RelayServerConfig};
+use warren_relay::server::{RelayServer, RelayServerConfig, StartError};
 
+/// What is sent to see which way it takes.
+const PROBE: &[u8] = b"probe";
 /// A test that waits this long for anything has failed.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -63,6 +67,38 @@ fn start() -> (tempfile::TempDir, RelayServer) {
     let dir = tempfile::tempdir().unwrap();
     let server = RelayServer::start(server_config(&dir, "127.0.0.1:0".parse().unwrap())).unwrap();
     (dir, server)
+}
+
+/// A relay with a runtime of its own: what is left of the relay ends with that, as with a process.
+struct Process {
+    server: RelayServer,
+    runtime: Runtime,
+}
+
+impl Process {
+    /// Waits until the port is free, if it was another's a moment ago.
+    async fn start(config: RelayServerConfig) -> Self {
+        loop {
+            let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+            let started = {
+                let _inside = runtime.enter();
+                RelayServer::start(config.clone())
+            };
+            match started {
+                Ok(server) => return Self { server, runtime },
+                Err(StartError::Listen { source, .. }) if source.kind() == ErrorKind::AddrInUse => {
+                    runtime.shutdown_background();
+                }
+                Err(error) => panic!("{error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    async fn end(self) {
+        self.server.shutdown().await;
+        self.runtime.shutdown_background();
+    }
 }
 
 /// A client and its daemon, which answers each call for a token.
@@ -135,7 +171,7 @@ impl Agent {
         .sign(&NetmapSecretKey::from_bytes([77; 32]))
     }
 
-    /// The next event that is not a call for a token or news about the transport.
+    /// The next event that is not a call for a token, news about the transport, or what was sent to see which one it is.
     async fn event(&mut self) -> RelayEventKind {
         loop {
             let event = tokio::time::timeout(PATIENCE, self.events.recv()).await.expect("nothing happened");
@@ -145,6 +181,7 @@ impl Agent {
                     self.client.provide_token(self.token());
                 }
                 RelayEventKind::Moved { transport } => self.moved = Some(transport),
+                RelayEventKind::Received { payload, .. } if payload == PROBE => {}
                 kind => return kind,
             }
         }
@@ -162,7 +199,7 @@ impl Agent {
     async fn moves_to(&mut self, transport: Transport, to: u8) {
         let wait = async {
             while self.client.transport() != Some(transport) {
-                self.client.send(device(to), b"now");
+                self.client.send(device(to), PROBE);
                 tokio::select! {
                     _ = self.event() => {}
                     () = tokio::time::sleep(Duration::from_millis(10)) => {}
@@ -218,6 +255,30 @@ impl Agent {
                 return refused;
             }
         }
+    }
+
+    /// Waits until the connection is in doubt, which stood until now.
+    async fn doubted(&mut self) {
+        loop {
+            match self.event().await {
+                RelayEventKind::Doubt { doubt } => return assert!(doubt),
+                RelayEventKind::Connected { .. } => {}
+                event => panic!("{event:?}"),
+            }
+        }
+    }
+
+    /// The next packets, which have to come before any loss is told of.
+    async fn receives(&mut self, packets: usize) -> Vec<(DeviceId, Vec<u8>)> {
+        let mut got = Vec::new();
+        while got.len() < packets {
+            match self.event().await {
+                RelayEventKind::Received { src, payload } => got.push((src, payload.to_vec())),
+                RelayEventKind::Doubt { doubt: false } | RelayEventKind::Connected { .. } => {}
+                event => panic!("{event:?}"),
+            }
+        }
+        got
     }
 
     async fn received(&mut self) -> (DeviceId, Vec<u8>) {
@@ -322,6 +383,69 @@ async fn a_relay_that_comes_back_is_found_again() {
     a.client.network_changed();
     a.connected().await;
     assert_eq!((server.stats().core.clients, a.tokens), (1, 1), "the token is still good");
+}
+
+#[tokio::test]
+async fn packets_wait_for_a_relay_that_is_restarted() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut relay = Process::start(server_config(&dir, "127.0.0.1:0".parse().unwrap())).await;
+    let addr = relay.server.local_addr();
+    let (mut a, mut b) = (Agent::of(1, &relay.server, &[2]), Agent::of(2, &relay.server, &[1]));
+    for n in 1..=3u8 {
+        if n == 1 {
+            (a.connected().await, b.connected().await);
+        } else {
+            a.moves_to(Transport::Udp, 2).await;
+            b.moves_to(Transport::Udp, 1).await;
+        }
+        tokio::join!(relay.end(), a.doubted(), b.doubted());
+        assert_eq!((a.client.transport(), a.client.is_connected()), (None, false));
+        for i in 0..100 {
+            assert_eq!(a.client.send(device(2), &[n, i]), Sent::Queued { dropped: 0 });
+            assert_eq!(b.client.send(device(1), &[n, i]), Sent::Queued { dropped: 0 });
+        }
+        // The relay hears of a newer policy before it serves, as the coordinator's own one does: other tokens are asked for.
+        (a.revision, b.revision) = (n.into(), n.into());
+        relay = Process::start(RelayServerConfig { floor: n.into(), ..server_config(&dir, addr) }).await;
+        let (to_b, to_a) = tokio::join!(b.receives(100), a.receives(100));
+        for i in 0..100 {
+            assert_eq!(to_b[usize::from(i)], (device(1), vec![n, i]));
+            assert_eq!(to_a[usize::from(i)], (device(2), vec![n, i]));
+        }
+    }
+    assert_eq!((a.tokens, b.tokens), (3, 3));
+}
+
+#[tokio::test]
+async fn packets_wait_for_a_device_that_comes_to_a_restarted_relay_after_its_peer() {
+    for n in 0..5u8 {
+        let (_dir, server) = start();
+        let mut a = Agent::of(1, &server, &[2]);
+        a.connected().await;
+        for i in 0..50 {
+            a.client.send(device(2), &[n, i]);
+        }
+        until(|| server.stats().core.queued_bytes > 50 * 64).await;
+        let mut b = Agent::of(2, &server, &[1]);
+        let got = b.receives(50).await;
+        assert!((0..50).all(|i| got[usize::from(i)] == (device(1), vec![n, i])), "{got:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_relay_that_does_not_come_back_is_told_of_as_lost() {
+    let (_dir, server) = start();
+    let mut a = Agent::of(1, &server, &[2]);
+    a.connected().await;
+    tokio::join!(server.shutdown(), a.doubted());
+    assert_eq!(a.client.send(device(2), b"held"), Sent::Queued { dropped: 0 });
+    let told = a.event().await;
+    assert!(
+        matches!(told, RelayEventKind::Disconnected { refused: Some(RefusalCode::ShuttingDown), .. }),
+        "{told:?}"
+    );
+    assert_eq!((a.client.send(device(2), b"lost"), a.client.is_connected()), (Sent::NotConnected, false));
+    assert_eq!(a.refused().await, None, "it is tried again, and that fails");
 }
 
 #[tokio::test]

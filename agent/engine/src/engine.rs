@@ -328,8 +328,9 @@ impl Engine {
     }
 
     /// A connected relay has not answered for longer than it should, or answers again
-    /// ([`Liveness::doubt_news`](crate::relay_link::Liveness::doubt_news)). Until it is clear what that means, the connection
-    /// and the home stay, and packets take another relay if the peer is known to listen there.
+    /// ([`Liveness::doubt_news`](crate::relay_link::Liveness::doubt_news)); or its connection is about to be replaced by another,
+    /// or has been. Until it is clear what that means, the connection and the home stay, and packets take another relay if the
+    /// peer is known to listen there.
     pub fn handle_relay_doubt(&mut self, now: Now, relay: RelayId, doubt: bool) {
         self.paths.set_relay_silent(now.boot, relay, doubt);
         self.resend_handshakes(now);

@@ -21,6 +21,9 @@ pub const RESTART_PAUSE: Duration = Duration::from_millis(100);
 /// The longest that one of them takes, or two round trips: what is sent before the relay listens is lost, and QUIC repeats
 /// itself only after a second.
 pub const RESTART_DIAL_TIMEOUT: Duration = Duration::from_millis(400);
+/// How long a connection that is replaced by another one to the same relay, which is restarted or was left for another network,
+/// holds packets for that one before it counts as lost.
+pub const HOLD_TIME: Duration = Duration::from_millis(1_500);
 /// Longest time from the first packet to a connection.
 pub const DIAL_TIMEOUT: Duration = Duration::from_secs(15);
 /// A connection that stood for so long starts over with the first pause.
@@ -94,7 +97,8 @@ impl Redial {
         if self.is_restarting(now) { RESTART_DIAL_TIMEOUT.max(2 * rtt) } else { DIAL_TIMEOUT }
     }
 
-    fn is_restarting(&self, now: Instant) -> bool {
+    /// The relay said that it would close, and is expected back: that it is not there says nothing.
+    pub fn is_restarting(&self, now: Instant) -> bool {
         self.restarting.is_some_and(|until| now < until)
     }
 }

@@ -360,14 +360,23 @@ enum Source {
 impl Reader {
     /// The next frame; a refusal is an end. Cancel safe.
     pub(super) async fn frame(&mut self) -> Result<Bytes, End> {
-        let frame = self.next().await?;
+        self.next(true).await
+    }
+
+    /// The next frame of the protocol itself. Packets in datagrams, which may overtake it, wait.
+    pub(super) async fn control(&mut self) -> Result<Bytes, End> {
+        self.next(false).await
+    }
+
+    async fn next(&mut self, datagrams: bool) -> Result<Bytes, End> {
+        let frame = self.read(datagrams).await?;
         match Frame::decode(&frame) {
             Ok(Some(Frame::Refused { code, .. })) => Err(End::Refused(code)),
             _ => Ok(frame),
         }
     }
 
-    async fn next(&mut self) -> Result<Bytes, End> {
+    async fn read(&mut self, datagrams: bool) -> Result<Bytes, End> {
         loop {
             match self.deframer.next_frame() {
                 Ok(Some(frame)) => return Ok(Bytes::copy_from_slice(frame)),
@@ -376,7 +385,7 @@ impl Reader {
             }
             match &mut self.source {
                 Source::Quic { connection, recv } => tokio::select! {
-                    datagram = connection.read_datagram() => return Ok(datagram?),
+                    datagram = connection.read_datagram(), if datagrams => return Ok(datagram?),
                     chunk = recv.read_chunk(CHUNK_BYTES, true) => match chunk {
                         Ok(Some(chunk)) => self.deframer.buffer().extend_from_slice(&chunk.bytes),
                         // The connection says why.

@@ -56,9 +56,10 @@ pub(super) async fn ask_when_idle(after: Duration, shared: &Shared, signs: &Sign
     }
 }
 
-/// The end of a session that was asked to rest, if the relay agrees.
+/// What follows from the end of a session: a rest, if it was asked for and the relay agrees.
 pub(super) fn outcome(end: Outcome, udp: Option<UdpLink>) -> Outcome {
     match (end, udp) {
+        (Outcome::End(end @ End::Refused(RefusalCode::ShuttingDown)), _) => Outcome::Replaced(end),
         (Outcome::End(End::Refused(RefusalCode::Resting)), Some(udp)) if udp.is_up() => {
             Outcome::Rest(Box::new(udp))
         }

@@ -7,13 +7,13 @@ use std::time::Duration;
 
 use rand_core::RngCore as _;
 use tokio::sync::{Notify, mpsc, watch};
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 use warren_common::wire::control::Signed;
 use warren_common::wire::relay::udp::UdpKeys;
 use warren_common::wire::relay::{
     Binding, Class, DATA_QUEUE_BYTES, Frame, FrameQueue, GoneReason, Proven, RefusalCode, TokenRef,
 };
-use warren_engine::redial::{DIAL_TIMEOUT, Ended, Redial};
+use warren_engine::redial::{DIAL_TIMEOUT, Ended, HOLD_TIME, Redial};
 use warren_engine::relay_link::{CONNECTION_MIN_PAUSE, Check, KEEPALIVE, Liveness};
 
 use super::link::{self, End, Footing, Link, Reader, Transport, Writer};
@@ -36,9 +36,6 @@ const STEP_TIMEOUT: Duration = Duration::from_secs(9);
 const TOKEN_TIMEOUT: Duration = Duration::from_secs(7);
 /// How long what a session rested on carries packets for its next connection: more than it takes to prove UDP anew.
 const LEND_TIME: Duration = Duration::from_secs(3);
-/// How long a connection that leads nowhere from here may take to be replaced before others are told that it is lost. Meanwhile
-/// packets wait, or take another relay.
-const MOVE_TIME: Duration = Duration::from_millis(1_500);
 /// How often a WebSocket tries QUIC.
 pub const UPGRADE_INTERVAL: Duration = Duration::from_secs(300);
 /// A token is asked for again after so long without one.
@@ -65,8 +62,20 @@ pub(super) enum Outcome {
     Upgrade(Box<Link>),
     /// The session goes on without its connection.
     Rest(Box<UdpLink>),
-    /// The connection leads nowhere from where this host is now.
-    Moved(End),
+    /// Another connection to the same relay takes its place: this host has moved, or the relay is restarted.
+    Replaced(End),
+}
+
+/// How a connection is come by.
+enum Next {
+    /// It is made, or used if it is there already.
+    Connect(Option<Box<Link>>),
+    /// The session rests until there is a reason to have one.
+    Rest(Box<UdpLink>),
+    /// It replaces one that stood for so long.
+    Replace(End, Duration),
+    /// The last one stood for so long, or never came to be.
+    Again(End, Duration),
 }
 
 impl Task {
@@ -89,79 +98,53 @@ impl Task {
     }
 
     pub(super) async fn run(mut self) {
-        let (mut upgrade, mut rested, mut moved) = (None, None::<Box<UdpLink>>, false);
+        let mut next = Next::Connect(None);
         loop {
-            let mut stood = Duration::ZERO;
-            let (connected, former) = match rested.take() {
-                Some(udp) => self.rest(udp).await,
-                None if std::mem::take(&mut moved) => (self.move_over().await, None),
-                None => (self.connect(upgrade.take()).await, None),
+            let (connected, former) = match next {
+                Next::Connect(link) => (self.connect(link).await, None),
+                Next::Rest(udp) => self.rest(udp).await,
+                Next::Replace(end, stood) => (self.replace(end, stood).await, None),
+                Next::Again(end, stood) => (self.again(&end, stood).await, None),
             };
-            let end = match connected {
+            let (end, stood) = match connected {
                 Ok((link, keys)) => {
                     let since = Instant::now();
                     let (transport, addr) = (link.transport, link.addr);
                     self.shared.quic.store(transport == Transport::Quic, Ordering::Release);
                     self.shared.proxied.store(link.proxied, Ordering::Relaxed);
+                    self.shared.held.store(false, Ordering::Release);
                     self.shared.connected.store(true, Ordering::Release);
                     self.events.send(RelayEventKind::Connected { transport, addr }).await;
                     let outcome = self.session(link, keys, former).await;
-                    let rests = matches!(outcome, Outcome::Rest(_));
-                    moved = matches!(outcome, Outcome::Moved(_));
-                    self.shared.connected.store(rests || moved, Ordering::Release);
+                    let (rests, held) =
+                        (matches!(outcome, Outcome::Rest(_)), matches!(outcome, Outcome::Replaced(_)));
+                    self.shared.held.store(held, Ordering::Release);
+                    self.shared.connected.store(rests || held, Ordering::Release);
                     self.shared.set_udp(rests);
-                    stood = since.elapsed();
                     match outcome {
                         Outcome::Upgrade(link) => {
-                            self.forget_queue();
-                            upgrade = Some(link);
+                            self.shared.forget_queue();
+                            next = Next::Connect(Some(link));
                             continue;
                         }
                         Outcome::Rest(udp) => {
-                            rested = Some(udp);
+                            next = Next::Rest(udp);
                             continue;
                         }
-                        Outcome::Moved(end) => {
-                            tracing::debug!("no way to the relay any more: {end}");
+                        Outcome::Replaced(end) => {
+                            tracing::debug!("the connection is replaced: {end}");
                             self.keep_packets();
+                            next = Next::Replace(end, since.elapsed());
                             continue;
                         }
-                        Outcome::End(end) => end,
+                        Outcome::End(end) => (end, since.elapsed()),
                     }
                 }
-                Err(end) => {
-                    self.shared.connected.store(false, Ordering::Release);
-                    self.shared.set_udp(false);
-                    end
-                }
+                Err(end) => (end, Duration::ZERO),
             };
-            self.forget_queue();
-            let refused = end.refused();
-            if refused.is_some_and(is_about_token) {
-                self.token = None;
-            }
-            let why = end.to_string();
-            let how = match &end {
-                End::Refused(RefusalCode::Replaced) => Ended::Replaced,
-                End::Refused(RefusalCode::ShuttingDown) => Ended::ShuttingDown,
-                End::Moved(_) => Ended::Moved,
-                End::Refused(_) | End::Barred(_) | End::Lost(_) => Ended::Lost,
-            };
-            let problem = match end {
-                End::Barred(problem) => Some(problem),
-                End::Refused(_) | End::Moved(_) | End::Lost(_) => None,
-            };
-            self.events.send(RelayEventKind::Disconnected { why, refused, problem }).await;
-            let wait = self.redial.on_ended(clock::now().boot, stood, how, OsEntropy.next_u32());
-            if self.pause(wait).await {
-                self.redial.on_network_change();
-            }
+            lose(&self.shared, &self.events, &end).await;
+            next = Next::Again(end, stood);
         }
-    }
-
-    /// What waited for a connection is of no use to the next one.
-    fn forget_queue(&self) {
-        *self.shared.queue() = FrameQueue::new(DATA_QUEUE_BYTES);
     }
 
     /// What waited is only packets from now on: the rest was about the former connection.
@@ -175,29 +158,48 @@ impl Task {
         }
     }
 
-    /// Connects in another network. The daemon hears of doubt, and of a loss only if it takes long: the relay is the same, and no
-    /// reason to have another one as home.
-    async fn move_over(&mut self) -> Result<(Link, UdpKeys), End> {
+    /// Connects to the same relay in place of a connection that stood for so long. Packets wait, or take another relay: the daemon
+    /// hears of doubt, and of a loss only if it takes long.
+    async fn replace(&mut self, mut end: End, mut stood: Duration) -> Result<(Link, UdpKeys), End> {
         let (shared, events) = (self.shared.clone(), self.events.clone());
         events.send(RelayEventKind::Doubt { doubt: true }).await;
-        let mut connecting = std::pin::pin!(async {
-            loop {
-                match self.connect(None).await {
-                    Err(End::Moved(_)) => {} // once more
-                    done => return done,
+        let (until, mut failed) = (Instant::now() + HOLD_TIME, None);
+        loop {
+            let connected = {
+                let last = failed.as_ref().unwrap_or(&end);
+                let mut attempt = std::pin::pin!(self.again(last, std::mem::take(&mut stood)));
+                let Ok(connected) = timeout_at(until, &mut attempt).await else {
+                    // Packets wait no longer, but what is under way may still become the connection.
+                    lose(&shared, &events, &end).await;
+                    return attempt.await;
+                };
+                connected
+            };
+            match connected {
+                Ok(connected) => {
+                    events.send(RelayEventKind::Doubt { doubt: false }).await;
+                    return Ok(connected);
                 }
+                // It is not there yet, which says less than how the connection ended.
+                Err(new @ End::Lost(_)) if self.redial.is_restarting(clock::now().boot) => failed = Some(new),
+                Err(new) if matches!(new, End::Moved(_)) || self.redial.is_restarting(clock::now().boot) => {
+                    (end, failed) = (new, None);
+                }
+                Err(new) => return Err(new),
             }
-        });
-        if let Ok(connected) = timeout(MOVE_TIME, &mut connecting).await {
-            if connected.is_ok() {
-                events.send(RelayEventKind::Doubt { doubt: false }).await;
-            }
-            return connected;
         }
-        shared.connected.store(false, Ordering::Release);
-        let why = "it is not reached from another network yet".to_owned();
-        events.send(RelayEventKind::Disconnected { why, refused: None, problem: None }).await;
-        connecting.await
+    }
+
+    /// Connects after a pause: `end` is how the last connection, which stood for so long, or attempt ended.
+    async fn again(&mut self, end: &End, stood: Duration) -> Result<(Link, UdpKeys), End> {
+        if end.refused().is_some_and(is_about_token) {
+            self.token = None;
+        }
+        let wait = self.redial.on_ended(clock::now().boot, stood, how(end), OsEntropy.next_u32());
+        if self.pause(wait).await {
+            self.redial.on_network_change();
+        }
+        self.connect(None).await
     }
 
     /// Waits, keeping tokens that come; true if the network changed.
@@ -266,7 +268,7 @@ impl Task {
     }
 
     async fn authenticate(&mut self, reader: &mut Reader, writer: &mut Writer) -> Result<UdpKeys, End> {
-        let challenge = reader.frame().await?;
+        let challenge = reader.control().await?;
         let Ok(Some(Frame::Challenge(challenge))) = Frame::decode(&challenge) else {
             return Err(End::Lost("it does not speak the relay protocol".to_owned()));
         };
@@ -291,7 +293,7 @@ impl Task {
             .ok_or_else(|| End::Lost("its challenge is invalid".to_owned()))?;
         writer.control(Frame::Auth { proof, token }.to_vec()).await?;
         loop {
-            let frame = reader.frame().await?;
+            let frame = reader.control().await?;
             if matches!(Frame::decode(&frame), Ok(Some(Frame::Ready { .. }))) {
                 return Ok(udp);
             }
@@ -316,7 +318,7 @@ impl Task {
             end = read(&mut reader, &shared, &events, &signs) => Outcome::End(end),
             end = write(&mut writer, &shared, &signs) => Outcome::End(end),
             end = self.watch(&signs, transport, footing) => match end {
-                End::Moved(_) => Outcome::Moved(end),
+                End::Moved(_) => Outcome::Replaced(end),
                 end => Outcome::End(end),
             },
             link = upgrade(&config, &signs), if transport == Transport::WebSocket => Outcome::Upgrade(Box::new(link)),
@@ -382,6 +384,33 @@ impl Task {
                 },
             }
         }
+    }
+}
+
+/// There is no connection, and none that packets could wait for.
+async fn lose(shared: &Shared, events: &Events, end: &End) {
+    shared.connected.store(false, Ordering::Release);
+    shared.held.store(false, Ordering::Release);
+    shared.set_udp(false);
+    shared.forget_queue();
+    let why = match end {
+        End::Moved(_) => "it is not reached from another network yet".to_owned(),
+        End::Refused(_) | End::Barred(_) | End::Lost(_) => end.to_string(),
+    };
+    let problem = match end {
+        End::Barred(problem) => Some(problem.clone()),
+        End::Refused(_) | End::Moved(_) | End::Lost(_) => None,
+    };
+    events.send(RelayEventKind::Disconnected { why, refused: end.refused(), problem }).await;
+}
+
+/// What an end means for the next attempt.
+const fn how(end: &End) -> Ended {
+    match end {
+        End::Refused(RefusalCode::Replaced) => Ended::Replaced,
+        End::Refused(RefusalCode::ShuttingDown) => Ended::ShuttingDown,
+        End::Moved(_) => Ended::Moved,
+        End::Refused(_) | End::Barred(_) | End::Lost(_) => Ended::Lost,
     }
 }
 

@@ -83,7 +83,7 @@ impl Relays {
     pub(super) fn set(&mut self, relay: RelayId, connected: bool) -> bool {
         if connected {
             self.failed.remove(&relay);
-            self.up.insert(relay, Doubts::default()).is_none()
+            self.up.insert(relay, Doubts::default()).is_none_or(|former| former.silent || former.draining)
         } else {
             if self.known.contains(&relay) {
                 self.failed.insert(relay);
@@ -354,8 +354,7 @@ mod tests {
         relays.set_silent(relay(2), true);
         relays.set_silent(relay(2), false);
         assert_eq!(pair.choose(home, &relays), Some(relay(3)));
-        relays.set(relay(2), false);
-        relays.set(relay(2), true);
+        assert!(relays.set(relay(2), true) && !relays.set(relay(2), true));
         assert_eq!(pair.choose(home, &relays), home);
         // The peer was there long ago.
         pair.expire(START + SEEN_FRESH);
