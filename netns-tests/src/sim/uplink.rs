@@ -7,8 +7,11 @@ use warren_common::ids::{DeviceId, RelayId};
 use warren_common::keys::ProbeSecretKey;
 use warren_common::time::Instant;
 use warren_common::wire::control::Signed;
-use warren_common::wire::relay::{Binding, Challenge, Frame, GoneReason, RefusalCode, TokenRef};
-use warren_engine::redial::{Ended, Redial};
+use warren_common::wire::relay::{
+    Binding, Challenge, Class, DATA_QUEUE_BYTES, Frame, FrameQueue, GoneReason, RefusalCode, TokenRef,
+    is_handshake,
+};
+use warren_engine::redial::{Ended, HOLD_TIME, Redial};
 use warren_engine::relay_link::{CONNECTION_MIN_PAUSE, Check, Liveness};
 
 /// A token is asked for again after so long without one.
@@ -54,6 +57,8 @@ pub(super) struct Uplink {
     /// When a token was last asked for that has not come.
     asked: Option<Instant>,
     redial: Redial,
+    /// What waits for a connection that replaces the last one, and until when.
+    held: Option<(FrameQueue, Instant)>,
     rtt: Duration,
     /// When it was last of use.
     pub(super) used: Instant,
@@ -68,6 +73,7 @@ impl Uplink {
             token: None,
             asked: None,
             redial: Redial::default(),
+            held: None,
             rtt: Duration::ZERO,
             used: now,
         }
@@ -95,6 +101,11 @@ impl Uplink {
     }
 
     pub(super) fn deadline(&self) -> Instant {
+        let held = self.held.as_ref().map_or(Instant::FAR_FUTURE, |(_, until)| *until);
+        self.state_deadline().min(held)
+    }
+
+    fn state_deadline(&self) -> Instant {
         let ask = self.asked.filter(|_| !matches!(self.state, State::Waiting { .. }));
         let ask = ask.map_or(Instant::FAR_FUTURE, |at| at + ASK_INTERVAL);
         match &self.state {
@@ -114,6 +125,9 @@ impl Uplink {
     ) {
         if self.asked.is_some_and(|at| at + ASK_INTERVAL <= now) {
             self.ask(now, out);
+        }
+        if self.held.take_if(|(_, until)| *until <= now).is_some() {
+            out.push(Out::Down);
         }
         match &mut self.state {
             State::Waiting { until } if *until <= now => {
@@ -179,9 +193,15 @@ impl Uplink {
             }
             None => Ended::Lost,
         };
+        if matches!(self.state, State::Ready { .. }) && how == Ended::ShuttingDown {
+            self.held = Some((FrameQueue::new(DATA_QUEUE_BYTES), now + HOLD_TIME));
+            out.push(Out::Doubt(true));
+        }
         let pause = self.redial.on_ended(now, stood, how, random);
         self.state = State::Waiting { until: now + pause };
-        out.push(Out::Down);
+        if self.held.is_none() {
+            out.push(Out::Down);
+        }
     }
 
     /// The network may be another one: is the connection still alive? If there is none, now is a time to try.
@@ -251,9 +271,16 @@ impl Uplink {
                 self.authenticate(now, probe, out);
             }
             (Frame::Ready { .. }, State::Open { dial, .. }) => {
-                let liveness = Box::new(Liveness::new(CONNECTION_MIN_PAUSE));
-                self.state = State::Ready { dial: *dial, since: now, liveness };
+                let (dial, mut liveness) = (*dial, Box::new(Liveness::new(CONNECTION_MIN_PAUSE)));
                 self.redial.on_connected();
+                if let Some((mut queue, _)) = self.held.take() {
+                    out.push(Out::Doubt(false));
+                    while let Some(frame) = queue.pop() {
+                        liveness.on_sent(now);
+                        out.push(Out::Frame(dial, frame.bytes.to_vec()));
+                    }
+                }
+                self.state = State::Ready { dial, since: now, liveness };
                 out.push(Out::Up);
             }
             (Frame::Pong { nonce }, State::Ready { liveness, .. }) => {
@@ -279,11 +306,21 @@ impl Uplink {
         }
     }
 
-    /// Packs a packet for `dst`; `None` while the relay does not forward.
+    /// Packs a packet for `dst`; `None` while the relay does not forward: then it waits, if it may, or is lost.
     pub(super) fn send(&mut self, now: Instant, dst: DeviceId, payload: &[u8]) -> Option<(DialNo, Vec<u8>)> {
-        let State::Ready { dial, liveness, .. } = &mut self.state else { return None };
         self.used = now;
-        liveness.on_sent(now);
-        Some((*dial, Frame::Send { dst, payload }.to_vec()))
+        let frame = Frame::Send { dst, payload }.to_vec();
+        match (&mut self.state, &mut self.held) {
+            (State::Ready { dial, liveness, .. }, _) => {
+                liveness.on_sent(now);
+                return Some((*dial, frame));
+            }
+            (_, Some((queue, _))) => {
+                let class = if is_handshake(payload) { Class::Handshake } else { Class::Data };
+                queue.push(class, frame);
+            }
+            (_, None) => {}
+        }
+        None
     }
 }
