@@ -393,7 +393,7 @@ async fn packets_wait_for_a_relay_that_is_restarted() {
     let (mut a, mut b) = (Agent::of(1, &relay.server, &[2]), Agent::of(2, &relay.server, &[1]));
     for n in 1..=3u8 {
         if n == 1 {
-            (a.connected().await, b.connected().await);
+            tokio::join!(a.connected(), b.connected());
         } else {
             a.moves_to(Transport::Udp, 2).await;
             b.moves_to(Transport::Udp, 1).await;
@@ -414,6 +414,7 @@ async fn packets_wait_for_a_relay_that_is_restarted() {
         }
     }
     assert_eq!((a.tokens, b.tokens), (3, 3));
+    relay.end().await;
 }
 
 #[tokio::test]
