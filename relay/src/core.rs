@@ -578,14 +578,13 @@ impl Relay {
 
     /// Returns whether the frame waits now.
     fn enqueue(&mut self, conn: ConnId, class: Class, frame: Arc<[u8]>) -> bool {
+        let room = self.room();
         let Some(entry) = self.conns.get_mut(&conn) else { return false };
         if entry.rests() {
             self.call(conn, class, &frame);
             return false;
         }
         let before = entry.queue.data_bytes();
-        let room = self.room();
-        let Some(entry) = self.conns.get_mut(&conn) else { return false };
         let pushed = entry.queue.push_within(class, frame, room);
         self.queued_bytes = self.queued_bytes - before + entry.queue.data_bytes();
         self.count_pushed(pushed, class, room);
