@@ -94,6 +94,8 @@ pub enum RelayEventKind {
         refused: Option<RefusalCode>,
         /// What somebody can change about it: a proxy, something that opens TLS.
         problem: Option<Problem>,
+        /// Packets that waited, and were dropped.
+        dropped: usize,
     },
     /// A packet came, from the device that the relay names.
     Received {
@@ -179,9 +181,9 @@ impl Shared {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What waited for a connection is of no use to the next one.
-    fn forget_queue(&self) {
-        *self.queue() = FrameQueue::new(DATA_QUEUE_BYTES);
+    /// What waited for a connection is of no use to the next one. Returns how many packets that were.
+    fn forget_queue(&self) -> usize {
+        std::mem::replace(&mut *self.queue(), FrameQueue::new(DATA_QUEUE_BYTES)).drop_payloads(|_| true)
     }
 
     fn push(&self, class: Class, frame: &Frame<'_>) -> Pushed {

@@ -442,7 +442,10 @@ async fn a_relay_that_does_not_come_back_is_told_of_as_lost() {
     assert_eq!(a.client.send(device(2), b"held"), Sent::Queued { dropped: 0 });
     let told = a.event().await;
     assert!(
-        matches!(told, RelayEventKind::Disconnected { refused: Some(RefusalCode::ShuttingDown), .. }),
+        matches!(
+            told,
+            RelayEventKind::Disconnected { refused: Some(RefusalCode::ShuttingDown), dropped: 1, .. }
+        ),
         "{told:?}"
     );
     assert_eq!((a.client.send(device(2), b"lost"), a.client.is_connected()), (Sent::NotConnected, false));

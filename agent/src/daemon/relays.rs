@@ -262,7 +262,8 @@ impl Up {
             RelayEventKind::Moved { transport } => {
                 tracing::info!(%relay, ?transport, "relay packets take another transport");
             }
-            RelayEventKind::Disconnected { why, refused, problem } => {
+            RelayEventKind::Disconnected { why, refused, problem, dropped } => {
+                self.relays.drops.not_connected += dropped as u64;
                 tracing::info!(%relay, ?refused, "relay disconnected: {why}");
                 engine.handle_relay_state(now, relay, false);
                 if !client.relay.peer {

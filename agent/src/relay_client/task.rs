@@ -392,7 +392,7 @@ async fn lose(shared: &Shared, events: &Events, end: &End) {
     shared.connected.store(false, Ordering::Release);
     shared.held.store(false, Ordering::Release);
     shared.set_udp(false);
-    shared.forget_queue();
+    let dropped = shared.forget_queue();
     let why = match end {
         End::Moved(_) => "it is not reached from another network yet".to_owned(),
         End::Refused(_) | End::Barred(_) | End::Lost(_) => end.to_string(),
@@ -401,7 +401,7 @@ async fn lose(shared: &Shared, events: &Events, end: &End) {
         End::Barred(problem) => Some(problem.clone()),
         End::Refused(_) | End::Moved(_) | End::Lost(_) => None,
     };
-    events.send(RelayEventKind::Disconnected { why, refused: end.refused(), problem }).await;
+    events.send(RelayEventKind::Disconnected { why, refused: end.refused(), problem, dropped }).await;
 }
 
 /// What an end means for the next attempt.
