@@ -33,6 +33,7 @@ use crate::tls::{Identity, IdentityError};
 use self::hello::Hellos;
 use self::turn::Turn;
 
+mod connection_ids;
 mod handshakes;
 mod hello;
 mod quic;

@@ -11,7 +11,6 @@ use bytes::Bytes;
 use quinn::congestion::CubicConfig;
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{Connection, Endpoint, EndpointConfig, Incoming, RecvStream, SendStream, VarInt};
-use quinn_proto::HashedConnectionIdGenerator;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -20,6 +19,7 @@ use warren_common::wire::relay::{Class, Deframer, QueuedFrame, RefusalCode, put_
 use crate::os;
 use crate::tls::Identity;
 
+use super::connection_ids::ConnectionIds;
 use super::handshakes::{Handshake, Handshakes};
 use super::{
     Client, GOODBYE_TIMEOUT, HANDSHAKE_TIMEOUT, MAX_HANDSHAKES, Shared, TURN_FRAMES, Turn, WRITE_TIMEOUT,
@@ -73,9 +73,8 @@ pub(super) fn endpoint(
 fn endpoint_config(identity: &Identity) -> EndpointConfig {
     let reset = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, &identity.derive("quic stateless reset"));
     let mut config = EndpointConfig::new(Arc::new(reset));
-    let [a, b, c, d, e, f, g, h, ..] = identity.derive("quic connection ids");
-    let ids = u64::from_be_bytes([a, b, c, d, e, f, g, h]);
-    config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(ids)));
+    let ids = identity.derive("quic connection ids, 48 bits");
+    config.cid_generator(move || Box::new(ConnectionIds::new(&ids)));
     // What tells QUIC's datagrams from the others on this port.
     config.grease_quic_bit(false);
     config
