@@ -60,6 +60,12 @@ pub fn render(stats: &ServerStats, out: &mut String) {
             "Handshakes that failed or took too long.",
             stats.handshakes_failed,
         ),
+        (
+            "warren_relay_networks_barred_total",
+            Counter,
+            "Times that a network was barred from TCP for a second, since its connections came to nothing.",
+            stats.networks_barred,
+        ),
         ("warren_stun_answered_total", Counter, "STUN questions answered.", stats.stun_answered),
         (
             "warren_stun_ignored_total",

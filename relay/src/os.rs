@@ -1,4 +1,4 @@
-//! The two things that the pure parts don't do themselves: read the clocks, and draw randomness.
+//! What the system has for the parts that are pure: clocks, randomness, and turns on a processor.
 
 use std::time::{Duration, UNIX_EPOCH};
 
@@ -19,6 +19,83 @@ pub(crate) fn now() -> Now {
             Err(before) => UnixTime::default() - before.duration(),
         },
     }
+}
+
+/// How long a thread with [`ShortTurns`] runs at a time when others wait, in nanoseconds: the least that the kernel takes.
+const SHORT_TURN: u64 = 100_000;
+/// Before all others that have no real-time priority.
+const FIRST: i32 = -20;
+/// Turns between two looks at what the thread has used.
+const LOOK: u32 = 64;
+/// The share of a processor from which on it is one among others: more than that is no small thing to do in between.
+const GREEDY: f64 = 0.5;
+
+/// A thread that has little to do, but soon: also on a processor that others keep busy.
+///
+/// Linux runs whose deadline is next (EEVDF), and who wants to run for short has an early one; since 6.12 it even ends
+/// another's turn. That needs no privilege, but a thread that has just run is owed nothing for a moment, and if it is woken
+/// in that moment it waits for up to a tick (4 ms). With the highest `nice` value the moment is too short to be met. That
+/// takes CAP_SYS_NICE or RLIMIT_NICE; without them, and on older kernels, it is as far as it goes.
+#[derive(Debug)]
+pub(crate) struct ShortTurns {
+    /// The value that the thread began with.
+    nice: i32,
+    /// Whether it has the highest instead; `None`: it may not.
+    first: Option<bool>,
+    turns: u32,
+    looked: Instant,
+    used: Duration,
+}
+
+impl ShortTurns {
+    /// For the calling thread.
+    pub(crate) fn take() -> Self {
+        let nice = rustix::process::getpriority_process(None).unwrap_or(0);
+        let first = set_turns(FIRST).then_some(true);
+        if first.is_none() {
+            set_turns(nice); // best effort
+        }
+        Self { nice, first, turns: 0, looked: now().boot, used: used() }
+    }
+
+    /// Once for each turn: a thread that has much to do after all does not keep others from the processor.
+    pub(crate) fn one(&mut self) {
+        let Some(first) = self.first else { return };
+        self.turns += 1;
+        if self.turns < LOOK {
+            return;
+        }
+        let (now, used) = (now().boot, used());
+        let greedy = (used - self.used).as_secs_f64() > GREEDY * now.since(self.looked).as_secs_f64();
+        if greedy == first {
+            self.first = set_turns(if greedy { self.nice } else { FIRST }).then_some(!greedy);
+        }
+        (self.turns, self.looked, self.used) = (0, now, used);
+    }
+}
+
+/// What this thread has used of a processor.
+pub(crate) fn used() -> Duration {
+    let used = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(used.tv_sec.unsigned_abs(), used.tv_nsec.unsigned_abs() as u32)
+}
+
+/// Short turns for the calling thread, with a `nice` value; false if the system won't.
+fn set_turns(nice: i32) -> bool {
+    let attr = libc::sched_attr {
+        size: size_of::<libc::sched_attr>() as u32,
+        sched_policy: libc::SCHED_OTHER as u32,
+        sched_flags: 0,
+        sched_nice: nice,
+        sched_priority: 0,
+        sched_runtime: SHORT_TURN,
+        sched_deadline: 0,
+        sched_period: 0,
+    };
+    #[expect(unsafe_code, reason = "no crate in use has this call")]
+    // SAFETY: the kernel reads as many bytes as the structure says it has, and keeps none of them.
+    let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attr, 0) };
+    result == 0
 }
 
 /// The operating system's generator.
@@ -48,5 +125,43 @@ impl RngCore for OsRng {
     fn try_fill_bytes(&mut self, dest: &mut [u8]) -> Result<(), rand_core::Error> {
         self.fill_bytes(dest);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[expect(clippy::print_stdout, reason = "a skipped test says so")]
+    #[test]
+    fn who_has_little_to_do_goes_first_and_who_has_much_does_not() {
+        // A thread of its own: what it changes is of the thread.
+        std::thread::spawn(|| {
+            let nice = || rustix::process::getpriority_process(None).unwrap();
+            let before = nice();
+            let mut turns = ShortTurns::take();
+            if turns.first.is_none() {
+                assert_eq!(nice(), before);
+                println!("skipped: no permission to go before others (run as root)");
+                return;
+            }
+            assert_eq!(nice(), FIRST);
+            // Either ends when the thread's use of its processor says so, however long that takes.
+            while turns.first == Some(true) {
+                let until = used() + Duration::from_micros(100);
+                while used() < until {
+                    std::hint::spin_loop();
+                }
+                turns.one();
+            }
+            assert_eq!(nice(), before);
+            while turns.first == Some(false) {
+                std::thread::sleep(Duration::from_micros(100));
+                turns.one();
+            }
+            assert_eq!(nice(), FIRST);
+        })
+        .join()
+        .unwrap();
     }
 }

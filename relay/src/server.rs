@@ -33,9 +33,11 @@ use crate::tls::{Identity, IdentityError};
 use self::hello::Hellos;
 use self::turn::Turn;
 
+mod barred;
 mod connection_ids;
 mod handshakes;
 mod hello;
+mod per_network;
 mod quic;
 mod stun;
 mod turn;
@@ -53,6 +55,8 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often a draining relay looks whether everybody has left.
 const DRAIN_LOOK: Duration = Duration::from_millis(50);
+/// How often a relay that has stopped looks whether its port is free.
+const FREE_LOOK: Duration = Duration::from_millis(1);
 /// Most bytes that a connection takes from the core at once: what a revocation can't call back.
 const BATCH_BYTES: usize = 32 * 1024;
 /// Most frames of such a batch, and of what a connection reads in one turn: a thousand frames of one byte take as long as
@@ -127,6 +131,8 @@ pub struct ServerStats {
     pub handshakes_refused: u64,
     /// Handshakes that failed or took too long.
     pub handshakes_failed: u64,
+    /// Times that a network was barred from TCP for a second, since its connections came to nothing.
+    pub networks_barred: u64,
     /// QUIC datagrams dropped since too many waited.
     pub quic_dropped: u64,
     /// Plain UDP datagrams that the socket had no room for or did not take.
@@ -142,6 +148,8 @@ pub struct RelayServer {
     cert_sha256: [u8; 32],
     stop: CancellationToken,
     tasks: JoinSet<()>,
+    /// Goes last: the connections say goodbye through it.
+    reader: udp::Reader,
 }
 
 impl RelayServer {
@@ -179,16 +187,16 @@ impl RelayServer {
             limits: config.limits,
         };
         let shared = Arc::new(Shared::new(Relay::new(core, os::now().boot), Arc::downgrade(&socket), hellos));
+        let reader = udp::Reader::start(shared.clone(), socket).map_err(StartError::Thread)?;
         let (stop, mut tasks) = (CancellationToken::new(), JoinSet::new());
         tasks.spawn(keep_time(shared.clone()));
-        tasks.spawn(udp::serve(shared.clone(), socket));
         tasks.spawn(quic::accept(shared.clone(), endpoint, stop.clone()));
         tasks.spawn(websocket::accept(shared.clone(), listener, websocket_tls, stop.clone()));
         if let Some(sockets) = stun {
             tasks.spawn(stun::serve(shared.clone(), sockets));
         }
         tracing::info!(%local_addr, ?stun_addr, relay = %config.relay, "the relay listens");
-        Ok(Self { shared, local_addr, stun_addr, cert_sha256, stop, tasks })
+        Ok(Self { shared, local_addr, stun_addr, cert_sha256, stop, tasks, reader })
     }
 
     /// Where it listens (QUIC, plain UDP and WebSockets).
@@ -248,18 +256,27 @@ impl RelayServer {
         let _ = tokio::time::timeout(longest, gone).await; // whichever comes first
     }
 
-    /// Tells every device why, then stops: takes at most some two seconds.
+    /// Tells every device why, then stops: takes at most some three seconds. The ports are free then.
     pub async fn shutdown(mut self) {
         self.stop.cancel();
         self.shared.with(|relay, _| relay.close_all(RefusalCode::ShuttingDown));
-        // The time keeper, UDP and STUN have no end of their own; the acceptors end when their connections have.
+        // The time keeper and STUN have no end of their own; the acceptors end when their connections have.
         let acceptors = async {
-            while self.tasks.len() > 2 + usize::from(self.stun_addr.is_some())
+            while self.tasks.len() > 1 + usize::from(self.stun_addr.is_some())
                 && self.tasks.join_next().await.is_some()
             {}
         };
         let _ = tokio::time::timeout(2 * GOODBYE_TIMEOUT, acceptors).await;
         self.tasks.shutdown().await;
+        drop(self.reader);
+        // quinn's own task holds the socket until it has seen that everybody else has left.
+        let socket = self.shared.socket.clone();
+        let free = async {
+            while socket.strong_count() > 0 {
+                tokio::time::sleep(FREE_LOOK).await;
+            }
+        };
+        let _ = tokio::time::timeout(GOODBYE_TIMEOUT, free).await; // whichever comes first
     }
 }
 
@@ -326,6 +343,7 @@ struct Shared {
     stun_ignored: AtomicU64,
     handshakes_refused: AtomicU64,
     handshakes_failed: AtomicU64,
+    networks_barred: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -362,6 +380,7 @@ impl Shared {
             stun_ignored: self.stun_ignored.load(Ordering::Relaxed),
             handshakes_refused: self.handshakes_refused.load(Ordering::Relaxed),
             handshakes_failed: self.handshakes_failed.load(Ordering::Relaxed),
+            networks_barred: self.networks_barred.load(Ordering::Relaxed),
             quic_dropped,
             udp_unsent,
         }
@@ -377,6 +396,7 @@ impl Shared {
             stun_ignored: AtomicU64::new(0),
             handshakes_refused: AtomicU64::new(0),
             handshakes_failed: AtomicU64::new(0),
+            networks_barred: AtomicU64::new(0),
         }
     }
 
@@ -386,6 +406,10 @@ impl Shared {
 
     fn failed_handshake(&self) {
         self.handshakes_failed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn barred_network(&self) {
+        self.networks_barred.fetch_add(1, Ordering::Relaxed);
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -488,11 +512,6 @@ impl Drop for Client {
         inner.conns.remove(&self.conn);
         inner.relay.handle_disconnected(self.conn);
     }
-}
-
-/// Ends tasks that are done, so that a set holds only running ones.
-fn reap(tasks: &mut JoinSet<()>) {
-    while tasks.try_join_next().is_some() {}
 }
 
 /// For logs below debug, where addresses have no place.

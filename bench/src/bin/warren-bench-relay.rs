@@ -320,9 +320,14 @@ fn hostile(repeats: usize, attacks: &[Attack], conditions: Conditions) -> Result
     println!(
         "A pair over {}, {repeats} interleaved repeats of {seconds} s: medians with least and most, and the medians of each repeat's ratio \
          to `nobody`. The relay has core 0 for itself; the pair and the bad client share core 1 with the rest of the machine, where the pair \
-         goes first (SCHED_FIFO). \
+         goes first (SCHED_FIFO). {} \
          The bad client's own link carries {link}.{} Goal: at most {GOAL}.\n",
         over.name(),
+        if over == Over::Plain {
+            "A packet has arrived when the kernel has it for the receiver."
+        } else {
+            "A packet has arrived when the receiver has it."
+        },
         if realtime { " Relay and bad client go before everything else on the machine, too." } else { "" }
     );
     println!(

@@ -3,10 +3,11 @@
 use std::collections::VecDeque;
 use std::future::Future;
 use std::io::Write as _;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use socket2::{Domain, Protocol, Socket, Type};
 use tokio::runtime::Runtime;
 use warren_common::wire::relay::udp::{Head, Kind, UDP_HEADER, UdpKeys};
 
@@ -231,7 +232,7 @@ fn half_open(relay: SocketAddr, link: &mut Link) -> Result<()> {
         if silent.len() >= SILENT {
             silent.pop_front();
         }
-        silent.push_back(TcpStream::connect(relay)?);
+        silent.push_back(begin(relay)?);
         // A QUIC long header of version 1 with connection ids, and no handshake that makes sense.
         let mut first = vec![7; 1_200];
         first[..6].copy_from_slice(&[0xc0, 0, 0, 0, 1, 8]);
@@ -242,6 +243,15 @@ fn half_open(relay: SocketAddr, link: &mut Link) -> Result<()> {
         link.pass(1, CONNECTION + 1_200 + AROUND_A_DATAGRAM);
     }
     Ok(())
+}
+
+/// A TCP connection that is not waited for: who attacks does not care whether it is answered.
+fn begin(relay: SocketAddr) -> Result<Socket> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_nonblocking(true)?;
+    // Under way, mostly; or the relay has refused it.
+    let _ = socket.connect(&relay.into());
+    Ok(socket)
 }
 
 fn hellos(relay: RelayAt, link: &mut Link) -> Result<()> {
@@ -258,7 +268,7 @@ fn hellos(relay: RelayAt, link: &mut Link) -> Result<()> {
         if begun.len() >= SEVERAL as usize {
             begun.pop_front();
         }
-        let mut stream = TcpStream::connect(relay.addr)?;
+        let mut stream = begin(relay.addr)?;
         // The relay may have refused it already.
         let _ = stream.write_all(&hello);
         begun.push_back(stream);

@@ -1,7 +1,10 @@
 //! How long packets take from one device to another through our relay.
+//!
+//! Over plain UDP until the kernel has them for the receiver: that shares its core with whoever attacks, and when it wakes up
+//! is not the relay's doing. Over connections until the receiver has read them.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use tokio::runtime::Runtime;
@@ -89,7 +92,11 @@ fn plain(relay: RelayAt, runtime: &Runtime, span: Duration) -> Result<(Vec<Durat
             let mut took = Vec::new();
             loop {
                 to.wait(LOOK)?;
-                let packets = to.receive(|payload| took.extend(since(began, payload)))?;
+                let packets = to.receive(|payload, arrived| {
+                    took.extend(
+                        arrived.zip(sent_at(payload)).map(|(arrived, sent)| arrived.saturating_sub(sent)),
+                    );
+                })?;
                 if packets == 0 && over.load(Ordering::Relaxed) {
                     return anyhow::Ok(took);
                 }
@@ -97,7 +104,7 @@ fn plain(relay: RelayAt, runtime: &Runtime, span: Duration) -> Result<(Vec<Durat
         });
         let mut sent = 0;
         while began.elapsed() < span {
-            from.send(MEASURED, &packet(began), 1)?;
+            from.send(MEASURED, &packet(of_day()), 1)?;
             sent += 1;
             std::thread::sleep(
                 (span.min(Duration::from_secs(1) / RATE * sent)).saturating_sub(began.elapsed()),
@@ -106,6 +113,7 @@ fn plain(relay: RelayAt, runtime: &Runtime, span: Duration) -> Result<(Vec<Durat
         std::thread::sleep(LATEST);
         over.store(true, Ordering::Relaxed);
         let took = receiving.join().map_err(|_| anyhow!("the receiver panicked"))??;
+        ensure!(!took.is_empty(), "no packet arrived with its time");
         Ok((took, sent))
     })
 }
@@ -118,7 +126,7 @@ async fn connected(relay: RelayAt, transport: Transport, span: Duration) -> Resu
     let sending = async {
         let mut sent = 0;
         while began.elapsed() < span {
-            from.send(MEASURED, &packet(began), 1).await?;
+            from.send(MEASURED, &packet(began.elapsed()), 1).await?;
             sent += 1;
             tokio::time::sleep((Duration::from_secs(1) / RATE * sent).saturating_sub(began.elapsed())).await;
         }
@@ -127,7 +135,10 @@ async fn connected(relay: RelayAt, transport: Transport, span: Duration) -> Resu
     };
     let receiving = async {
         loop {
-            if let Err(error) = to.receive_each(|payload| took.extend(since(began, payload))).await {
+            let each = |payload: &[u8]| {
+                took.extend(sent_at(payload).map(|sent| began.elapsed().saturating_sub(sent)))
+            };
+            if let Err(error) = to.receive_each(each).await {
                 return error;
             }
         }
@@ -139,17 +150,23 @@ async fn connected(relay: RelayAt, transport: Transport, span: Duration) -> Resu
     Ok((took, sent))
 }
 
-fn packet(began: Instant) -> [u8; PAYLOAD] {
+fn packet(at: Duration) -> [u8; PAYLOAD] {
     let mut payload = [7; PAYLOAD];
     payload[..4].copy_from_slice(MARK);
-    payload[4..12].copy_from_slice(&(began.elapsed().as_nanos() as u64).to_be_bytes());
+    payload[4..12].copy_from_slice(&(at.as_nanos() as u64).to_be_bytes());
     payload
 }
 
-/// How long a packet took, if it is one that is measured.
-fn since(began: Instant, payload: &[u8]) -> Option<Duration> {
+/// When a packet was sent, if it is one that is measured.
+fn sent_at(payload: &[u8]) -> Option<Duration> {
     let at = payload.strip_prefix(MARK)?.first_chunk()?;
-    Some(began.elapsed().saturating_sub(Duration::from_nanos(u64::from_be_bytes(*at))))
+    Some(Duration::from_nanos(u64::from_be_bytes(*at)))
+}
+
+/// The clock that the kernel stamps what arrives with.
+#[expect(clippy::disallowed_methods, reason = "a benchmark reads the clock")]
+fn of_day() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 #[expect(clippy::disallowed_methods, reason = "a benchmark reads the clock")]

@@ -81,8 +81,8 @@ impl Datagrams {
         }
     }
 
-    /// What has come: calls `each` with every datagram.
-    fn receive(&mut self, mut each: impl FnMut(&[u8])) -> Result<u64> {
+    /// What has come: calls `each` with every datagram, and when the kernel had it, by the time of day.
+    fn receive(&mut self, mut each: impl FnMut(&[u8], Option<Duration>)) -> Result<u64> {
         let mut meta = [RecvMeta::default(); SLOTS];
         let mut chunks = self.memory.chunks_exact_mut(SLOT);
         let mut slots: [IoSliceMut<'_>; SLOTS] =
@@ -96,7 +96,7 @@ impl Datagrams {
         for (slot, meta) in self.memory.chunks_exact(SLOT).zip(&meta[..count]) {
             for datagram in slot[..meta.len].chunks(meta.stride.max(1)) {
                 datagrams += 1;
-                each(datagram);
+                each(datagram, meta.timestamp);
             }
         }
         Ok(datagrams)
@@ -162,7 +162,7 @@ impl PlainUdp {
         let (relay, next, buffer) = (relay.addr, 0, Vec::new());
         let mut plain = Self { datagrams, relay, keys, session, next, buffer, _connection: connection };
         let began = now();
-        while plain.datagrams.receive(|_| {})? == 0 {
+        while plain.datagrams.receive(|_, _| {})? == 0 {
             ensure!(began.elapsed() < PATIENCE, "no answer over plain UDP");
             plain.ping()?;
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -222,16 +222,16 @@ impl PlainUdp {
         Ok(socket.set_nonblocking(true)?)
     }
 
-    /// Calls `each` with the payload of each packet that has come; how many they were.
+    /// Calls `each` with the payload of each packet that has come, and when the kernel had it, by the time of day; how many they were.
     ///
     /// # Errors
     /// The socket is broken.
-    pub fn receive(&mut self, mut each: impl FnMut(&[u8])) -> Result<u64> {
+    pub fn receive(&mut self, mut each: impl FnMut(&[u8], Option<Duration>)) -> Result<u64> {
         let mut packets = 0;
-        self.datagrams.receive(|datagram| {
+        self.datagrams.receive(|datagram, arrived| {
             if Head::peek(datagram).is_some_and(|head| head.kind == Kind::Recv) {
                 packets += 1;
-                each(&datagram[UDP_HEADER..]);
+                each(&datagram[UDP_HEADER..], arrived);
             }
         })?;
         Ok(packets)
@@ -269,7 +269,12 @@ impl Way for UdpWay {
     fn run(&mut self, rate: f64, span: Duration) -> Result<Counted> {
         self.to.ping()?; // the relay is told where it is again and again, as by a real one
         let Self { from, to, payload, batch } = self;
-        by_turns(rate, span, || from.send(2, payload, *batch).map(|()| *batch as u64), || to.receive(|_| {}))
+        by_turns(
+            rate,
+            span,
+            || from.send(2, payload, *batch).map(|()| *batch as u64),
+            || to.receive(|_, _| {}),
+        )
     }
 }
 
@@ -314,7 +319,7 @@ impl Way for TurnWay {
             }
             Ok(*batch as u64)
         };
-        by_turns(rate, span, send, || to.receive(|_| {}))
+        by_turns(rate, span, send, || to.receive(|_, _| {}))
     }
 }
 

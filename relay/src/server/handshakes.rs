@@ -114,7 +114,7 @@ impl Drop for Handshake {
 }
 
 /// What one customer of an access provider has at least: an IPv4 address, or 64 bits of IPv6.
-fn network_of(addr: IpAddr) -> IpAddr {
+pub(super) fn network_of(addr: IpAddr) -> IpAddr {
     match addr.to_canonical() {
         IpAddr::V6(v6) => Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX)).into(),
         v4 => v4,

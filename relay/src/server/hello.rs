@@ -8,11 +8,11 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, mpsc};
 use std::thread;
-use std::time::Duration;
 
-use rustix::time::{ClockId, clock_gettime};
 use tokio::runtime::Handle;
 use tokio::sync::{Mutex, OwnedMutexGuard, oneshot};
+
+use crate::os::used;
 
 /// How much nicer its thread is than those of the runtime, if there is room for it.
 const NICER: i32 = 10;
@@ -72,12 +72,6 @@ fn answer_all(jobs: &mpsc::Receiver<Job>) {
         let _ = catch_unwind(AssertUnwindSafe(answer));
         thread::sleep(used().saturating_sub(began));
     }
-}
-
-/// What this thread has used of a processor.
-fn used() -> Duration {
-    let used = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::new(used.tv_sec.unsigned_abs(), used.tv_nsec.unsigned_abs() as u32)
 }
 
 /// Best effort: of this thread alone, on Linux.

@@ -23,7 +23,7 @@ use super::connection_ids::ConnectionIds;
 use super::handshakes::{Handshake, Handshakes};
 use super::{
     Client, GOODBYE_TIMEOUT, HANDSHAKE_TIMEOUT, MAX_HANDSHAKES, Shared, TURN_FRAMES, Turn, WRITE_TIMEOUT,
-    family, reap, udp,
+    family, udp,
 };
 
 /// Datagrams that wait inside QUIC, in bytes each way; the queue proper is in the core.
@@ -90,7 +90,7 @@ pub(super) async fn accept(shared: Arc<Shared>, endpoint: Endpoint, stop: Cancel
             incoming = endpoint.accept() => incoming,
         };
         let Some(incoming) = incoming else { break };
-        reap(&mut tasks);
+        while tasks.try_join_next().is_some() {} // a set of those that run
         // When it gets tight, only those who can be reached at the address they give go on.
         if handshakes.count() > MAX_HANDSHAKES / 2
             && !incoming.remote_address_validated()

@@ -1,7 +1,5 @@
 //! The STUN sockets: one, or with a second address (RFC 5780) one at each pair of the addresses' hosts and ports.
 
-use std::collections::hash_map::RandomState;
-use std::hash::BuildHasher as _;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -13,6 +11,7 @@ use tokio::task::JoinSet;
 use warren_common::time::Instant;
 
 use super::Shared;
+use super::per_network::PerNetwork;
 use crate::core::Gcra;
 use crate::{os, stun};
 
@@ -21,8 +20,6 @@ pub(super) const MAX_ANSWERS_PER_S: u32 = 8_000;
 
 /// The share of it that one network may have: 2 000 devices at ten times their need, be it that they share one address.
 const SHARES: u32 = 10;
-/// Networks that are told apart: those that fall together share their share.
-const NETWORKS: usize = 4_096;
 /// How many answers may be given at once, in the time that they would take.
 const BURST: Duration = Duration::from_secs(1);
 
@@ -30,9 +27,7 @@ const BURST: Duration = Duration::from_secs(1);
 struct Budget {
     all: Gcra,
     cost: Duration,
-    networks: Box<[Gcra]>,
-    /// Nobody outside can tell which networks fall together.
-    hasher: RandomState,
+    networks: PerNetwork,
 }
 
 impl Budget {
@@ -41,14 +36,12 @@ impl Budget {
         Self {
             all: Gcra::default(),
             cost: Duration::from_secs(1) * parts / MAX_ANSWERS_PER_S,
-            networks: (0..NETWORKS).map(|_| Gcra::default()).collect(),
-            hasher: RandomState::new(),
+            networks: PerNetwork::default(),
         }
     }
 
     fn allow(&mut self, now: Instant, from: IpAddr) -> bool {
-        let at = self.hasher.hash_one(network(from)) % NETWORKS as u64;
-        self.networks[at as usize].allow(now, self.cost * SHARES, BURST)
+        self.networks.of(network(from)).allow(now, self.cost * SHARES, BURST)
             && self.all.allow(now, self.cost, BURST)
     }
 }

@@ -1,45 +1,54 @@
 //! The UDP port that QUIC and plain UDP share.
 //!
-//! One task reads the socket, in batches where the kernel gives them. Plain datagrams go through the core and out again
-//! at once, from the memory they came in; QUIC's are handed to quinn by a bounded queue. Both write to the socket
-//! themselves: what it has no room for is lost, as on any full link.
+//! A thread of its own reads the socket, in batches where the kernel gives them. Plain datagrams go through the core and
+//! out again at once, from the memory they came in; QUIC's are handed to quinn by a bounded queue. Both write to the
+//! socket themselves: of plain datagrams, what it has no room for is lost, as on any full link.
+//!
+//! Not a task of the runtime: those take their turns, and what a stranger has the runtime do between two looks at the
+//! socket (open a TLS record, accept and end a connection) would be in every packet's latency. The thread asks for short
+//! turns instead ([`ShortTurns`]), so that it also gets a processor that is busy when there is something to do.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSliceMut};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
 use quinn::{AsyncUdpSocket, UdpPoller};
-use tokio::io::Interest;
-use tokio::net::UdpSocket;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::fd::OwnedFd;
 use warren_common::wire::relay::udp::is_plain;
 
 use super::Shared;
 use super::turn::Pause;
 use crate::core::{UdpPath, UdpSend};
+use crate::os::ShortTurns;
 
 /// Bytes of one receive buffer: a GRO batch is at most one IP packet's length.
 const SLOT: usize = 65_536;
 /// Receive buffers of one call: 1 MiB in all, of which a quiet relay touches the first pages.
 const SLOTS: usize = 16;
-/// Receive calls before other tasks get their turn.
-const BUDGET: usize = 8;
 /// QUIC's datagrams that wait for quinn, in bytes: some 20 ms at 1 Gbit/s. More are dropped, as by a full socket.
 const MAX_QUIC_BYTES: usize = 2 << 20;
-/// Most of them that quinn gets in one turn: it opens all that it has at once, and plain datagrams wait meanwhile.
+/// Most of them that quinn gets in one turn: it opens all that it has at once, and other connections wait meanwhile.
 const QUIC_TURN: usize = 32;
 /// What one of them costs beside its bytes.
 const OVERHEAD: usize = 64;
+/// When a full socket is tried again that can't be watched.
+const ROOM_LOOK: Duration = Duration::from_millis(1);
 
 /// The socket, and what waits for quinn.
 pub(super) struct Socket {
     io: UdpSocket,
     state: UdpSocketState,
     quic: Mutex<Quic>,
+    /// It had no room for a datagram of QUIC's.
+    full: AtomicBool,
     /// QUIC's datagrams that found no room.
     quic_full: AtomicU64,
     /// Datagrams that the socket did not take.
@@ -63,12 +72,13 @@ impl std::fmt::Debug for Socket {
 }
 
 impl Socket {
-    pub(super) fn new(socket: std::net::UdpSocket) -> io::Result<Self> {
-        let state = UdpSocketState::new((&socket).into())?;
+    pub(super) fn new(io: UdpSocket) -> io::Result<Self> {
+        let state = UdpSocketState::new((&io).into())?; // also makes it non-blocking
         Ok(Self {
-            io: UdpSocket::from_std(socket)?,
+            io,
             state,
             quic: Mutex::default(),
+            full: AtomicBool::new(false),
             quic_full: AtomicU64::new(0),
             unsent: AtomicU64::new(0),
         })
@@ -124,7 +134,11 @@ impl AsyncUdpSocket for Socket {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        self.io.try_io(Interest::WRITABLE, || self.state.send((&self.io).into(), transmit))
+        let sent = self.state.send((&self.io).into(), transmit);
+        if sent.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
+            self.full.store(true, Ordering::Relaxed);
+        }
+        sent
     }
 
     fn poll_recv(
@@ -177,8 +191,8 @@ impl AsyncUdpSocket for Socket {
     }
 }
 
-/// Waits for room in the socket, for one connection. Each has a waiting of its own: the socket's `poll_send_ready` would
-/// wake only who asked last.
+/// Waits for room in the socket, for one connection, once it was full. The runtime does not watch the socket otherwise:
+/// each datagram that comes or has gone out would wake it.
 struct Poller {
     socket: Arc<Socket>,
     waiting: Option<Pin<Box<dyn Future<Output = io::Result<()>> + Send + Sync>>>,
@@ -193,10 +207,10 @@ impl std::fmt::Debug for Poller {
 impl UdpPoller for Poller {
     fn poll_writable(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Self { socket, waiting } = &mut *self;
-        let waiting = waiting.get_or_insert_with(|| {
-            let socket = socket.clone();
-            Box::pin(async move { socket.io.writable().await })
-        });
+        if waiting.is_none() && !socket.full.load(Ordering::Relaxed) {
+            return Poll::Ready(Ok(()));
+        }
+        let waiting = waiting.get_or_insert_with(|| Box::pin(room(socket.clone())));
         let ready = waiting.as_mut().poll(cx);
         if ready.is_ready() {
             self.waiting = None;
@@ -205,36 +219,71 @@ impl UdpPoller for Poller {
     }
 }
 
-/// Reads the socket for good: the connections say goodbye through it.
-pub(super) async fn serve(shared: Arc<Shared>, socket: Arc<Socket>) {
-    let mut memory = vec![0; SLOT * SLOTS].into_boxed_slice();
-    let mut sends = Vec::new();
-    while socket.io.readable().await.is_ok() {
-        if (0..BUDGET).all(|_| receive(&shared, &socket, &mut memory, &mut sends)) {
-            tokio::task::yield_now().await; // else the next wait is one
-        }
+/// Returns when the socket has room.
+async fn room(socket: Arc<Socket>) -> io::Result<()> {
+    match socket.io.try_clone().and_then(tokio::net::UdpSocket::from_std) {
+        Ok(watched) => watched.writable().await?,
+        // No descriptor left: no reason to end the connection.
+        Err(_) => tokio::time::sleep(ROOM_LOOK).await,
+    }
+    socket.full.store(false, Ordering::Relaxed);
+    Ok(())
+}
+
+/// The thread that reads the socket. Dropping this ends it, and waits until it has: it holds the port.
+#[derive(Debug)]
+pub(super) struct Reader {
+    stop: Arc<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Reader {
+    /// Reads from here on.
+    ///
+    /// # Errors
+    /// The system gives no thread.
+    pub(super) fn start(shared: Arc<Shared>, socket: Arc<Socket>) -> io::Result<Self> {
+        let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
+        let stopped = stop.clone();
+        let thread = thread::Builder::new().name("relay-udp".to_owned()).spawn(move || {
+            read(&shared, &socket, &stopped);
+        })?;
+        Ok(Self { stop, thread: Some(thread) })
     }
 }
 
-/// Takes what is there and passes it on; false if there may be no more.
-fn receive(shared: &Shared, socket: &Socket, memory: &mut [u8], sends: &mut Vec<(usize, UdpSend)>) -> bool {
+impl Drop for Reader {
+    fn drop(&mut self) {
+        // Neither fails: the counter is far from full, and the thread's panic was reported.
+        let _ = rustix::io::write(&*self.stop, &1_u64.to_ne_bytes());
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+/// Reads the socket until it is told to stop: the connections say goodbye through it.
+fn read(shared: &Shared, socket: &Socket, stop: &OwnedFd) {
+    let mut memory = vec![0; SLOT * SLOTS].into_boxed_slice();
+    let (mut sends, mut turns) = (Vec::new(), ShortTurns::take());
+    loop {
+        turns.one();
+        let mut watched = [PollFd::new(&socket.io, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
+        // An error is a signal that came in between.
+        let _ = poll(&mut watched, None);
+        if !watched[1].revents().is_empty() {
+            return;
+        }
+        receive(shared, socket, &mut memory, &mut sends);
+    }
+}
+
+/// Takes what is there, as far as there is memory for it, and passes it on.
+fn receive(shared: &Shared, socket: &Socket, memory: &mut [u8], sends: &mut Vec<(usize, UdpSend)>) {
     let mut meta = [RecvMeta::default(); SLOTS];
-    let mut count = 0;
-    let received = {
-        let mut chunks = memory.chunks_exact_mut(SLOT);
-        let mut slots: [IoSliceMut<'_>; SLOTS] =
-            std::array::from_fn(|_| IoSliceMut::new(chunks.next().unwrap_or_default()));
-        socket.io.try_io(Interest::READABLE, || {
-            count = socket.state.recv((&socket.io).into(), &mut slots, &mut meta)?;
-            // Fewer than there was room for: the runtime may wait for the next ones without another call.
-            if count < SLOTS { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
-        })
-    };
-    let more = match received {
-        Ok(()) => true,
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => false,
-        Err(_) => return true, // an ICMP error about something sent earlier
-    };
+    let mut chunks = memory.chunks_exact_mut(SLOT);
+    let mut slots: [IoSliceMut<'_>; SLOTS] =
+        std::array::from_fn(|_| IoSliceMut::new(chunks.next().unwrap_or_default()));
+    // None, or an ICMP error about something sent earlier.
+    let Ok(count) = socket.state.recv((&socket.io).into(), &mut slots, &mut meta) else { return };
     let parts =
         || memory.chunks_exact(SLOT).zip(&meta[..count]).map(|(slot, meta)| (&slot[..meta.len], meta));
     for (bytes, meta) in parts().filter(|(bytes, _)| !is_plain(bytes)) {
@@ -257,7 +306,6 @@ fn receive(shared: &Shared, socket: &Socket, memory: &mut [u8], sends: &mut Vec<
             socket.send(send.to, &memory[from + send.range.start..from + send.range.end], send.segment);
         }
     }
-    more
 }
 
 #[cfg(test)]
@@ -280,7 +328,7 @@ mod tests {
 
     #[tokio::test]
     async fn others_have_their_turn_between_those_of_quinn() {
-        let socket = Socket::new(std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap()).unwrap();
+        let socket = Socket::new(UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap()).unwrap();
         for n in 0..3 * QUIC_TURN {
             socket.give_quic(RecvMeta { len: 1, stride: 1, ..RecvMeta::default() }, &[n as u8]);
         }
@@ -303,5 +351,21 @@ mod tests {
             assert!(turn == 0 || others[0] > 0, "a pause before turn {turn}");
             turns.store(0, Ordering::Relaxed);
         }
+    }
+
+    #[tokio::test]
+    async fn a_connection_waits_for_room_only_after_there_was_none() {
+        let socket = Socket::new(UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap()).unwrap();
+        let socket = Arc::new(socket);
+        let mut poller = socket.clone().create_io_poller();
+        let ready = |poller: &mut Pin<Box<dyn UdpPoller>>, cx: &mut Context<'_>| {
+            matches!(poller.as_mut().poll_writable(cx), Poll::Ready(Ok(())))
+        };
+        assert!(poll_fn(|cx| Poll::Ready(ready(&mut poller, cx))).await);
+        socket.full.store(true, Ordering::Relaxed);
+        // The runtime has not looked at the socket yet.
+        assert!(!poll_fn(|cx| Poll::Ready(ready(&mut poller, cx))).await);
+        poll_fn(|cx| poller.as_mut().poll_writable(cx)).await.unwrap();
+        assert!(!socket.full.load(Ordering::Relaxed));
     }
 }

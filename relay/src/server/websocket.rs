@@ -1,6 +1,6 @@
 //! WebSockets inside TLS over TCP: for networks that let no UDP through, or nothing but HTTP. One frame per binary message.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,12 +19,14 @@ use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::error::Error as WsError;
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_util::sync::CancellationToken;
+use warren_common::time::Instant;
 use warren_common::wire::relay::{MAX_FRAME, RefusalCode};
 
+use super::barred::Barred;
 use super::handshakes::{Handshake, Handshakes};
 use super::{
     Client, GOODBYE_TIMEOUT, HANDSHAKE_TIMEOUT, MAX_HANDSHAKES, Shared, TURN_ACCEPTS, TURN_FRAMES, Turn,
-    WRITE_TIMEOUT, family, reap,
+    WRITE_TIMEOUT, family,
 };
 use crate::{http, os};
 
@@ -48,30 +50,65 @@ pub(super) async fn accept(
 ) {
     let handshakes = Handshakes::new(MAX_HANDSHAKES);
     let (mut tasks, mut turn) = (JoinSet::new(), Turn::of(TURN_ACCEPTS));
+    let mut barred = Barred::default();
     loop {
         turn.one().await;
         let accepted = tokio::select! {
             () = stop.cancelled() => break,
-            accepted = listener.accept() => accepted,
+            accepted = listener.accept() => Some(accepted),
+            () = until(barred.due()) => None,
         };
-        reap(&mut tasks);
+        let now = os::now().boot;
+        let mut changed = accepted.is_none();
+        let mut came_to_nothing = |from| {
+            if barred.failed(from, now) {
+                shared.barred_network();
+                changed = true;
+            }
+        };
+        while let Some(ended) = tasks.try_join_next() {
+            if let Ok(Ended::Stranger(from)) = ended {
+                came_to_nothing(from);
+            }
+        }
         match accepted {
-            Ok((stream, from)) => match handshakes.begin(from.ip(), os::now().boot) {
+            Some(Ok((stream, from))) => match handshakes.begin(from.ip(), now) {
                 Some(handshake) => {
                     tasks.spawn(serve(shared.clone(), tls.clone(), stream, from, handshake));
                 }
                 None => {
                     shared.refused_handshake();
+                    came_to_nothing(from.ip());
                 }
             },
-            Err(error) => {
+            Some(Err(error)) => {
                 tracing::warn!(%error, "the relay can't accept a TCP connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
+            None => barred.lift(now),
+        }
+        if changed && let Err(error) = barred.install(&listener) {
+            tracing::debug!(%error, "the relay can't bar networks");
         }
     }
     drop(listener);
     while tasks.join_next().await.is_some() {}
+}
+
+/// Returns at that time, if there is one.
+async fn until(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep(due.since(os::now().boot)).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// What a connection was.
+enum Ended {
+    /// Whoever it was opened a WebSocket.
+    Served,
+    /// Nobody's, from there: it came to nothing.
+    Stranger(IpAddr),
 }
 
 async fn serve(
@@ -80,17 +117,23 @@ async fn serve(
     stream: TcpStream,
     from: SocketAddr,
     handshake: Handshake,
-) {
+) -> Ended {
     // Best effort: without these it is only slower.
     let _ = stream.set_nodelay(true);
     let _ = socket2::SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT_BYTES);
     // Boxed: what a handshake needs is not kept for the life of the session.
     let opened = tokio::select! {
         opened = timeout(HANDSHAKE_TIMEOUT, Box::pin(open(&shared, tls, stream))) => opened,
-        () = handshake.evicted() => return shared.refused_handshake(),
+        () = handshake.evicted() => {
+            shared.refused_handshake();
+            return Ended::Stranger(from.ip());
+        }
     };
     drop(handshake);
-    let Ok(Some(socket)) = opened else { return shared.failed_handshake() };
+    let Ok(Some(socket)) = opened else {
+        shared.failed_handshake();
+        return Ended::Stranger(from.ip());
+    };
     let client = shared.connect();
     tracing::debug!(%from, "connected over a WebSocket");
     let (mut writer, mut reader) = socket.split();
@@ -108,6 +151,7 @@ async fn serve(
         reason = reason.map(RefusalCode::as_str),
         "disconnected (WebSocket)"
     );
+    Ended::Served
 }
 
 async fn open(shared: &Shared, tls: Arc<rustls::ServerConfig>, stream: TcpStream) -> Option<Socket> {

@@ -167,6 +167,37 @@ async fn strangers_that_say_nothing_keep_nobody_out() {
 }
 
 #[tokio::test]
+async fn a_network_whose_connections_come_to_nothing_is_barred_and_keeps_nobody_out() {
+    let (_dir, server) = start(Limits::default());
+    while server.stats().networks_barred == 0 {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+        // The kernel may bar it just now.
+        let _ = tokio::time::timeout(Duration::from_millis(100), socket.connect(server.local_addr())).await;
+    }
+    let _device = Device::join(&server, Transport::WebSocket, 1, &[2]).await;
+    // It is let in again, by TCP's own next try.
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+    socket.connect(server.local_addr()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_has_stopped_leaves_its_ports() {
+    let (dir, mut server) = start(Limits::default());
+    let (listen, stun_listen) = (server.local_addr(), server.stun_addr());
+    let config = RelayServerConfig { listen, stun_listen, ..config(dir.path(), Limits::default()) };
+    for _ in 0..20 {
+        let mut there = Vec::new();
+        for n in 1..=4 {
+            there.push(Device::join(&server, Transport::Quic, n, &[]).await);
+        }
+        server.shutdown().await;
+        server = RelayServer::start(config.clone()).unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_slow_reader_is_bounded_and_hurts_nobody_else() {
     for transport in BOTH {
         let (_dir, server) = start(Limits { rate: u64::MAX, ..Limits::default() });
