@@ -25,10 +25,14 @@ pub(crate) fn now() -> Now {
 const SHORT_TURN: u64 = 100_000;
 /// Before all others that have no real-time priority.
 const FIRST: i32 = -20;
-/// Turns between two looks at what the thread has used.
+/// Turns between two looks at the clock.
 const LOOK: u32 = 64;
+/// Over how long at least is judged what the thread uses: a burst is no habit.
+const WINDOW: Duration = Duration::from_millis(50);
 /// The share of a processor from which on it is one among others: more than that is no small thing to do in between.
-const GREEDY: f64 = 0.5;
+const GREEDY: f64 = 0.6;
+/// The share below which it goes first again; less than what one of two gets that both could use a whole one.
+const MODEST: f64 = 0.4;
 
 /// A thread that has little to do, but soon: also on a processor that others keep busy.
 ///
@@ -65,12 +69,20 @@ impl ShortTurns {
         if self.turns < LOOK {
             return;
         }
-        let (now, used) = (now().boot, used());
-        let greedy = (used - self.used).as_secs_f64() > GREEDY * now.since(self.looked).as_secs_f64();
-        if greedy == first {
-            self.first = set_turns(if greedy { self.nice } else { FIRST }).then_some(!greedy);
+        self.turns = 0;
+        let now = now().boot;
+        let elapsed = now.since(self.looked);
+        if elapsed < WINDOW {
+            return;
         }
-        (self.turns, self.looked, self.used) = (0, now, used);
+        let used = used();
+        let share = (used - self.used).as_secs_f64() / elapsed.as_secs_f64();
+        if first && share > GREEDY {
+            self.first = set_turns(self.nice).then_some(false);
+        } else if !first && share < MODEST {
+            self.first = set_turns(FIRST).then_some(true);
+        }
+        (self.looked, self.used) = (now, used);
     }
 }
 

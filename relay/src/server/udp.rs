@@ -277,33 +277,24 @@ fn read(shared: &Shared, socket: &Socket, stop: &OwnedFd) {
 }
 
 /// Takes what is there, as far as there is memory for it, and passes it on.
-fn receive(shared: &Shared, socket: &Socket, memory: &mut [u8], sends: &mut Vec<(usize, UdpSend)>) {
+fn receive(shared: &Shared, socket: &Socket, memory: &mut [u8], sends: &mut Vec<UdpSend>) {
     let mut meta = [RecvMeta::default(); SLOTS];
     let mut chunks = memory.chunks_exact_mut(SLOT);
     let mut slots: [IoSliceMut<'_>; SLOTS] =
         std::array::from_fn(|_| IoSliceMut::new(chunks.next().unwrap_or_default()));
     // None, or an ICMP error about something sent earlier.
     let Ok(count) = socket.state.recv((&socket.io).into(), &mut slots, &mut meta) else { return };
-    let parts =
-        || memory.chunks_exact(SLOT).zip(&meta[..count]).map(|(slot, meta)| (&slot[..meta.len], meta));
-    for (bytes, meta) in parts().filter(|(bytes, _)| !is_plain(bytes)) {
-        socket.give_quic(*meta, bytes);
-    }
-    if parts().any(|(bytes, _)| is_plain(bytes)) {
-        let mut one = Vec::new();
-        shared.with(|relay, now| {
-            for (at, (slot, meta)) in memory.chunks_exact_mut(SLOT).zip(&meta[..count]).enumerate() {
-                let bytes = &mut slot[..meta.len];
-                if is_plain(bytes) {
-                    let from = UdpPath { remote: meta.addr, local: meta.dst_ip };
-                    relay.handle_udp(now, from, bytes, meta.stride, &mut one);
-                    sends.extend(one.drain(..).map(|send| (at, send)));
-                }
-            }
-        });
-        for (at, send) in sends.drain(..) {
-            let from = at * SLOT;
-            socket.send(send.to, &memory[from + send.range.start..from + send.range.end], send.segment);
+    for (slot, meta) in memory.chunks_exact_mut(SLOT).zip(&meta[..count]) {
+        let bytes = &mut slot[..meta.len];
+        if !is_plain(bytes) {
+            socket.give_quic(*meta, bytes);
+            continue;
+        }
+        let from = UdpPath { remote: meta.addr, local: meta.dst_ip };
+        shared.with(|relay, now| relay.handle_udp(now, from, bytes, meta.stride, sends));
+        // At once: what came behind it may be a flood.
+        for send in sends.drain(..) {
+            socket.send(send.to, &slot[send.range], send.segment);
         }
     }
 }
