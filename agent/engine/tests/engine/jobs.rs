@@ -127,9 +127,13 @@ fn batch(net: &mut Net, from: usize, sent: &Sent) -> (Source, Vec<u8>, usize) {
 
 const BOTH: TunOffload = TunOffload { tcp: true, udp: true };
 
-/// Packets for the host by the sender's address, in order. How many of them one frame holds is another matter, and so is
-/// their identification, which means nothing where there are no fragments (RFC 6864).
-fn packets(tun: &TunOut, into: &mut BTreeMap<Vec<u8>, Vec<Vec<u8>>>) {
+/// Protocol, addresses and ports.
+type Flow = (u8, Vec<u8>);
+
+/// Packets for the host by their flow, in order. How many of them one frame holds is another matter: a packet may be joined
+/// with earlier ones of its flow before those of other flows. So is their identification, which means nothing where there
+/// are no fragments (RFC 6864).
+fn packets(tun: &TunOut, into: &mut BTreeMap<Flow, Vec<Vec<u8>>>) {
     let bare = |mut packet: Vec<u8>| {
         packet[4..6].fill(0);
         packet[10..12].fill(0); // the checksum of the header
@@ -138,7 +142,7 @@ fn packets(tun: &TunOut, into: &mut BTreeMap<Vec<u8>, Vec<Vec<u8>>>) {
     for pieces in tun.frames() {
         let frame: Vec<u8> = pieces.flatten().copied().collect();
         let (header, packet) = (Header::read(&frame).unwrap(), &frame[HEADER_LEN..]);
-        let all = into.entry(packet[12..16].to_vec()).or_default();
+        let all = into.entry((packet[9], packet[12..24].to_vec())).or_default();
         match header.gso {
             None => all.push(bare(packet.to_vec())),
             Some(gso) => {
