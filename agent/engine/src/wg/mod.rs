@@ -15,7 +15,9 @@
 //! - when both sides initiate at once both sessions stay good for receiving, and neither handshake is lost; since each
 //!   side may then hold the other for the initiator, a responder renews too, late, and not both at the same age;
 //! - responses are bounded per initiation of ours rather than by cookie, so that a flood can't delay our handshakes;
-//! - when the path changes an initiation under way is repeated byte for byte ([`Device::resend_handshake`]).
+//! - when the path changes an initiation under way is repeated byte for byte ([`Device::resend_handshake`]), and so is the
+//!   first of a series that nothing answers ([`REPEAT_INITIATION_AFTER`]); until the session is confirmed its response is
+//!   repeated as well.
 
 mod device;
 mod handshake;
@@ -65,6 +67,10 @@ pub const RESPONDER_RENEWS_AFTER_LATER: Duration = Duration::from_secs(155);
 pub const REKEY_ATTEMPT_TIME: Duration = Duration::from_secs(90);
 /// Time between two initiations to one peer (whitepaper, 6.1); retries add up to a third of a second.
 pub const REKEY_TIMEOUT: Duration = Duration::from_secs(5);
+/// When the first initiation of a series goes out again, byte for byte, unless it was answered: the time since it was
+/// sent. Beyond the whitepaper, since one lost datagram would make the first packet wait for [`REKEY_TIMEOUT`]; the first
+/// is TCP's first timeout (RFC 6298 section 2). Who understands no repeats drops them as replays.
+pub const REPEAT_INITIATION_AFTER: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(3)];
 /// Silence after which a received packet is answered by a keepalive (whitepaper, 6.1).
 pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 

@@ -10,11 +10,11 @@ use zeroize::Zeroizing;
 
 use super::handshake::{Initiator, Timestamp};
 use super::mac::Cookie;
-use super::message::{INITIATION_LEN, MAC_LEN};
+use super::message::{INITIATION_LEN, MAC_LEN, RESPONSE_LEN};
 use super::session::Session;
 use super::{
     KEEPALIVE_TIMEOUT, MAX_HANDSHAKE_ATTEMPTS, MAX_QUEUED_PACKETS, REJECT_AFTER_TIME, REKEY_AFTER_MESSAGES,
-    REKEY_TIMEOUT, WakeReason,
+    REKEY_TIMEOUT, REPEAT_INITIATION_AFTER, WakeReason,
 };
 
 /// Largest random delay added to a retry, so that two sides that started together part (whitepaper, 6.1).
@@ -48,7 +48,8 @@ impl Peer {
 pub(super) struct Pending {
     pub(super) local: u32,
     pub(super) noise: Initiator,
-    /// As sent: the same bytes go out again when the path changes, so that a response under way stays good.
+    /// As sent: the same bytes go out again when the path changes or nothing answers, so that a response under way stays
+    /// good.
     pub(super) message: [u8; INITIATION_LEN],
     pub(super) mac1: [u8; MAC_LEN],
     pub(super) responses_left: u8,
@@ -65,6 +66,14 @@ impl Pending {
     }
 }
 
+/// Our last response: a cookie reply may be to it, and an initiation that is repeated gets it again.
+pub(super) struct Response {
+    /// Of the session that it offers.
+    pub(super) local: u32,
+    pub(super) message: [u8; RESPONSE_LEN],
+    pub(super) mac1: [u8; MAC_LEN],
+}
+
 /// A peer with which something is under way.
 #[derive(Default)]
 pub(super) struct Active {
@@ -75,8 +84,7 @@ pub(super) struct Active {
     pub(super) next: Option<Box<Session>>,
     pub(super) pending: Option<Box<Pending>>,
     pub(super) cookie: Option<Cookie>,
-    /// Index and MAC1 of our last response, to match a cookie reply to it.
-    pub(super) response_mac1: Option<(u32, [u8; MAC_LEN])>,
+    pub(super) response: Option<Box<Response>>,
     pub(super) queue: VecDeque<Vec<u8>>,
 
     /// The device's list of peers with something to transmit has this one.
@@ -88,6 +96,7 @@ pub(super) struct Active {
     attempts: u32,
     retry_at: Option<Instant>,
     initiation_sent: Option<Instant>,
+    repeat_at: Option<Instant>,
     keepalive_at: Option<Instant>,
     another_keepalive: bool,
     answer_due: Option<Instant>,
@@ -116,7 +125,7 @@ impl Active {
         }
     }
 
-    /// The path to the peer changed: an initiation under way goes out again at once.
+    /// An initiation under way goes out again at once.
     pub(super) fn resend(&mut self) {
         self.wants_resend = self.pending.is_some() && !self.wants_initiation;
     }
@@ -129,6 +138,7 @@ impl Active {
     pub(super) fn end_series(&mut self) {
         self.attempts = 0;
         self.retry_at = None;
+        self.repeat_at = None;
         self.wants_initiation = false;
         self.wants_resend = false;
     }
@@ -179,7 +189,15 @@ impl Active {
         self.attempts += 1;
         self.initiation_sent = Some(now);
         self.retry_at = Some(now + REKEY_TIMEOUT + jitter(rng));
+        // Later ones of the series may well be for somebody who isn't there.
+        self.repeat_at = (self.attempts == 1).then(|| now + REPEAT_INITIATION_AFTER[0]);
         self.on_authentic_sent(now, keepalive);
+    }
+
+    /// The peer has too much to do for an initiation without its cookie: the next one will have it.
+    pub(super) fn on_cookie(&mut self, cookie: Cookie) {
+        self.cookie = Some(cookie);
+        self.repeat_at = None;
     }
 
     /// Anything that the peer can authenticate went out.
@@ -255,6 +273,11 @@ impl Active {
                 self.wants_initiation = true;
             }
         }
+        if due(&mut self.repeat_at, now) {
+            self.resend();
+            let next = |sent: Instant| REPEAT_INITIATION_AFTER.into_iter().map(|after| sent + after).find(|at| *at > now);
+            self.repeat_at = self.initiation_sent.and_then(next);
+        }
         if due(&mut self.keepalive_at, now) {
             self.wants_keepalive |= self.current.as_ref().is_some_and(|s| s.can_send(now));
         }
@@ -273,6 +296,7 @@ impl Active {
     pub(super) fn deadline(&self) -> Option<(Instant, WakeReason)> {
         [
             (self.retry_at, WakeReason::HandshakeRetry),
+            (self.repeat_at, WakeReason::HandshakeRetry),
             (self.keepalive_at, WakeReason::Keepalive),
             (self.answer_due, WakeReason::AnswerDue),
             (self.persistent_at, WakeReason::PersistentKeepalive),

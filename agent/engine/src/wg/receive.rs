@@ -16,6 +16,7 @@ use super::message::{
     self, COOKIE_LEN, INITIATION_LEN, Message, RESPONSE_LEN, cookie_receiver, initiation_sender, ip_len,
     response_receiver, response_sender,
 };
+use super::peer::Response;
 use super::session::Session;
 use super::{
     DropReason, Event, INITIATION_INTERVAL, PeerHandle, REKEY_AFTER_TIME, RESPONDER_RENEWS_AFTER,
@@ -138,6 +139,10 @@ impl Device {
         let local = {
             let (state, _) = self.peer_and_indices(slot).ok_or(DropReason::UnknownPeer)?;
             if responder.timestamp <= state.newest_timestamp {
+                let repeated = responder.timestamp == state.newest_timestamp;
+                if repeated && state.initiated.is_some_and(|at| now.boot.since(at) >= INITIATION_INTERVAL) {
+                    self.repeat_response(now, slot, sender, source);
+                }
                 return Err(DropReason::ReplayedInitiation);
             }
             if state.initiated.is_some_and(|at| now.boot.since(at) < INITIATION_INTERVAL) {
@@ -163,7 +168,7 @@ impl Device {
         let active = state.activate();
         let cookie = active.cookie.as_ref().and_then(|c| c.value(now.boot));
         let mac1 = receiver_keys.sign(&mut message, cookie);
-        active.response_mac1 = Some((local, mac1));
+        active.response = Some(Box::new(Response { local, message, mac1 }));
         let session = Session::new(local, sender, false, renew_after, keys, now.boot);
         if let Some(old) = active.next.replace(Box::new(session)) {
             indices.remove(old.local);
@@ -173,6 +178,23 @@ impl Device {
         self.push_reply(Reply::Response { peer, source, message });
         self.settle(slot, now.boot);
         Ok(Received::Initiation { peer })
+    }
+
+    /// Sends our last response once more, to where its initiation came from again: one of the two was lost, or somebody
+    /// replays it, and then learns nothing new. Only until the session is confirmed.
+    fn repeat_response(&mut self, now: Now, slot: u32, sender: u32, source: Source) {
+        let peer = self.handle_of(slot);
+        let Some((state, _)) = self.peer_and_indices(slot) else { return };
+        let Some(active) = state.active.as_deref() else { return };
+        let Some(Response { local, message, .. }) = active.response.as_deref() else { return };
+        let waits = active.next.as_ref().is_some_and(|next| next.local == *local);
+        if !waits || response_receiver(message) != sender {
+            return;
+        }
+        let message = *message;
+        state.initiated = Some(now.boot);
+        state.tx_bytes += RESPONSE_LEN as u64;
+        self.push_reply(Reply::Response { peer, source, message });
     }
 
     fn handle_response(&mut self, now: Now, message: &[u8; RESPONSE_LEN]) -> Result<Received, DropReason> {
@@ -221,12 +243,12 @@ impl Device {
             .filter(|pending| pending.local == receiver)
             .map(|pending| pending.mac1)
             .or_else(|| {
-                let (local, mac1) = active.response_mac1?;
-                (local == receiver).then_some(mac1)
+                let Response { local, mac1, .. } = active.response.as_deref()?;
+                (*local == receiver).then_some(*mac1)
             })
             .ok_or(DropReason::BadCookie)?;
         let value = receiver_keys.open_cookie(message, &mac1).ok_or(DropReason::BadCookie)?;
-        active.cookie = Some(Cookie::new(value, now.boot));
+        active.on_cookie(Cookie::new(value, now.boot));
         Ok(Received::Cookie { peer })
     }
 

@@ -2,8 +2,8 @@
 
 use warren_common::time::UnixTime;
 use warren_engine::wg::{
-    Destination, DropReason, Event, KEEPALIVE_TIMEOUT, MAX_HANDSHAKE_ATTEMPTS, MAX_QUEUED_PACKETS, PeerStats,
-    Received, SealError, TransmitKind, WakeReason, receiver_shard,
+    Destination, DropReason, Event, INITIATION_INTERVAL, KEEPALIVE_TIMEOUT, MAX_HANDSHAKE_ATTEMPTS, MAX_QUEUED_PACKETS, PeerStats,
+    REPEAT_INITIATION_AFTER, Received, SealError, TransmitKind, WakeReason, receiver_shard,
 };
 
 use crate::net::{Net, ip_packet, ms, secs, source};
@@ -48,7 +48,10 @@ fn a_handshake_without_answer_is_retried_with_jitter_and_given_up() {
     net.post(0);
     net.run(secs(120));
     let host = &net.hosts[0];
-    let times: Vec<_> = host.sent_kinds.iter().map(|(now, _)| now.boot).collect();
+    let mut times: Vec<_> = host.sent_kinds.iter().map(|(now, _)| now.boot).collect();
+    let began = times[0];
+    let repeats = times.extract_if(1..3, |_| true).map(|at| at.since(began));
+    assert_eq!(repeats.collect::<Vec<_>>(), REPEAT_INITIATION_AFTER);
     assert_eq!(times.len(), MAX_HANDSHAKE_ATTEMPTS as usize);
     let gaps: Vec<_> = times.windows(2).map(|w| w[1].since(w[0])).collect();
     assert!(gaps.iter().all(|gap| *gap >= secs(5) && *gap < ms(5334)), "{gaps:?}");
@@ -61,6 +64,63 @@ fn a_handshake_without_answer_is_retried_with_jitter_and_given_up() {
     let id = net.post(0);
     net.run(ms(100));
     assert_eq!(net.hosts[1].got.get(&id), Some(&1));
+}
+
+#[test]
+fn a_lost_initiation_or_response_costs_a_second_not_five() {
+    for response in [false, true] {
+        let mut net = Net::new(14, None, [None, None]);
+        net.link.loss = if response { 0 } else { 1000 };
+        let id = net.post(0);
+        net.link.loss = if response { 1000 } else { 0 };
+        net.run(ms(100));
+        assert_eq!(net.hosts[1].device.peer_stats(net.hosts[1].peer).unwrap().tx_bytes > 0, response);
+        net.link.loss = 0;
+        net.run(ms(900) - ms(1));
+        assert!(net.hosts[1].got.is_empty());
+        net.run(ms(32));
+        assert_eq!(net.hosts[1].got.get(&id), Some(&1), "response lost: {response}");
+        let sent = net.hosts[0].sent_kinds.len();
+        net.run(secs(5));
+        assert_eq!(net.hosts[0].sent_kinds.len(), sent, "no more of either");
+        for host in &net.hosts {
+            assert_eq!(host.established(), 1);
+        }
+    }
+}
+
+#[test]
+fn a_response_is_repeated_until_the_session_is_confirmed_and_not_in_a_row() {
+    let mut net = Net::new(15, None, [None, None]);
+    let now = net.now;
+    let mut out = [0; 2048];
+    let [a, b] = &mut net.hosts;
+    a.device.initiate(a.peer, now);
+    let len = a.device.poll_transmit(now, &mut out).unwrap().len;
+    let initiation = out[..len].to_vec();
+    assert!(b.device.handle(now, source(0), &mut initiation.clone()).is_ok());
+    let len = b.device.poll_transmit(now, &mut out).unwrap().len;
+    let response = out[..len].to_vec();
+    let mut again = |at, from| {
+        let replayed = b.device.handle(at, from, &mut initiation.clone());
+        assert_eq!(replayed, Err(DropReason::ReplayedInitiation));
+        let reply = b.device.poll_transmit(at, &mut out)?;
+        Some((reply.to, out[..reply.len].to_vec()))
+    };
+    assert_eq!(again(now + INITIATION_INTERVAL / 2, source(0)), None);
+    let later = now + INITIATION_INTERVAL;
+    let to = Destination::Reply { source: source(7), peer: Some(b.peer) };
+    assert_eq!(again(later, source(7)), Some((to, response.clone())), "to who asked");
+    assert_eq!(again(later + ms(1), source(0)), None);
+    a.device.handle(later, source(1), &mut response.clone()).unwrap();
+    let len = a.device.poll_transmit(later, &mut out).unwrap().len;
+    assert!(matches!(b.device.handle(later, source(0), &mut out[..len]), Ok(Received::Keepalive { .. })));
+    let initiation = initiation.clone();
+    assert_eq!(
+        b.device.handle(later + secs(1), source(0), &mut initiation.clone()),
+        Err(DropReason::ReplayedInitiation)
+    );
+    assert_eq!(b.device.poll_transmit(later + secs(1), &mut out), None);
 }
 
 #[test]
