@@ -293,7 +293,7 @@ impl PeerRelay {
         let (sender, started) = oneshot::channel();
         let former = self.ending.take();
         let thread = thread::Builder::new().name("peer-relay".to_owned()).spawn(move || {
-            // Of this thread alone, on Linux. Without it the relay is only less polite.
+            // Of this thread and those that it starts, on Linux. Without it the relay is only less polite.
             let _ = rustix::process::setpriority_process(None, NICENESS);
             if let Some(former) = former {
                 let _ = former.join(); // the port is free then, also if it failed

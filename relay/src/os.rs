@@ -25,64 +25,64 @@ pub(crate) fn now() -> Now {
 const SHORT_TURN: u64 = 100_000;
 /// Before all others that have no real-time priority.
 const FIRST: i32 = -20;
-/// Turns between two looks at the clock.
-const LOOK: u32 = 64;
-/// Over how long at least is judged what the thread uses: a burst is no habit.
+/// Over how long at least is judged how much there is to do: a burst is no habit.
 const WINDOW: Duration = Duration::from_millis(50);
-/// The share of a processor from which on it is one among others: more than that is no small thing to do in between.
-const GREEDY: f64 = 0.6;
-/// The share below which it goes first again; less than what one of two gets that both could use a whole one.
-const MODEST: f64 = 0.4;
+/// The share of time that a thread waits for something to do below which it is one among others: what it does then is no
+/// small thing in between.
+const GREEDY: f64 = 0.4;
+/// The share above which it goes first again.
+const MODEST: f64 = 0.6;
 
 /// A thread that has little to do, but soon: also on a processor that others keep busy.
 ///
 /// Linux runs whose deadline is next (EEVDF), and who wants to run for short has an early one; since 6.12 it even ends
 /// another's turn. That needs no privilege, but a thread that has just run is owed nothing for a moment, and if it is woken
 /// in that moment it waits for up to a tick (4 ms). With the highest `nice` value the moment is too short to be met. That
-/// takes CAP_SYS_NICE or RLIMIT_NICE; without them, and on older kernels, it is as far as it goes.
+/// takes CAP_SYS_NICE or RLIMIT_NICE; without them it is as far as it goes.
+///
+/// A thread that was told to let others go first, or that has a real-time priority, stays as it is.
 #[derive(Debug)]
 pub(crate) struct ShortTurns {
     /// The value that the thread began with.
     nice: i32,
     /// Whether it has the highest instead; `None`: it may not.
     first: Option<bool>,
-    turns: u32,
-    looked: Instant,
-    used: Duration,
+    /// When the window began.
+    began: Instant,
+    /// How long in it there was nothing to do.
+    waited: Duration,
 }
 
 impl ShortTurns {
     /// For the calling thread.
     pub(crate) fn take() -> Self {
         let nice = rustix::process::getpriority_process(None).unwrap_or(0);
-        let first = set_turns(FIRST).then_some(true);
-        if first.is_none() {
+        let first = (nice <= 0 && set_turns(FIRST)).then_some(true);
+        if first.is_none() && nice <= 0 {
             set_turns(nice); // best effort
         }
-        Self { nice, first, turns: 0, looked: now().boot, used: used() }
+        Self { nice, first, began: now().boot, waited: Duration::ZERO }
     }
 
-    /// Once for each turn: a thread that has much to do after all does not keep others from the processor.
-    pub(crate) fn one(&mut self) {
-        let Some(first) = self.first else { return };
-        self.turns += 1;
-        if self.turns < LOOK {
-            return;
-        }
-        self.turns = 0;
+    /// Waits for something to do, by `wait`. A thread that never has to wait does not keep others from the processor: what
+    /// it got of it says less, since interrupts and limits take their part.
+    pub(crate) fn wait<T>(&mut self, wait: impl FnOnce() -> T) -> T {
+        let Some(first) = self.first else { return wait() };
+        let before = now().boot;
+        let result = wait();
         let now = now().boot;
-        let elapsed = now.since(self.looked);
-        if elapsed < WINDOW {
-            return;
+        self.waited += now.since(before);
+        let elapsed = now.since(self.began);
+        if elapsed >= WINDOW {
+            let share = self.waited.as_secs_f64() / elapsed.as_secs_f64();
+            if first && share < GREEDY {
+                self.first = set_turns(self.nice).then_some(false);
+            } else if !first && share > MODEST {
+                self.first = set_turns(FIRST).then_some(true);
+            }
+            (self.began, self.waited) = (now, Duration::ZERO);
         }
-        let used = used();
-        let share = (used - self.used).as_secs_f64() / elapsed.as_secs_f64();
-        if first && share > GREEDY {
-            self.first = set_turns(self.nice).then_some(false);
-        } else if !first && share < MODEST {
-            self.first = set_turns(FIRST).then_some(true);
-        }
-        (self.looked, self.used) = (now, used);
+        result
     }
 }
 
@@ -92,12 +92,13 @@ pub(crate) fn used() -> Duration {
     Duration::new(used.tv_sec.unsigned_abs(), used.tv_nsec.unsigned_abs() as u32)
 }
 
-/// Short turns for the calling thread, with a `nice` value; false if the system won't.
+/// Short turns for the calling thread, with a `nice` value; false if the system won't (Linux before 5.3 among them), or the
+/// thread has a real-time priority.
 fn set_turns(nice: i32) -> bool {
     let attr = libc::sched_attr {
         size: size_of::<libc::sched_attr>() as u32,
-        sched_policy: libc::SCHED_OTHER as u32,
-        sched_flags: 0,
+        sched_policy: 0, // the one it has, by the flag
+        sched_flags: libc::SCHED_FLAG_KEEP_POLICY as u64,
         sched_nice: nice,
         sched_priority: 0,
         sched_runtime: SHORT_TURN,
@@ -158,20 +159,53 @@ mod tests {
                 return;
             }
             assert_eq!(nice(), FIRST);
-            // Either ends when the thread's use of its processor says so, however long that takes.
+            // Either ends when the windows say so, however long that takes.
             while turns.first == Some(true) {
-                let until = used() + Duration::from_micros(100);
-                while used() < until {
-                    std::hint::spin_loop();
-                }
-                turns.one();
+                std::thread::sleep(Duration::from_micros(100)); // does much, outside of the wait
+                turns.wait(|| {});
             }
             assert_eq!(nice(), before);
             while turns.first == Some(false) {
-                std::thread::sleep(Duration::from_micros(100));
-                turns.one();
+                turns.wait(|| std::thread::sleep(Duration::from_micros(100)));
             }
             assert_eq!(nice(), FIRST);
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    fn who_was_told_to_let_others_go_first_does() {
+        std::thread::spawn(|| {
+            rustix::process::setpriority_process(None, 5).unwrap(); // of a thread, on Linux
+            let mut turns = ShortTurns::take();
+            assert_eq!(turns.first, None);
+            turns.wait(|| std::thread::sleep(WINDOW));
+            assert_eq!(rustix::process::getpriority_process(None).unwrap(), 5);
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[expect(clippy::print_stdout, reason = "a skipped test says so")]
+    #[test]
+    fn a_real_time_priority_is_kept() {
+        std::thread::spawn(|| {
+            let policy = || {
+                #[expect(unsafe_code, reason = "no crate in use has this call")]
+                // SAFETY: it has no arguments that point anywhere.
+                let policy = unsafe { libc::sched_getscheduler(0) };
+                policy
+            };
+            let param = libc::sched_param { sched_priority: 1 };
+            #[expect(unsafe_code, reason = "no crate in use has this call")]
+            // SAFETY: the kernel reads the structure and keeps nothing of it.
+            if unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const param) } != 0 {
+                println!("skipped: no permission for a real-time priority (run as root)");
+                return;
+            }
+            assert_eq!(ShortTurns::take().first, None);
+            assert_eq!(policy(), libc::SCHED_FIFO);
         })
         .join()
         .unwrap();

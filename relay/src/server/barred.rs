@@ -5,8 +5,8 @@
 //! socket filter drops costs the processor that took it from the wire next to nothing.
 //!
 //! Only connections count that were accepted: their addresses answered, so nobody is barred by another's forged SYNs. Who
-//! is barred with a bad neighbour behind the same address tries again a second later, as TCP does by itself, and is not
-//! barred from QUIC.
+//! is barred with a bad neighbour behind the same address is so for as long as the neighbour goes on: of each second some
+//! tens of milliseconds are open. UDP is not barred.
 
 use std::collections::BTreeMap;
 use std::io;

@@ -11,6 +11,7 @@
 use std::collections::VecDeque;
 use std::io::{self, IoSliceMut};
 use std::net::{SocketAddr, UdpSocket};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -265,14 +266,18 @@ fn read(shared: &Shared, socket: &Socket, stop: &OwnedFd) {
     let mut memory = vec![0; SLOT * SLOTS].into_boxed_slice();
     let (mut sends, mut turns) = (Vec::new(), ShortTurns::take());
     loop {
-        turns.one();
         let mut watched = [PollFd::new(&socket.io, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
         // An error is a signal that came in between.
-        let _ = poll(&mut watched, None);
+        let _ = turns.wait(|| poll(&mut watched, None));
         if !watched[1].revents().is_empty() {
             return;
         }
-        receive(shared, socket, &mut memory, &mut sends);
+        // Without this thread the relay would be deaf, and look well.
+        let received = catch_unwind(AssertUnwindSafe(|| receive(shared, socket, &mut memory, &mut sends)));
+        if received.is_err() {
+            tracing::error!("a datagram made the relay panic: it is lost, and this is a defect to report");
+            sends.clear();
+        }
     }
 }
 

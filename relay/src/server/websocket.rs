@@ -59,7 +59,11 @@ pub(super) async fn accept(
             () = until(barred.due()) => None,
         };
         let now = os::now().boot;
-        let mut changed = accepted.is_none();
+        // Looked at each time: while connections come without a pause the timer is never heard.
+        let mut changed = barred.due().is_some_and(|due| due <= now);
+        if changed {
+            barred.lift(now);
+        }
         let mut came_to_nothing = |from| {
             if barred.failed(from, now) {
                 shared.barred_network();
@@ -85,7 +89,7 @@ pub(super) async fn accept(
                 tracing::warn!(%error, "the relay can't accept a TCP connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
-            None => barred.lift(now),
+            None => {}
         }
         if changed && let Err(error) = barred.install(&listener) {
             tracing::debug!(%error, "the relay can't bar networks");
@@ -118,6 +122,8 @@ async fn serve(
     from: SocketAddr,
     handshake: Handshake,
 ) -> Ended {
+    // It has the listener's filter of when it was made, which costs and, if it came in just before, names this one.
+    let _ = socket2::SockRef::from(&stream).detach_filter();
     // Best effort: without these it is only slower.
     let _ = stream.set_nodelay(true);
     let _ = socket2::SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT_BYTES);
