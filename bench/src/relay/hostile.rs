@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::future::Future;
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
@@ -65,8 +65,12 @@ pub enum Attack {
     NeverReads,
     /// TCP connections that say nothing, and first QUIC packets with nothing behind them.
     HalfOpen,
+    /// The same, each connection from another address: none is barred.
+    HalfOpenOfMany,
     /// TLS handshakes that are begun: the relay signs for each.
     Hellos,
+    /// The same, each from another address.
+    HellosOfMany,
     /// Plain datagrams of sessions that do not exist, and of one that does, without its key.
     Forged,
 }
@@ -87,7 +91,9 @@ impl Attack {
             Self::TinyRecords => "ten bytes in each TLS record",
             Self::NeverReads => "20 devices that never read",
             Self::HalfOpen => "half-open connections",
+            Self::HalfOpenOfMany => "half-open connections, each from another address",
             Self::Hellos => "half-open TLS handshakes",
+            Self::HellosOfMany => "half-open TLS handshakes, each from another address",
             Self::Forged => "forged sources and sessions",
         }
     }
@@ -165,8 +171,10 @@ impl Attack {
                 };
                 beside_reading(runtime, sending, &mut to)
             }
-            Self::HalfOpen => half_open(relay.addr, &mut link),
-            Self::Hellos => hellos(relay, &mut link),
+            Self::HalfOpen => half_open(relay.addr, one_address, &mut link),
+            Self::HalfOpenOfMany => half_open(relay.addr, any_address, &mut link),
+            Self::Hellos => hellos(relay, one_address, &mut link),
+            Self::HellosOfMany => hellos(relay, any_address, &mut link),
             Self::Forged => {
                 let device = joined(Transport::Quic, FIRST, &[])?;
                 forged(relay.addr, device.udp()?, &mut link)
@@ -225,14 +233,14 @@ fn beside_reading(
     })
 }
 
-fn half_open(relay: SocketAddr, link: &mut Link) -> Result<()> {
+fn half_open(relay: SocketAddr, from: fn(u64) -> Ipv4Addr, link: &mut Link) -> Result<()> {
     let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
     let mut silent = VecDeque::new();
     for n in 0u64.. {
         if silent.len() >= SILENT {
             silent.pop_front();
         }
-        silent.push_back(begin(relay)?);
+        silent.push_back(begin(relay, from(n))?);
         // A QUIC long header of version 1 with connection ids, and no handshake that makes sense.
         let mut first = vec![7; 1_200];
         first[..6].copy_from_slice(&[0xc0, 0, 0, 0, 1, 8]);
@@ -245,16 +253,34 @@ fn half_open(relay: SocketAddr, link: &mut Link) -> Result<()> {
     Ok(())
 }
 
-/// A TCP connection that is not waited for: who attacks does not care whether it is answered.
-fn begin(relay: SocketAddr) -> Result<Socket> {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_nonblocking(true)?;
-    // Under way, mostly; or the relay has refused it.
-    let _ = socket.connect(&relay.into());
-    Ok(socket)
+/// The address of every connection.
+const fn one_address(_: u64) -> Ipv4Addr {
+    Ipv4Addr::LOCALHOST
 }
 
-fn hellos(relay: RelayAt, link: &mut Link) -> Result<()> {
+/// The address of the `n`th connection, of 65 536.
+const fn any_address(n: u64) -> Ipv4Addr {
+    let [.., high, low] = n.to_be_bytes();
+    Ipv4Addr::new(127, 9, high, low)
+}
+
+/// A TCP connection that is not waited for: who attacks does not care whether it is answered.
+fn begin(relay: SocketAddr, from: Ipv4Addr) -> Result<Socket> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&SocketAddr::from((from, 0)).into())?;
+    match socket.connect(&relay.into()) {
+        Err(error) if !under_way_or_refused(&error) => Err(error.into()),
+        _ => Ok(socket),
+    }
+}
+
+fn under_way_or_refused(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(rustix::io::Errno::INPROGRESS.raw_os_error())
+        || error.kind() == io::ErrorKind::ConnectionRefused
+}
+
+fn hellos(relay: RelayAt, from: fn(u64) -> Ipv4Addr, link: &mut Link) -> Result<()> {
     let config = warren_relay::tls::pinned_client_config(
         relay.cert_sha256,
         warren_common::wire::relay::WEBSOCKET_ALPN,
@@ -264,22 +290,23 @@ fn hellos(relay: RelayAt, link: &mut Link) -> Result<()> {
     // The same again and again: the attacker computes nothing.
     rustls::ClientConnection::new(config.into(), name)?.write_tls(&mut hello)?;
     let mut begun = VecDeque::new();
-    loop {
+    for n in 0u64.. {
         if begun.len() >= SEVERAL as usize {
             begun.pop_front();
         }
-        let mut stream = begin(relay.addr)?;
-        // The relay may have refused it already.
+        let mut stream = begin(relay.addr, from(n))?;
+        // The relay may have refused it already, or the kernel not have answered.
         let _ = stream.write_all(&hello);
         begun.push_back(stream);
         link.pass(1, CONNECTION + hello.len());
     }
+    Ok(())
 }
 
 fn forged(relay: SocketAddr, (keys, session): (UdpKeys, u64), link: &mut Link) -> Result<()> {
     let sockets: Vec<UdpSocket> = (0..SEVERAL)
         .map(|_| UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)))
-        .collect::<std::io::Result<_>>()
+        .collect::<io::Result<_>>()
         .context("sockets")?;
     for n in 0u64.. {
         let mut datagram = vec![7; UDP_HEADER + 100];

@@ -275,7 +275,9 @@ impl Active {
         }
         if due(&mut self.repeat_at, now) {
             self.resend();
-            let next = |sent: Instant| REPEAT_INITIATION_AFTER.into_iter().map(|after| sent + after).find(|at| *at > now);
+            let next = |sent: Instant| {
+                REPEAT_INITIATION_AFTER.into_iter().map(|after| sent + after).find(|at| *at > now)
+            };
             self.repeat_at = self.initiation_sent.and_then(next);
         }
         if due(&mut self.keepalive_at, now) {

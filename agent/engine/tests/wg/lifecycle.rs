@@ -2,8 +2,9 @@
 
 use warren_common::time::UnixTime;
 use warren_engine::wg::{
-    Destination, DropReason, Event, INITIATION_INTERVAL, KEEPALIVE_TIMEOUT, MAX_HANDSHAKE_ATTEMPTS, MAX_QUEUED_PACKETS, PeerStats,
-    REPEAT_INITIATION_AFTER, Received, SealError, TransmitKind, WakeReason, receiver_shard,
+    Destination, DropReason, Event, INITIATION_INTERVAL, KEEPALIVE_TIMEOUT, MAX_HANDSHAKE_ATTEMPTS,
+    MAX_QUEUED_PACKETS, PeerStats, REPEAT_INITIATION_AFTER, Received, SealError, TransmitKind, WakeReason,
+    receiver_shard,
 };
 
 use crate::net::{Net, ip_packet, ms, secs, source};
