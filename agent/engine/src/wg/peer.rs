@@ -72,6 +72,8 @@ pub(super) struct Response {
     pub(super) local: u32,
     pub(super) message: [u8; RESPONSE_LEN],
     pub(super) mac1: [u8; MAC_LEN],
+    /// When it went out last.
+    pub(super) sent: Instant,
 }
 
 /// A peer with which something is under way.

@@ -139,8 +139,7 @@ impl Device {
         let local = {
             let (state, _) = self.peer_and_indices(slot).ok_or(DropReason::UnknownPeer)?;
             if responder.timestamp <= state.newest_timestamp {
-                let repeated = responder.timestamp == state.newest_timestamp;
-                if repeated && state.initiated.is_some_and(|at| now.boot.since(at) >= INITIATION_INTERVAL) {
+                if responder.timestamp == state.newest_timestamp {
                     self.repeat_response(now, slot, sender, source);
                 }
                 return Err(DropReason::ReplayedInitiation);
@@ -168,7 +167,7 @@ impl Device {
         let active = state.activate();
         let cookie = active.cookie.as_ref().and_then(|c| c.value(now.boot));
         let mac1 = receiver_keys.sign(&mut message, cookie);
-        active.response = Some(Box::new(Response { local, message, mac1 }));
+        active.response = Some(Box::new(Response { local, message, mac1, sent: now.boot }));
         let session = Session::new(local, sender, false, renew_after, keys, now.boot);
         if let Some(old) = active.next.replace(Box::new(session)) {
             indices.remove(old.local);
@@ -181,18 +180,19 @@ impl Device {
     }
 
     /// Sends our last response once more, to where its initiation came from again: one of the two was lost, or somebody
-    /// replays it, and then learns nothing new. Only until the session is confirmed.
+    /// replays it, and then learns nothing new. Only until the session is confirmed, and not in a row.
     fn repeat_response(&mut self, now: Now, slot: u32, sender: u32, source: Source) {
         let peer = self.handle_of(slot);
         let Some((state, _)) = self.peer_and_indices(slot) else { return };
-        let Some(active) = state.active.as_deref() else { return };
-        let Some(Response { local, message, .. }) = active.response.as_deref() else { return };
+        let Some(active) = state.active.as_deref_mut() else { return };
+        let Some(Response { local, message, sent, .. }) = active.response.as_deref_mut() else { return };
         let waits = active.next.as_ref().is_some_and(|next| next.local == *local);
-        if !waits || response_receiver(message) != sender {
+        let soon = now.boot.since(*sent) < INITIATION_INTERVAL;
+        if !waits || soon || response_receiver(message) != sender {
             return;
         }
+        *sent = now.boot;
         let message = *message;
-        state.initiated = Some(now.boot);
         state.tx_bytes += RESPONSE_LEN as u64;
         self.push_reply(Reply::Response { peer, source, message });
     }

@@ -125,6 +125,23 @@ fn a_response_is_repeated_until_the_session_is_confirmed_and_not_in_a_row() {
 }
 
 #[test]
+fn a_replay_does_not_hold_up_the_next_initiation() {
+    let mut net = Net::new(16, None, [None, None]);
+    let now = net.now;
+    let mut out = [0; 2048];
+    let [a, b] = &mut net.hosts;
+    a.device.initiate(a.peer, now);
+    let len = a.device.poll_transmit(now, &mut out).unwrap().len;
+    assert!(b.device.handle(now, source(0), &mut out[..len].to_vec()).is_ok());
+    let later = now + INITIATION_INTERVAL;
+    let replayed = b.device.handle(later, source(9), &mut out[..len].to_vec());
+    assert_eq!(replayed, Err(DropReason::ReplayedInitiation));
+    a.device.handle_timeout(now + secs(6));
+    let len = a.device.poll_transmit(now + secs(6), &mut out).unwrap().len;
+    assert!(b.device.handle(later + ms(1), source(0), &mut out[..len]).is_ok());
+}
+
+#[test]
 fn a_received_packet_is_answered_by_one_keepalive_and_then_all_is_quiet() {
     let mut net = Net::new(4, None, [None, None]);
     net.connect();
