@@ -98,10 +98,10 @@ fn a_response_is_repeated_until_the_session_is_confirmed_and_not_in_a_row() {
     let [a, b] = &mut net.hosts;
     a.device.initiate(a.peer, now);
     let len = a.device.poll_transmit(now, &mut out).unwrap().len;
-    let initiation = out[..len].to_vec();
+    let mut initiation = out[..len].to_vec();
     assert!(b.device.handle(now, source(0), &mut initiation.clone()).is_ok());
     let len = b.device.poll_transmit(now, &mut out).unwrap().len;
-    let response = out[..len].to_vec();
+    let mut response = out[..len].to_vec();
     let mut again = |at, from| {
         let replayed = b.device.handle(at, from, &mut initiation.clone());
         assert_eq!(replayed, Err(DropReason::ReplayedInitiation));
@@ -113,14 +113,11 @@ fn a_response_is_repeated_until_the_session_is_confirmed_and_not_in_a_row() {
     let to = Destination::Reply { source: source(7), peer: Some(b.peer) };
     assert_eq!(again(later, source(7)), Some((to, response.clone())), "to who asked");
     assert_eq!(again(later + ms(1), source(0)), None);
-    a.device.handle(later, source(1), &mut response.clone()).unwrap();
+    a.device.handle(later, source(1), &mut response).unwrap();
     let len = a.device.poll_transmit(later, &mut out).unwrap().len;
     assert!(matches!(b.device.handle(later, source(0), &mut out[..len]), Ok(Received::Keepalive { .. })));
-    let initiation = initiation.clone();
-    assert_eq!(
-        b.device.handle(later + secs(1), source(0), &mut initiation.clone()),
-        Err(DropReason::ReplayedInitiation)
-    );
+    let replayed = b.device.handle(later + secs(1), source(0), &mut initiation);
+    assert_eq!(replayed, Err(DropReason::ReplayedInitiation));
     assert_eq!(b.device.poll_transmit(later + secs(1), &mut out), None);
 }
 
