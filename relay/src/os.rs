@@ -8,17 +8,20 @@ use warren_common::time::{Instant, Now, UnixTime};
 
 /// Both clocks, now.
 pub(crate) fn now() -> Now {
-    let boot = clock_gettime(ClockId::Boottime);
-    let boot = Duration::new(boot.tv_sec.unsigned_abs(), boot.tv_nsec.unsigned_abs() as u32);
     #[expect(clippy::disallowed_methods, reason = "the shell's clock module")]
     let unix = std::time::SystemTime::now();
     Now {
-        boot: Instant::ZERO + boot,
+        boot: boot(),
         unix: match unix.duration_since(UNIX_EPOCH) {
             Ok(since) => UnixTime::default() + since,
             Err(before) => UnixTime::default() - before.duration(),
         },
     }
+}
+
+fn boot() -> Instant {
+    let boot = clock_gettime(ClockId::Boottime);
+    Instant::ZERO + Duration::new(boot.tv_sec.unsigned_abs(), boot.tv_nsec.unsigned_abs() as u32)
 }
 
 /// How long a thread with [`ShortTurns`] runs at a time when others wait, in nanoseconds: the least that the kernel takes.
@@ -57,20 +60,23 @@ impl ShortTurns {
     /// For the calling thread.
     pub(crate) fn take() -> Self {
         let nice = rustix::process::getpriority_process(None).unwrap_or(0);
-        let first = (nice <= 0 && set_turns(FIRST)).then_some(true);
-        if first.is_none() && nice <= 0 {
-            set_turns(nice); // best effort
+        let mut first = None;
+        if nice <= 0 {
+            first = set_turns(FIRST).then_some(true);
+            if first.is_none() {
+                set_turns(nice); // best effort
+            }
         }
-        Self { nice, first, began: now().boot, waited: Duration::ZERO }
+        Self { nice, first, began: boot(), waited: Duration::ZERO }
     }
 
     /// Waits for something to do, by `wait`. A thread that never has to wait does not keep others from the processor: what
     /// it got of it says less, since interrupts and limits take their part.
     pub(crate) fn wait<T>(&mut self, wait: impl FnOnce() -> T) -> T {
         let Some(first) = self.first else { return wait() };
-        let before = now().boot;
+        let before = boot();
         let result = wait();
-        let now = now().boot;
+        let now = boot();
         self.waited += now.since(before);
         let elapsed = now.since(self.began);
         if elapsed >= WINDOW {

@@ -311,17 +311,14 @@ fn a_source_that_returns_cookies_is_bounded_too_and_so_are_all_together() {
 fn initiations_of_one_peer_are_spaced() {
     let mut net = Net::new(26, None, [None, None]);
     let now = net.now;
-    let mut out = [0; 2048];
     let [a, b] = &mut net.hosts;
-    a.device.initiate(a.peer, now);
-    let len = a.device.poll_transmit(now, &mut out).unwrap().len;
-    assert!(b.device.handle(now, source(0), &mut out[..len]).is_ok());
+    assert!(b.device.handle(now, source(0), &mut a.initiation(now)).is_ok());
     a.device.handle_timeout(now + secs(6));
-    let len = a.device.poll_transmit(now + secs(6), &mut out).unwrap().len;
+    let (_, mut next) = a.transmit(now + secs(6)).unwrap();
     let soon = now + INITIATION_INTERVAL / 2;
-    assert_eq!(b.device.handle(soon, source(0), &mut out[..len]), Err(DropReason::InitiationTooSoon));
+    assert_eq!(b.device.handle(soon, source(0), &mut next.clone()), Err(DropReason::InitiationTooSoon));
     let later = now + INITIATION_INTERVAL;
-    assert!(b.device.handle(later, source(0), &mut out[..len]).is_ok());
+    assert!(b.device.handle(later, source(0), &mut next).is_ok());
 }
 
 #[test]

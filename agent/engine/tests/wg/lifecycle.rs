@@ -94,48 +94,42 @@ fn a_lost_initiation_or_response_costs_a_second_not_five() {
 fn a_response_is_repeated_until_the_session_is_confirmed_and_not_in_a_row() {
     let mut net = Net::new(15, None, [None, None]);
     let now = net.now;
-    let mut out = [0; 2048];
     let [a, b] = &mut net.hosts;
-    a.device.initiate(a.peer, now);
-    let len = a.device.poll_transmit(now, &mut out).unwrap().len;
-    let mut initiation = out[..len].to_vec();
+    let mut initiation = a.initiation(now);
     assert!(b.device.handle(now, source(0), &mut initiation.clone()).is_ok());
-    let len = b.device.poll_transmit(now, &mut out).unwrap().len;
-    let mut response = out[..len].to_vec();
+    let (_, mut response) = b.transmit(now).unwrap();
     let mut again = |at, from| {
         let replayed = b.device.handle(at, from, &mut initiation.clone());
         assert_eq!(replayed, Err(DropReason::ReplayedInitiation));
-        let reply = b.device.poll_transmit(at, &mut out)?;
-        Some((reply.to, out[..reply.len].to_vec()))
+        b.transmit(at)
     };
     assert_eq!(again(now + INITIATION_INTERVAL / 2, source(0)), None);
     let later = now + INITIATION_INTERVAL;
-    let to = Destination::Reply { source: source(7), peer: Some(b.peer) };
-    assert_eq!(again(later, source(7)), Some((to, response.clone())), "to who asked");
+    let (to, repeated) = again(later, source(7)).unwrap();
+    assert!(matches!(to, Destination::Reply { source: to, .. } if to == source(7)), "to who asked");
+    assert_eq!(repeated, response);
     assert_eq!(again(later + ms(1), source(0)), None);
     a.device.handle(later, source(1), &mut response).unwrap();
-    let len = a.device.poll_transmit(later, &mut out).unwrap().len;
-    assert!(matches!(b.device.handle(later, source(0), &mut out[..len]), Ok(Received::Keepalive { .. })));
+    let (_, mut keepalive) = a.transmit(later).unwrap();
+    assert!(matches!(b.device.handle(later, source(0), &mut keepalive), Ok(Received::Keepalive { .. })));
     let replayed = b.device.handle(later + secs(1), source(0), &mut initiation);
     assert_eq!(replayed, Err(DropReason::ReplayedInitiation));
-    assert_eq!(b.device.poll_transmit(later + secs(1), &mut out), None);
+    assert_eq!(b.transmit(later + secs(1)), None);
 }
 
 #[test]
 fn a_replay_does_not_hold_up_the_next_initiation() {
     let mut net = Net::new(16, None, [None, None]);
     let now = net.now;
-    let mut out = [0; 2048];
     let [a, b] = &mut net.hosts;
-    a.device.initiate(a.peer, now);
-    let len = a.device.poll_transmit(now, &mut out).unwrap().len;
-    assert!(b.device.handle(now, source(0), &mut out[..len].to_vec()).is_ok());
+    let mut initiation = a.initiation(now);
+    assert!(b.device.handle(now, source(0), &mut initiation.clone()).is_ok());
     let later = now + INITIATION_INTERVAL;
-    let replayed = b.device.handle(later, source(9), &mut out[..len].to_vec());
+    let replayed = b.device.handle(later, source(9), &mut initiation);
     assert_eq!(replayed, Err(DropReason::ReplayedInitiation));
     a.device.handle_timeout(now + secs(6));
-    let len = a.device.poll_transmit(now + secs(6), &mut out).unwrap().len;
-    assert!(b.device.handle(later + ms(1), source(0), &mut out[..len]).is_ok());
+    let (_, mut next) = a.transmit(now + secs(6)).unwrap();
+    assert!(b.device.handle(later + ms(1), source(0), &mut next).is_ok());
 }
 
 #[test]
@@ -294,11 +288,9 @@ fn a_new_path_repeats_the_initiation_byte_for_byte() {
 fn an_initiation_can_be_read_on_one_shard_and_accepted_on_another() {
     let mut net = Net::new(13, None, [None, None]);
     let now = net.now;
-    let mut out = [0; 2048];
     let [a, b] = &mut net.hosts;
-    a.device.initiate(a.peer, now);
-    let len = a.device.poll_transmit(now, &mut out).unwrap().len;
-    let initiation = b.device.read_initiation(now, source(0), &out[..len]).unwrap();
+    let initiation = a.initiation(now);
+    let initiation = b.device.read_initiation(now, source(0), &initiation).unwrap();
     assert_eq!(initiation.peer_key(), a.device.public_key());
     assert!(matches!(
         b.device.accept_initiation(now, initiation),

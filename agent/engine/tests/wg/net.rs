@@ -9,7 +9,7 @@ use warren_common::keys::WgSecretKey;
 use warren_common::time::{Instant, Now, UnixTime};
 use warren_engine::io::Source;
 use warren_engine::wg::{
-    Device, DropReason, Event, PeerHandle, Received, SealError, TransmitKind, WakeReason,
+    Destination, Device, DropReason, Event, PeerHandle, Received, SealError, TransmitKind, WakeReason,
 };
 
 pub(crate) const fn secs(n: u64) -> Duration {
@@ -58,6 +58,19 @@ impl Host {
     pub(crate) fn established(&self) -> usize {
         let is = |e: &&Event| matches!(e, Event::SessionEstablished { .. });
         self.events.iter().filter(is).count()
+    }
+
+    /// The next datagram that it wants sent.
+    pub(crate) fn transmit(&mut self, now: Now) -> Option<(Destination, Vec<u8>)> {
+        let mut out = [0; 2048];
+        let transmit = self.device.poll_transmit(now, &mut out)?;
+        Some((transmit.to, out[..transmit.len].to_vec()))
+    }
+
+    /// An initiation that nothing has asked for.
+    pub(crate) fn initiation(&mut self, now: Now) -> Vec<u8> {
+        self.device.initiate(self.peer, now);
+        self.transmit(now).unwrap().1
     }
 
     pub(crate) fn count(&self, kind: TransmitKind) -> usize {
